@@ -1,0 +1,47 @@
+# Each target sets up what it needs. Nothing outside this folder is touched.
+PYTHON ?= python3.11
+VENV := .venv
+PY := $(VENV)/bin/python
+OUT ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+.PHONY: help setup setup-dev demo app test test-gpu lint bench assets clean
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
+
+setup: $(VENV)/.ready  ## a virtual environment with everything that runs on this machine
+
+$(VENV)/.ready: requirements.txt
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet -r requirements.txt
+	touch $@
+
+setup-dev: $(VENV)/.ready-dev
+
+$(VENV)/.ready-dev: $(VENV)/.ready requirements-dev.txt
+	$(PY) -m pip install --quiet -r requirements-dev.txt
+	touch $@
+
+demo: setup  ## compress the bundled model on the bundled data and print the comparison
+	$(PY) -m compress run --model resnet18 --data fashion-mnist --threads 1 --out $(OUT)
+
+app: setup  ## the web app on http://127.0.0.1:7860
+	$(PY) app.py
+
+test: setup-dev lint  ## all tests; browser tests need Chromium
+	$(PY) -m pytest
+
+test-gpu: setup-dev  ## the tests that need an NVIDIA GPU
+	$(PY) -m pytest -m gpu
+
+lint: setup-dev
+	$(PY) -m ruff check .
+	$(VENV)/bin/hadolint Dockerfile
+
+bench: setup  ## the figures of the README's table; see bench/README.md
+	$(PY) -m bench.latency
+	$(PY) -m bench.accuracy
+
+clean:  ## removes the environment and all runs
+	rm -rf $(VENV) runs

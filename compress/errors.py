@@ -1,0 +1,57 @@
+"""What a user is told when something cannot be done.
+
+Every message is one sentence or two: what was given, what is allowed, what to do next. The web app, the shell and
+Python show it as it stands, so it never carries a traceback or another library's own words without explanation.
+"""
+
+
+class CompressError(Exception):
+    """Anything Espalier refuses or fails to do; its text is written for the user."""
+
+
+class RequestError(CompressError):
+    """A field of the request is outside what is accepted, or contradicts another field."""
+
+    def __init__(self, field: str, got: object, allowed: str) -> None:
+        super().__init__(f"{field}: got {got!r}, expected {allowed}.")
+        self.field = field
+
+
+class CheckpointError(CompressError):
+    """An uploaded checkpoint is unsafe, damaged, or belongs to another architecture."""
+
+
+class DataError(CompressError):
+    """Images or labels cannot be used as given."""
+
+
+class BaselineError(CompressError):
+    """The model does not work well on its own data before anything is changed."""
+
+
+class PruningError(CompressError):
+    """The model cannot be traced, planned or shrunk."""
+
+
+class QuantizationError(CompressError):
+    """A layer cannot be quantized as asked."""
+
+
+class TrainingError(CompressError):
+    """Training diverged or cannot start."""
+
+
+class HandoffError(CompressError):
+    """A model changed its answers on the way from one form to the next; carries both numbers."""
+
+
+class RuntimeUnavailableError(CompressError):
+    """The runtime asked for is not installed or has no device here."""
+
+
+class StorageError(CompressError):
+    """A run's folder cannot be written, or does not verify."""
+
+
+class RunError(CompressError):
+    """A run cannot be found, started, cancelled or resumed."""

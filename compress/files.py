@@ -1,0 +1,65 @@
+"""Files that are either whole or absent: written beside, synced, renamed."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from compress.errors import StorageError
+
+PARTIAL = ".partial-"
+"""Prefix of a file that is being written; such a file is never an artifact."""
+
+
+@contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """A temporary path in the same folder, with the same suffix, that becomes `path` when the block succeeds.
+
+    Raises:
+        StorageError: the folder cannot be written, or the disk is full. Nothing half-written stays.
+    """
+    partial = path.with_name(f"{PARTIAL}{uuid.uuid4().hex[:8]}-{path.name}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield partial
+        _sync(partial)
+        os.replace(partial, path)
+        _sync(path.parent)
+    except OSError as error:
+        raise storage_error(path, error) from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    with atomic(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def storage_error(path: Path, error: OSError) -> StorageError:
+    """The sentence for an operating system error while writing `path`."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return StorageError(
+            f"The disk is full: {path.name} could not be written to {path.parent}. Free some space and resume the run."
+        )
+    return StorageError(
+        f"{path} could not be written ({error.strerror or error}). Choose a folder that can be written."
+    )
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

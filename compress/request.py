@@ -1,0 +1,243 @@
+"""All that a user asks for: one frozen object, JSON both ways.
+
+A field's description is the help text of the shell and the web form, its `allowed` the end of the sentence that
+refuses a wrong value. Contradictions are refused here, before anything is spent; nothing is ever repaired.
+"""
+
+from __future__ import annotations
+
+import json
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from compress.errors import RequestError
+
+RuntimeName = Literal["auto", "onnxruntime", "openvino", "tensorrt", "tensorrt-rtx"]
+PrunerName = Literal["l1-norm", "l2-norm", "fpgm", "none"]
+QuantizerName = Literal["qat", "none"]
+QUANTIZED_BITS = range(2, 9)
+HALF_PRECISION, FULL_PRECISION = 16, 32
+
+
+def _field(default: Any, help: str, allowed: str, **limits: Any) -> Any:
+    return Field(default, description=help, json_schema_extra={"allowed": allowed}, **limits)
+
+
+Fraction3 = Annotated[tuple[float, float, float] | None, Field()]
+
+
+class Request(BaseModel):
+    """One compression job. Raises `RequestError` on any value or combination that cannot work."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    # ---- the model --------------------------------------------------------------------------------------------
+    model: str = _field(
+        "resnet18",
+        "torchvision classifier, as `compress models` lists them; `custom` with compress.run(model=...)",
+        "the name of a torchvision classifier; `python -m compress models` lists them",
+        min_length=1,
+    )
+    checkpoint: str = _field(
+        "auto",
+        "weights: a .safetensors, .pth or .pt file, `published` (torchvision's, needs a network), "
+        "`random`, or `auto`: the bundled checkpoint for resnet18 on fashion-mnist, else `published`",
+        "a file, `published`, `random` or `auto`",
+        min_length=1,
+    )
+    # ---- the data ---------------------------------------------------------------------------------------------
+    data: str = _field(
+        "fashion-mnist",
+        "`fashion-mnist` (bundled), a folder or .zip of images, or `none`",
+        "`fashion-mnist`, a folder, a .zip, or `none`",
+        min_length=1,
+    )
+    input_size: int | None = _field(
+        None,
+        "height and width of the model's input in pixels; default: the checkpoint's or the published recipe's",
+        "a whole number of pixels from 16 to 1024",
+        ge=16,
+        le=1024,
+    )
+    mean: tuple[float, float, float] | None = _field(
+        None, "mean of each RGB channel, of pixels scaled to 0..1", "three numbers"
+    )
+    std: tuple[float, float, float] | None = _field(
+        None, "standard deviation of each RGB channel, of pixels scaled to 0..1", "three numbers above 0"
+    )
+    class_map: str | None = _field(
+        None,
+        'JSON file {"folder name": output index} for folders that are not the model\'s classes in order',
+        "the path of a JSON file",
+    )
+    test_fraction: float = _field(
+        0.2,
+        "share of the images kept for testing when there is no test folder; 0 < x < 1",
+        "a fraction strictly between 0 and 1",
+        gt=0,
+        lt=1,
+    )
+    # ---- pruning ----------------------------------------------------------------------------------------------
+    pruner: PrunerName = _field(
+        "l1-norm", "how the channels to remove are chosen; `none` prunes nothing", "one of l1-norm, l2-norm, fpgm, none"
+    )
+    sparsity: float = _field(
+        0.5,
+        "fraction of output channels removed from each layer that can be pruned; 0 < x < 1 "
+        "(0.5 leaves about 1/4 of the parameters)",
+        "a fraction strictly between 0 and 1",
+        gt=0,
+        lt=1,
+    )
+    channel_multiple: int = _field(
+        8, "kept channels are a multiple of this, which keeps kernels fast", "a whole number from 1 to 64", ge=1, le=64
+    )
+    exclude: tuple[str, ...] = _field(
+        (), "names of layers that are not pruned", "layer names, as `compress check` prints them"
+    )
+    # ---- training ---------------------------------------------------------------------------------------------
+    finetune_epochs: float = _field(
+        2,
+        "passes over the training images after pruning; a fraction is allowed",
+        "a number from 0 to 1000",
+        ge=0,
+        le=1000,
+    )
+    learning_rate: float = _field(
+        0.04, "peak learning rate of fine-tuning (SGD, cosine)", "a number above 0 and at most 10", gt=0, le=10
+    )
+    train_batch_size: int = _field(64, "images per training step", "a whole number from 2 to 4096", ge=2, le=4096)
+    distillation_weight: float = _field(
+        0.9,
+        "share of the loss that follows the original model's answers; 0 is labels only",
+        "a fraction from 0 to 1",
+        ge=0,
+        le=1,
+    )
+    distillation_temperature: float = _field(
+        4.0, "softening of the original model's answers", "a number from 1 to 20", ge=1, le=20
+    )
+    label_smoothing: float = _field(
+        0.0, "label smoothing of the cross-entropy part", "a fraction from 0 to below 0.5", ge=0, lt=0.5
+    )
+    augment: bool = _field(True, "random shift and horizontal flip while training", "true or false")
+    # ---- quantization -----------------------------------------------------------------------------------------
+    quantizer: QuantizerName = _field(
+        "qat", "NNI quantization-aware training; `none` keeps floating point", "one of qat, none"
+    )
+    weight_bits: int = _field(
+        8, "bits per weight: 2 to 8, 16 (half precision) or 32 (none)", "a whole number from 2 to 8, or 16, or 32"
+    )
+    activation_bits: int = _field(
+        8, "bits per activation: 2 to 8, 16 (half precision) or 32 (none)", "a whole number from 2 to 8, or 16, or 32"
+    )
+    qat_epochs: float = _field(
+        1,
+        "passes over the training images with simulated quantization; 0 only calibrates",
+        "a number from 0 to 1000",
+        ge=0,
+        le=1000,
+    )
+    qat_learning_rate: float = _field(
+        0.004, "peak learning rate of quantization-aware training", "a number above 0 and at most 10", gt=0, le=10
+    )
+    calibration_images: int = _field(
+        512, "training images that set the first activation ranges", "a whole number from 1 to 100000", ge=1, le=100_000
+    )
+    # ---- deployment -------------------------------------------------------------------------------------------
+    runtime: RuntimeName = _field(
+        "auto",
+        "where the result will run; `auto` takes the fastest measured here",
+        "one of auto, onnxruntime, openvino, tensorrt, tensorrt-rtx",
+    )
+    batch_size: int = _field(32, "batch size measured beside batch 1", "a whole number from 1 to 1024", ge=1, le=1024)
+    threads: int = _field(
+        1, "CPU threads of the runtimes while measuring", "a whole number from 1 to 256", ge=1, le=256
+    )
+    # ---- the run ----------------------------------------------------------------------------------------------
+    seed: int = _field(0, "seed of every random choice", "a whole number from 0 to 4294967295", ge=0, le=2**32 - 1)
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise _first_refusal(error, values) from None
+        self._refuse_contradictions()
+
+    def _refuse_contradictions(self) -> None:
+        for name in ("weight_bits", "activation_bits"):
+            bits = getattr(self, name)
+            if bits not in (*QUANTIZED_BITS, HALF_PRECISION, FULL_PRECISION):
+                raise RequestError(name, bits, _allowed(name))
+        wide = {HALF_PRECISION, FULL_PRECISION} & {self.weight_bits, self.activation_bits}
+        if wide and self.weight_bits != self.activation_bits:
+            raise RequestError(
+                "activation_bits",
+                self.activation_bits,
+                f"{max(wide)} as well, because weight_bits and activation_bits of 16 or 32 go together",
+            )
+        if self.std is not None and min(self.std) <= 0:
+            raise RequestError("std", self.std, _allowed("std"))
+        if (self.mean is None) != (self.std is None):
+            given, missing = ("mean", "std") if self.std is None else ("std", "mean")
+            raise RequestError(
+                missing, None, f"three numbers, because {given} was given and both belong to one normalisation"
+            )
+        if self.pruner == "none" and not self.quantizes and self.weight_bits == FULL_PRECISION:
+            raise RequestError("quantizer", self.quantizer, "something to do: choose a pruner, a quantizer, or 16 bits")
+
+    @property
+    def prunes(self) -> bool:
+        return self.pruner != "none"
+
+    @property
+    def quantizes(self) -> bool:
+        """True when the result runs on integers (2 to 8 bits)."""
+        return self.quantizer != "none" and self.weight_bits in QUANTIZED_BITS
+
+    @property
+    def half_precision(self) -> bool:
+        return self.weight_bits == HALF_PRECISION
+
+    def to_json(self) -> str:
+        return self.model_dump_json(indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Request:
+        """Raises `RequestError` when the text is not a JSON object of this class's fields."""
+        try:
+            values = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise RequestError(
+                "request", f"text that is not JSON ({error})", "a JSON object, as request.json of a run"
+            ) from None
+        if not isinstance(values, dict):
+            raise RequestError("request", type(values).__name__, "a JSON object, as request.json of a run")
+        return cls(**values)
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> Request:
+        """Raises `RequestError` when the file cannot be read or holds no valid request."""
+        try:
+            return cls.from_json(Path(path).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            raise RequestError("request", str(path), f"a readable JSON file ({error})") from None
+
+
+def _allowed(name: str) -> str:
+    extra = Request.model_fields[name].json_schema_extra
+    assert isinstance(extra, dict), f"field {name} has no text for refusals"
+    return str(extra["allowed"])
+
+
+def _first_refusal(error: ValidationError, values: dict[str, Any]) -> RequestError:
+    first = error.errors(include_url=False, include_context=False)[0]
+    name = str(first["loc"][0]) if first["loc"] else "request"
+    if name in Request.model_fields:
+        return RequestError(name, values.get(name), _allowed(name))
+    close = get_close_matches(name, Request.model_fields, n=1)
+    hint = f"; did you mean {close[0]}?" if close else "; `python -m compress run --help` lists the fields"
+    return RequestError(name, values.get(name), f"no field of this name{hint}")

@@ -1,0 +1,235 @@
+"""A run's folder: its stages, its progress, its manifest.
+
+    request.json  events.jsonl  log.txt  stages/<name>.json  artifacts/...
+    report.json  report.html  README.md  manifest.json
+
+A stage is done when its record exists and every file it names still has the recorded hash; otherwise the stage and
+all later ones are carried out again. manifest.json is written last, so its presence means that the run is complete.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import resource
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from compress.errors import CompressError, RunError, StorageError
+from compress.files import PARTIAL, sha256, storage_error, write_text
+from compress.request import Request
+
+STAGES = ("baseline", "prune", "finetune", "quantize", "export", "build", "measure", "report")
+MANIFEST = "manifest.json"
+MAY_PREEXIST = {"request.json", "uploads", "events.jsonl", "log.txt"}
+"""What a queue leaves in the folder before the run starts."""
+
+Notify = Callable[[dict[str, Any]], None]
+log = logging.getLogger("compress")
+
+
+@dataclass
+class Run:
+    """One request being carried out, and its folder. `open_run` makes it."""
+
+    folder: Path
+    request: Request
+    notify: Notify
+    created: bool = False
+    """The folder did not exist before."""
+    _redo: bool = False
+    _started: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def artifacts(self) -> Path:
+        return self.folder / "artifacts"
+
+    def stage(self, name: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Carries out `work` unless an earlier attempt finished it; returns its facts (JSON-safe).
+
+        `work` leaves its models and files in the folder and returns what the report needs. Facts may hold `files`,
+        paths relative to the folder, which are hashed; a fact `skipped` gives the reason why nothing was done.
+        """
+        record = self.folder / "stages" / f"{name}.json"
+        if not self._redo and (facts := _finished_facts(record, self.folder)) is not None:
+            self.progress(name, 1.0, "done in an earlier attempt")
+            return facts
+        self._redo = True
+        self.progress(name, 0.0, "started")
+        _reset_peak_memory()
+        start = time.perf_counter()
+        facts = work()
+        facts |= {"seconds": time.perf_counter() - start, "peak_rss_bytes": _peak_memory_bytes()}
+        hashes = {file: sha256(self.folder / file) for file in facts.get("files", ())}
+        write_text(record, json.dumps({"facts": facts, "sha256": hashes}))
+        self.progress(name, 1.0, facts.get("skipped") or f"done in {facts['seconds']:.1f} s")
+        return facts
+
+    def progress(self, stage: str, fraction: float, message: str) -> None:
+        """One line of events.jsonl: where the run is. `seconds_left` is of this stage, null until it can be told."""
+        now = time.time()
+        began = self._started.setdefault(stage, now)
+        left = (now - began) * (1 - fraction) / fraction if fraction > 0.02 else None
+        event = {
+            "time": now,
+            "stage": stage,
+            "index": STAGES.index(stage) + 1,
+            "of": len(STAGES),
+            "fraction": round(fraction, 4),
+            "message": message,
+            "seconds_left": None if left is None else round(left, 1),
+        }
+        self.record(event)
+        log.info("%s: %s", stage, message)
+
+    def record(self, event: dict[str, Any]) -> None:
+        try:
+            with (self.folder / "events.jsonl").open("a", encoding="utf-8") as file:
+                file.write(json.dumps(event) + "\n")
+        except OSError as error:
+            raise storage_error(self.folder / "events.jsonl", error) from error
+        self.notify(event)
+
+    def facts(self, name: str) -> dict[str, Any]:
+        """What a finished stage left for the report."""
+        return json.loads((self.folder / "stages" / f"{name}.json").read_text(encoding="utf-8"))["facts"]
+
+    def finish(self) -> None:
+        """Writes the manifest, last of all, and the event that ends the run."""
+        self._write_manifest(self.facts("report")["parents"])
+        self.record({"time": time.time(), "state": "done"})
+
+    def end(self, error: BaseException) -> None:
+        """Records why the run stopped; a folder in which nothing was achieved is removed again."""
+        if self.created and not (self.folder / "stages").exists():
+            shutil.rmtree(self.folder)
+            return
+        if isinstance(error, Exception):
+            text = (
+                str(error)
+                if isinstance(error, CompressError)
+                else f"An unexpected {type(error).__name__} ended the run: {error}"
+            )
+            ended = {"state": "failed", "error": text}
+        else:
+            ended = {"state": "cancelled"}
+        with contextlib.suppress(StorageError):  # a full disk must not hide the sentence that says so
+            self.record({"time": time.time(), **ended})
+
+    def _write_manifest(self, parents: dict[str, str]) -> None:
+        """Hashes every file of the run; `parents` names, for an artifact, the file or variant that it was made from."""
+        files = {
+            str(path.relative_to(self.folder)): {"sha256": sha256(path), "bytes": path.stat().st_size}
+            for path in sorted(self.folder.rglob("*"))
+            if path.is_file() and _belongs_to_manifest(path.relative_to(self.folder))
+        }
+        for name, parent in parents.items():
+            if name in files:
+                files[name]["parent"] = parent
+        write_text(self.folder / MANIFEST, json.dumps({"format": 1, "files": files}, indent=1) + "\n")
+
+
+def open_run(out: Path, request: Request, notify: Notify, *, resume: bool = False) -> Run:
+    """Makes the run's folder, or opens it again with `resume`.
+
+    Raises:
+        RunError: the folder holds something else, or a run of another request.
+        StorageError: it cannot be written.
+    """
+    created = not out.exists()
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        found = {entry.name for entry in out.iterdir()}
+    except OSError as error:
+        raise storage_error(out, error) from error
+    saved = out / "request.json"
+    if resume:
+        if not saved.exists():
+            raise RunError(f"{out} holds no run to resume. Start a new run without --resume.")
+        if Request.from_file(saved) != request:
+            raise RunError(
+                f"{out} holds a run of another request. Choose another folder, or resume it with its own request.json."
+            )
+    elif strangers := found - MAY_PREEXIST:
+        raise RunError(
+            f"The output folder {out} is not empty (it holds {sorted(strangers)[0]}). "
+            "Choose a new or empty folder, or add --resume."
+        )
+    for leftover in out.rglob(f"{PARTIAL}*"):
+        leftover.unlink()
+    (out / MANIFEST).unlink(missing_ok=True)  # until this attempt is complete, nothing here may pass for a finished run
+    write_text(saved, request.to_json())
+    return Run(out, request, notify, created)
+
+
+def verify(folder: Path) -> list[str]:
+    """Everything about a finished run that no longer holds; empty when it verifies.
+
+    Raises:
+        RunError: there is no finished run in the folder.
+    """
+    manifest = folder / MANIFEST
+    if not manifest.is_file():
+        raise RunError(
+            f"{folder} holds no finished run: {MANIFEST} is missing. Give the folder that `compress run` printed."
+        )
+    try:
+        listed: dict[str, dict[str, Any]] = json.loads(manifest.read_text(encoding="utf-8"))["files"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise StorageError(f"{manifest} is damaged ({error}). The run has to be repeated.") from error
+    problems = []
+    for name, facts in listed.items():
+        path = folder / name
+        if not path.is_file():
+            problems.append(f"{name} is missing")
+        elif sha256(path) != facts["sha256"]:
+            problems.append(f"{name} was changed after the run: its sha256 differs from the manifest")
+    found = {
+        str(p.relative_to(folder))
+        for p in folder.rglob("*")
+        if p.is_file() and _belongs_to_manifest(p.relative_to(folder))
+    }
+    problems += [f"{name} is not listed in the manifest" for name in sorted(found - set(listed))]
+    return problems
+
+
+def _belongs_to_manifest(relative: Path) -> bool:
+    """Uploads, progress and stage records are the run's workings, not its result."""
+    return relative.parts[0] not in {
+        "uploads",
+        "stages",
+        "events.jsonl",
+        "log.txt",
+        MANIFEST,
+    } and not relative.name.startswith(PARTIAL)
+
+
+def _finished_facts(record: Path, folder: Path) -> dict[str, Any] | None:
+    if not record.is_file():
+        return None
+    saved = json.loads(record.read_text(encoding="utf-8"))
+    intact = all(
+        (folder / file).is_file() and sha256(folder / file) == digest for file, digest in saved["sha256"].items()
+    )
+    return saved["facts"] if intact else None
+
+
+def _reset_peak_memory() -> None:
+    """Linux restarts the high-water mark of resident memory; elsewhere the peak is of the whole process so far."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        log.debug("peak memory cannot be reset here; it is reported for the process so far")
+
+
+def _peak_memory_bytes() -> int:
+    try:
+        status = Path("/proc/self/status").read_text()
+        return int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM"))) * 1024
+    except (OSError, StopIteration):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
