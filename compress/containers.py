@@ -1,0 +1,199 @@
+"""The outside of an uploaded file, checked with the standard library before anything is unpacked or loaded.
+
+Zip directories, pickle streams and safetensors headers are compared with allow-lists and budgets. `torch.load` alone
+accepts deflate bombs, huge byte arrays and entries with a wrong checksum, so it only sees what has passed here.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import pickletools
+import re
+import struct
+import zipfile
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+MAX_DIRECTORY_BYTES_PER_ENTRY = 512
+MAX_PICKLE_BYTES = 2**20
+MAX_OPCODES = 300_000
+MAX_HEADER_BYTES = 4 * 2**20
+MAX_TENSORS = 5_000
+
+_END_OF_DIRECTORY, _END_OF_DIRECTORY_64 = b"PK\x05\x06", b"PK\x06\x06"
+_SIMPLE_NAME = re.compile(r"[A-Za-z0-9_.]{1,80}")
+
+ALLOWED_OPCODES = frozenset(
+    "PROTO STOP MARK GLOBAL REDUCE BUILD BINPERSID NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 BINFLOAT "
+    "BINUNICODE EMPTY_DICT EMPTY_LIST EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 APPEND APPENDS SETITEM SETITEMS "
+    "BINGET LONG_BINGET BINPUT LONG_BINPUT".split()
+)
+ALLOWED_GLOBALS = frozenset(
+    ["collections OrderedDict", "torch Size", "torch._utils _rebuild_tensor_v2", "torch._utils _rebuild_parameter"]
+    + [f"torch {kind}Storage" for kind in "Float Double Half BFloat16 Long Int Short Char Byte Bool".split()]
+)
+"""Narrower than torch's own list: what a saved `state_dict()` needs, and no other callable."""
+
+_ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+
+
+class Refused(Exception):
+    """Why a container is not opened; the caller adds which file it was and what to do."""
+
+
+@dataclass(frozen=True)
+class ForeignGlobal(Exception):
+    """A pickle names something that is not on the allow-list."""
+
+    module: str
+    name: str
+
+
+def read_directory(path: Path, max_entries: int) -> tuple[zipfile.ZipInfo, ...]:
+    """The entries of a zip file, none of them opened.
+
+    Raises:
+        Refused: no readable directory, too many entries, encryption, an unknown compression, or entries that overlap.
+    """
+    _check_entry_count(path, max_entries)
+    try:
+        with zipfile.ZipFile(path) as file:
+            entries = tuple(file.infolist())
+    except (zipfile.BadZipFile, ValueError, NotImplementedError, struct.error, OSError) as error:
+        raise Refused("its zip directory is damaged") from error
+    if len(entries) > max_entries:
+        raise Refused(f"it holds more than {max_entries} entries")
+    if any(entry.flag_bits & 0x1 for entry in entries):
+        raise Refused("it is encrypted")
+    if any(entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) for entry in entries):
+        raise Refused("it uses a compression other than deflate")
+    end = 0
+    for entry in sorted(entries, key=lambda entry: entry.header_offset):
+        if entry.header_offset < end:
+            raise Refused("its entries overlap")
+        end = entry.header_offset + 30 + len(entry.filename) + entry.compress_size
+    if end > path.stat().st_size:
+        raise Refused("its entries claim more bytes than the file has")
+    return entries
+
+
+def _check_entry_count(path: Path, max_entries: int) -> None:
+    """Refuse by the end record: opening a directory of 100,000 entries takes seconds."""
+    with path.open("rb") as file:
+        file.seek(0, io.SEEK_END)
+        file.seek(max(0, file.tell() - 70_000))
+        tail = file.read()
+    at = tail.rfind(_END_OF_DIRECTORY)
+    if at < 0 or len(tail) < at + 22:
+        raise Refused("its zip directory is missing, as after an interrupted transfer")
+    count, size = struct.unpack_from("<HI", tail, at + 10)
+    at_64 = tail.rfind(_END_OF_DIRECTORY_64)
+    if 0 <= at_64 <= len(tail) - 56:
+        count, size = struct.unpack_from("<QQ", tail, at_64 + 32)
+    if count > max_entries or size > max_entries * MAX_DIRECTORY_BYTES_PER_ENTRY:
+        raise Refused(f"it holds more than {max_entries} entries")
+
+
+def checksum_failure(path: Path) -> str | None:
+    """The name of the first entry whose bytes do not match their checksum."""
+    with zipfile.ZipFile(path) as file:
+        for entry in file.infolist():
+            try:
+                with file.open(entry) as stream:
+                    while stream.read(2**20):
+                        pass
+            except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, OSError):
+                return entry.filename
+    return None
+
+
+def check_pickle(data: bytes) -> None:
+    """Walk a pickle without running it.
+
+    Raises:
+        ForeignGlobal: it names a class or function that is not on the allow-list.
+        Refused: too long, damaged, or an instruction that saved tensors never need.
+    """
+    if len(data) > MAX_PICKLE_BYTES:
+        raise Refused("its index of tensors is larger than 1 MiB")
+    end = 0
+    try:
+        for count, (opcode, argument, position) in enumerate(pickletools.genops(data)):
+            end = (position or 0) + 1
+            if count >= MAX_OPCODES:
+                raise Refused("its index of tensors has too many instructions")
+            if opcode.name in ("GLOBAL", "INST") and argument not in ALLOWED_GLOBALS:
+                module, _, name = str(argument).partition(" ")
+                raise ForeignGlobal(module, name)
+            if opcode.name not in ALLOWED_OPCODES:
+                raise Refused(f"its index uses the pickle instruction {opcode.name}, which saved weights never need")
+    except (ValueError, UnicodeDecodeError, IndexError, struct.error, OverflowError) as error:
+        raise Refused("its index of tensors is damaged") from error
+    if end != len(data):
+        raise Refused("its index of tensors is followed by other bytes")
+
+
+def printable(name: str) -> str:
+    """`name` when it is a plain dotted name, else a harmless stand-in: it comes from an untrusted file."""
+    return name if _SIMPLE_NAME.fullmatch(name) else "an unprintable name"
+
+
+def read_safetensors_header(path: Path) -> dict[str, str]:
+    """Check the header of a safetensors file and give back its metadata.
+
+    Raises:
+        Refused: the header is damaged, too large, or does not describe the file's bytes exactly.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(8)
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else -1
+        if not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
+            raise Refused("its header is missing, cut off, or larger than 4 MiB")
+        raw = file.read(length)
+    try:
+        header = json.loads(raw.decode("utf-8"), object_pairs_hook=_without_duplicates)
+    except (ValueError, RecursionError) as error:
+        raise Refused("its header is damaged") from error
+    if not isinstance(header, dict):
+        raise Refused("its header is damaged")
+    metadata = header.pop("__metadata__", {})
+    if len(header) > MAX_TENSORS:
+        raise Refused(f"it holds more than {MAX_TENSORS} tensors")
+    _check_layout(header, size - 8 - length)
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise Refused("its metadata is damaged")
+    return metadata
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len({key for key, _ in pairs}) != len(pairs):
+        raise ValueError("duplicate key")
+    return dict(pairs)
+
+
+def _check_layout(header: dict[str, Any], data_bytes: int) -> None:
+    """Tensors must cover the data without overlap or hole."""
+    spans = []
+    for name, entry in header.items():
+        try:
+            dtype, shape, (start, stop) = entry["dtype"], entry["shape"], entry["data_offsets"]
+            whole = all(type(value) is int and value >= 0 for value in [*shape, start, stop])
+        except (TypeError, KeyError, ValueError) as error:
+            raise Refused("its header is damaged") from error
+        if dtype not in _ITEM_BYTES:
+            raise Refused(f"{printable(name)} has the number format {printable(str(dtype))}, which is not supported")
+        if not whole or math.prod(shape) * _ITEM_BYTES[dtype] != stop - start:
+            raise Refused(f"the size of {printable(name)} does not match its shape")
+        spans.append((start, stop))
+    end = 0
+    for start, stop in sorted(spans):
+        if start != end:
+            raise Refused("its tensors overlap or leave holes")
+        end = stop
+    if end != data_bytes:
+        raise Refused("it is cut off, or other bytes follow the tensors")

@@ -1,0 +1,166 @@
+"""One untrusted image file becomes upright RGB pixels, and those the size that a model wants."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from compress.errors import RequestError
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
+"""Decoders that may run; Pillow's others (EPS, PSD, FITS, ...) have had the memory errors of recent years."""
+MAX_PIXELS = 25_000_000
+MAX_FILE_BYTES = 20 * 2**20
+THUMBNAIL = 32
+"""Largest side, in pixels, of an image that is padded instead of cropped; see `Preprocessing`."""
+CROP_RATIO = 256 / 224
+"""Shorter side before the crop over the input size, where no `resize_size` is given; torchvision's usual recipe."""
+
+_EIGHT_BIT_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")
+_DECODE_ERRORS = (
+    OSError,
+    ValueError,
+    SyntaxError,
+    EOFError,
+    TypeError,
+    IndexError,
+    KeyError,
+    OverflowError,
+    AttributeError,
+)
+
+
+class Unreadable(Exception):
+    """Why one image is not used."""
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How an image becomes the model's input. One rule, also followed by `artifacts/infer.py`:
+
+    1. The image is turned upright (EXIF) and made RGB; transparency is put on white.
+    2. Size (`compress.images.fit`), by Pillow with `interpolation` and its antialiasing:
+       - exactly `input_size` x `input_size`: used as it is;
+       - both sides at most 32 pixels (MNIST-like, CIFAR): centred on a black 32 x 32 canvas (left and top margins
+         rounded down), and the canvas resized to `input_size`;
+       - anything else, as torchvision's published transforms do it: the shorter side resized to `resize_size`, the
+         longer to int(resize_size * longer / shorter), then a centre crop whose left and top are
+         round((side - input_size) / 2).
+    3. Pixels / 255, minus `mean`, divided by `std`, per RGB channel; float32, channels first.
+    """
+
+    input_size: int
+    """Height and width of the model's input, in pixels."""
+    mean: tuple[float, ...]
+    """Per RGB channel, of pixels scaled to 0..1."""
+    std: tuple[float, ...]
+    """Per RGB channel, of pixels scaled to 0..1; above 0."""
+    resize_size: int | None = None
+    """Shorter side before the centre crop, in pixels; None: round(input_size * 256 / 224)."""
+    interpolation: str = "bilinear"
+    """`bilinear` or `bicubic`, Pillow's names."""
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.input_size <= 2048:
+            raise RequestError("input_size", self.input_size, "a number of pixels from 1 to 2048")
+        for name in ("mean", "std"):
+            if len(getattr(self, name)) != 3 or not all(math.isfinite(value) for value in getattr(self, name)):
+                raise RequestError(name, getattr(self, name), "three finite numbers, one per RGB channel")
+        if min(self.std) <= 0:
+            raise RequestError("std", self.std, "three numbers above 0")
+        if self.resize_size is not None and self.resize_size < self.input_size:
+            raise RequestError("resize_size", self.resize_size, f"at least the input size, {self.input_size}")
+        if self.interpolation not in ("bilinear", "bicubic"):
+            raise RequestError("interpolation", self.interpolation, "bilinear or bicubic")
+
+    @property
+    def shorter_side(self) -> int:
+        """Pixels of the shorter side before the centre crop."""
+        return self.resize_size or round(self.input_size * CROP_RATIO)
+
+    def with_input_size(self, input_size: int) -> Preprocessing:
+        """The same recipe at another size; the published `resize_size` only belongs to the published size."""
+        resize = self.resize_size if input_size == self.input_size else None
+        return Preprocessing(input_size, self.mean, self.std, resize, self.interpolation)
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Preprocessing:
+        """Raises TypeError on unknown or missing keys and RequestError on values out of range."""
+        made = cls(**values)
+        return cls(
+            int(made.input_size),
+            tuple(map(float, made.mean)),
+            tuple(map(float, made.std)),
+            made.resize_size,
+            made.interpolation,
+        )
+
+
+def decode(data: bytes) -> Image.Image:
+    """The pixels of an image file, upright, RGB, 8 bits per channel.
+
+    Raises:
+        Unreadable: not JPEG, PNG, WebP or BMP, damaged, animated, 16 bits per channel, or over 25 million pixels.
+    """
+    if len(data) > MAX_FILE_BYTES:
+        raise Unreadable(f"larger than {MAX_FILE_BYTES >> 20} MiB")
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            _refuse_unsuitable(image)
+            image.load()
+            return _to_rgb(ImageOps.exif_transpose(image))
+    except UnidentifiedImageError as error:
+        raise Unreadable("not a JPEG, PNG, WebP or BMP image") from error
+    except Image.DecompressionBombError as error:
+        raise Unreadable(f"more than {MAX_PIXELS // 10**6} million pixels") from error
+    except _DECODE_ERRORS as error:
+        raise Unreadable("damaged or cut off") from error
+
+
+def _refuse_unsuitable(image: Image.Image) -> None:
+    """By the header alone, before any pixel is decoded."""
+    if image.width * image.height > MAX_PIXELS:
+        raise Unreadable(f"more than {MAX_PIXELS // 10**6} million pixels")
+    if getattr(image, "n_frames", 1) > 1:
+        raise Unreadable("animated")
+    if image.mode not in _EIGHT_BIT_MODES:
+        raise Unreadable("more than 8 bits per channel")
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
+    return image.convert("RGB")
+
+
+def fit(image: Image.Image, preprocessing: Preprocessing) -> Image.Image:
+    """The image at `input_size` x `input_size`, by rule 2 of `Preprocessing`; L stays L and RGB stays RGB."""
+    size = preprocessing.input_size
+    resample = Image.Resampling[preprocessing.interpolation.upper()]
+    if image.size == (size, size):
+        return image
+    if max(image.size) <= THUMBNAIL:
+        canvas = Image.new(image.mode, (THUMBNAIL, THUMBNAIL))
+        canvas.paste(image, ((THUMBNAIL - image.width) // 2, (THUMBNAIL - image.height) // 2))
+        return canvas if size == THUMBNAIL else canvas.resize((size, size), resample)
+    shorter, side = min(image.size), preprocessing.shorter_side
+    width, height = (side if length == shorter else int(side * length / shorter) for length in image.size)
+    left, top = round((width - size) / 2), round((height - size) / 2)
+    return image.resize((width, height), resample).crop((left, top, left + size, top + size))
+
+
+def to_pixels(image: Image.Image) -> np.ndarray:
+    """uint8 [channels, height, width]; one channel for mode L."""
+    pixels = np.asarray(image, dtype=np.uint8)
+    return pixels[None] if pixels.ndim == 2 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
