@@ -1,0 +1,125 @@
+"""The proof of a shrunk model: the same answers as the masked model, which still has every channel.
+
+In the masked model a removed channel is zero where a layer gives it and where a layer reads it. Zero where it is read
+matters behind a BatchNorm, which turns a zero channel into the constant beta - gamma * mean / deviation: NNI's plain
+masks let that constant through, a model that lost the channel cannot.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.utils import _pytree
+
+from ..errors import HandoffError
+from .channels import LAYERS, Axis, Channels
+from .trace import structure_copy
+
+TOLERANCE = 1e-4
+"""Largest difference allowed, relative to the largest output of the masked model, in float32."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    max_abs_diff: float
+    reference_scale: float
+
+
+def check_equal(graph_module: fx.GraphModule, channels: Channels, kept: Mapping[str, torch.Tensor],
+                result: nn.Module, images: torch.Tensor) -> Difference:
+    """Compare `result` with the masked model on `images`: the outputs, and what the answering layers read.
+
+    The second matters where the answer is constant, such as under a head that is all zero.
+
+    Args:
+        graph_module: the unpruned network, in eval mode.
+        channels: its channels.
+        kept: for each layer that lost channels, bool [out_channels].
+        result: the shrunk network; its modes are left as they are.
+        images: float32 [N, C, H, W].
+
+    Raises:
+        HandoffError: a difference beyond 1e-4 of the scale, or a shape that does not fit.
+    """
+    masked = _Masked(graph_module, channels, kept)
+    subject = structure_copy(result).eval()
+    read: dict[str, list[torch.Tensor]] = {name: [] for name in channels.answers}
+    for name, found in read.items():
+        subject.get_submodule(name).register_forward_pre_hook(lambda _, args, found=found: found.append(args[0]))
+    with torch.no_grad():
+        expected = _tensors(masked.run(images))
+        try:
+            got = _tensors(subject(images))
+        except Exception as error:
+            raise HandoffError(f"The shrunk model does not run: {error}. This is a fault of the pruning plan; exclude "
+                               "the layers named in it to go on without them.") from error
+    answer = _compare("outputs", expected, got)
+    for name in channels.answers:
+        _compare(f"inputs of {name}", masked.read[name], read[name])
+    return answer
+
+
+class _Masked(fx.Interpreter):
+    """Runs the unpruned network with removed channels at zero."""
+
+    def __init__(self, graph_module: fx.GraphModule, channels: Channels, kept: Mapping[str, torch.Tensor]) -> None:
+        super().__init__(graph_module)
+        self._channels = channels
+        self._kept = {channels.sets.root(channels.own_set[layer]): rows for layer, rows in kept.items()}
+        self.read: dict[str, list[torch.Tensor]] = {name: [] for name in channels.answers}
+
+    def run_node(self, n: fx.Node) -> Any:
+        if n.op != "call_module" or type(self.fetch_attr(str(n.target))) not in LAYERS:
+            return super().run_node(n)
+        (images, *_), _ = self.fetch_args_kwargs_from_env(n)
+        axis = self._channels.axes[n.all_input_nodes[0]]
+        if str(n.target) in self.read:
+            self.read[str(n.target)].append(self._only_kept(images, axis))
+        return self._zeroed(self.fetch_attr(str(n.target))(self._zeroed(images, axis)), self._channels.axes[n])
+
+    def _rows(self, axis: Axis | None) -> torch.Tensor | None:
+        if axis is None:
+            return None
+        roots = [self._channels.sets.root(part.set_id) for part in axis.parts]
+        if not any(root in self._kept for root in roots):
+            return None
+        return torch.cat([
+            self._kept.get(root, torch.ones(part.channels, dtype=torch.bool)).cpu().repeat_interleave(part.span)
+            for root, part in zip(roots, axis.parts, strict=True)
+        ])
+
+    def _zeroed(self, tensor: torch.Tensor, axis: Axis | None) -> torch.Tensor:
+        rows = self._rows(axis)
+        if rows is None:
+            return tensor
+        shape = [1] * tensor.dim()
+        shape[axis.dim] = -1
+        return tensor.masked_fill(~rows.view(shape).to(tensor.device), 0.0)
+
+    def _only_kept(self, tensor: torch.Tensor, axis: Axis | None) -> torch.Tensor:
+        rows = self._rows(axis)
+        return tensor if rows is None else tensor.index_select(axis.dim, rows.nonzero().flatten().to(tensor.device))
+
+
+def _compare(what: str, expected: list[torch.Tensor], got: list[torch.Tensor]) -> Difference:
+    shapes = [tuple(one.shape) for one in expected], [tuple(one.shape) for one in got]
+    if shapes[0] != shapes[1]:
+        raise HandoffError(f"The {what} of the shrunk model have shapes {shapes[1]}, those of the masked model "
+                           f"{shapes[0]}.")
+    scale = max((float(one.abs().max()) for one in expected if one.numel()), default=0.0)
+    worst = max((float((one - two).abs().max()) for one, two in zip(expected, got, strict=True) if one.numel()),
+                default=0.0)
+    if not worst <= TOLERANCE * scale:
+        raise HandoffError(
+            f"The {what} of the shrunk model differ from the masked model's by {worst:.3g} where their scale is "
+            f"{scale:.3g}; {TOLERANCE * scale:.3g} is allowed. The input model is unchanged; nothing was handed on."
+        )
+    return Difference(worst, scale)
+
+
+def _tensors(outputs: object) -> list[torch.Tensor]:
+    return [leaf for leaf in _pytree.tree_leaves(outputs) if isinstance(leaf, torch.Tensor)]

@@ -1,0 +1,373 @@
+"""A shrunk model gives the masked model's answers, exactly what was planned is gone, and nothing else has changed."""
+
+from __future__ import annotations
+
+import copy
+import random
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from pruning_networks import ODD_NETWORKS, FlattenByView, Grouped, SharedAndTied, conv_bn, randomise
+from torch import Tensor, nn
+from torchvision import models
+from torchvision.models.convnext import CNBlockConfig, ConvNeXt
+from torchvision.models.resnet import BasicBlock, Bottleneck
+from torchvision.models.swin_transformer import PatchMergingV2, SwinTransformer, SwinTransformerBlockV2
+from torchvision.models.vision_transformer import VisionTransformer
+
+from compress.errors import HandoffError, PruningError, RequestError
+from compress.pruning import PRUNERS, nni_backend, plan, prune, speedup
+from compress.pruning.plan import Group, Plan
+
+torch.set_num_threads(1)
+
+
+def images(size: int = 48, count: int = 2) -> Tensor:
+    return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(1))
+
+
+def shrunk(model: nn.Module, size: int = 48, pruner: str = "l1-norm", sparsity: float = 0.5):
+    example = images(size)
+    return prune(model, example, plan(model, example, sparsity=sparsity), pruner)
+
+
+def state(model: nn.Module) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def is_unchanged(model: nn.Module, before: dict[str, Tensor]) -> bool:
+    now = model.state_dict()
+    return now.keys() == before.keys() and all(torch.equal(now[name], before[name]) for name in now)
+
+
+def assert_as_planned(model: nn.Module, result) -> None:
+    """Sizes, attributes and tensor names: what the rebuild recipe and a checkpoint read."""
+    assert type(result.model) is type(model)
+    assert list(result.model.state_dict()) == list(model.state_dict())
+    for layer, group in result.plan.layers.items():
+        assert result.model.get_submodule(layer).weight.shape[0] == group.channels_after
+    for module in result.model.modules():
+        if isinstance(module, nn.Conv2d):
+            assert module.weight.shape[:2] == (module.out_channels, module.in_channels // module.groups)
+        elif isinstance(module, nn.Linear):
+            assert module.weight.shape == (module.out_features, module.in_features)
+        elif isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
+            assert module.weight.shape[0] == module.running_mean.shape[0] == module.num_features
+
+
+def small_resnet() -> nn.Module:
+    return models.ResNet(BasicBlock, [1, 1, 1, 1], num_classes=10)
+
+
+FAMILIES = {
+    "resnet": lambda: models.ResNet(Bottleneck, [1, 1, 1, 1], num_classes=10),
+    "densenet": lambda: models.DenseNet(growth_rate=16, block_config=(2, 3), num_init_features=32, num_classes=10),
+    "squeezenet": lambda: models.squeezenet1_1(num_classes=10),
+    "googlenet": lambda: models.googlenet(num_classes=10, aux_logits=False, init_weights=False),
+    "shufflenet": lambda: models.shufflenet_v2_x0_5(num_classes=10),
+    "mobilenet_v2": lambda: models.MobileNetV2(10, 0.5, [[1, 16, 1, 1], [6, 24, 2, 2], [6, 48, 2, 2]]),
+    "mobilenet_v3": lambda: models.mobilenet_v3_small(num_classes=10),
+    "regnet_y": lambda: models.regnet_y_400mf(num_classes=10),
+    "convnext": lambda: ConvNeXt([CNBlockConfig(32, 64, 2), CNBlockConfig(64, None, 1)], num_classes=10),
+    "vit": lambda: VisionTransformer(48, 16, 2, 2, 64, 128, num_classes=10),
+    "swin_v2": lambda: SwinTransformer([4, 4], 32, [2, 2], [2, 4], [4, 4], num_classes=10,
+                                       block=SwinTransformerBlockV2, downsample_layer=PatchMergingV2),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_is_equal_to_its_masked_model(family):
+    torch.manual_seed(0)
+    model = randomise(FAMILIES[family]())
+    before = state(model)
+    result = shrunk(model)
+    assert result.max_abs_diff <= 1e-4 * result.reference_scale
+    assert_as_planned(model, result)
+    assert is_unchanged(model, before)
+    sizes = [sum(parameter.numel() for parameter in one.parameters()) for one in (result.model, model)]
+    assert sizes[0] < 0.9 * sizes[1]
+
+
+@pytest.mark.parametrize("network", ODD_NETWORKS)
+@pytest.mark.parametrize("pruner", ["l1-norm", "fpgm"])
+def test_odd_networks_are_equal_to_their_masked_models(network, pruner):
+    torch.manual_seed(0)
+    model = randomise(network())
+    result = shrunk(model, size=28, pruner=pruner)
+    assert result.max_abs_diff <= 1e-5 * result.reference_scale
+    assert_as_planned(model, result)
+
+
+def test_equal_to_a_masked_model_made_independently():
+    """Masks into weights, zero after every BatchNorm of a masked convolution: no code of the package in between."""
+    torch.manual_seed(0)
+    model, example = randomise(small_resnet()), images()
+    found = plan(model, example, sparsity=0.5)
+    kept = nni_backend.kept_channels(model, found, "L1NormPruner")
+    masked = copy.deepcopy(model)
+    norms = {"conv1": "bn1", "conv2": "bn2", "0": "1"}
+    for layer, rows in kept.items():
+        parent, _, name = layer.rpartition(".")
+        masked.get_submodule(layer).weight.data[~rows] = 0
+        norm = masked.get_submodule(f"{parent}.{norms[name]}".lstrip("."))
+        norm.register_forward_hook(lambda _, __, out, rows=rows: out * rows.float().view(1, -1, 1, 1))
+    result = prune(model, example, found, "l1-norm")
+    with torch.no_grad():
+        difference = (masked(example) - result.model.eval()(example)).abs().max()
+        plain = (model(example) - result.model(example)).abs().max()
+    assert difference <= 1e-5 * result.reference_scale
+    assert plain > 0.05 * result.reference_scale, "the comparison would not notice a wrong channel"
+
+
+def _scores(weight: Tensor) -> dict[str, Tensor]:
+    rows = weight.flatten(1)
+    distances = torch.stack([(rows - row).norm(dim=1).sum() for row in rows])
+    return {"l1-norm": rows.abs().sum(1), "l2-norm": rows.norm(dim=1), "fpgm": distances}
+
+
+@pytest.mark.parametrize("pruner", PRUNERS)
+def test_a_pruner_keeps_the_channels_its_paper_says(pruner):
+    torch.manual_seed(0)
+    model = nn.Sequential(conv_bn(3, 32), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 5)).eval()
+    weight = model[0][0].weight.detach().clone()
+    result = shrunk(model, pruner=pruner)
+    best = _scores(weight)[pruner].topk(16).indices.sort().values
+    assert torch.equal(result.model[0][0].weight, weight[best])
+    assert torch.equal(result.model[3].weight, model[3].weight[:, best])
+
+
+def test_whole_groups_keep_their_width_and_shares_are_even():
+    model = randomise(Grouped())
+    result = shrunk(model, size=28)
+    middle, wider = result.model.mid[0], result.model.wider[0]
+    assert (middle.groups, middle.in_channels, middle.out_channels) == (4, 32, 32)
+    assert (wider.groups, wider.in_channels, wider.out_channels) == (4, 16, 32)
+
+
+class PartlyFrozen(nn.Module):
+    """A frozen, evaluating backbone under a head that trains, as in transfer learning."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone = nn.Sequential(conv_bn(3, 32), conv_bn(32, 32), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        self.head = nn.Sequential(nn.Linear(32, 32), nn.BatchNorm1d(32), nn.Linear(32, 5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.backbone(x))
+
+
+def test_modes_gradients_and_counters_survive():
+    model = randomise(PartlyFrozen()).train()
+    model.backbone.eval().requires_grad_(False)
+    model.head[1].num_batches_tracked.fill_(7)
+    modes = {name: module.training for name, module in model.named_modules()}
+    flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    result = shrunk(model)
+    for one in (model, result.model):
+        assert {name: module.training for name, module in one.named_modules()} == modes
+        assert {name: parameter.requires_grad for name, parameter in one.named_parameters()} == flags
+        assert all(parameter.grad is None for parameter in one.parameters())
+    assert result.model.head[1].num_batches_tracked == 7
+
+
+def test_the_result_trains_copies_and_exports():
+    torch.manual_seed(0)
+    result = shrunk(randomise(Grouped()), size=28)
+    model = copy.deepcopy(result.model).train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    losses = []
+    for _ in range(4):
+        loss = nn.functional.cross_entropy(model(images(28)), torch.tensor([0, 1]))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    exported = torch.export.export(result.model.eval(), (images(28),)).module()
+    with torch.no_grad():
+        assert torch.allclose(exported(images(28)), result.model(images(28)), atol=1e-5)
+
+
+def test_the_result_shares_no_memory_with_the_input_and_keeps_ties():
+    model = randomise(SharedAndTied())
+    result = shrunk(model, size=28)
+    own = {parameter.data_ptr() for parameter in result.model.parameters()}
+    assert own.isdisjoint(parameter.data_ptr() for parameter in model.parameters())
+    assert result.model.alias is result.model.free
+
+
+def test_pruning_twice_is_exact_both_times():
+    model = randomise(Grouped())
+    first = shrunk(model, size=28, sparsity=0.25)
+    second = shrunk(first.model, size=28)
+    assert second.max_abs_diff <= 1e-5 * second.reference_scale
+    assert second.model.inner[0].out_channels < first.model.inner[0].out_channels < model.inner[0].out_channels
+
+
+def test_all_zero_tensors_do_not_look_dead():
+    model = randomise(small_resnet())
+    with torch.no_grad():
+        model.fc.weight.zero_()
+        model.layer1[0].bn2.weight.zero_()
+        model.layer2[0].conv1.weight.zero_()
+    result = shrunk(model)
+    assert result.model.fc.in_features == 256 and result.model.layer2[0].conv1.out_channels == 64
+
+
+def test_a_wrong_model_is_caught_even_under_a_head_that_is_zero(monkeypatch):
+    model = randomise(small_resnet())
+    nn.init.zeros_(model.fc.weight)
+    _break_one_weight(monkeypatch, "layer3.0.conv1")
+    with pytest.raises(HandoffError, match="The inputs of fc of the shrunk model differ"):
+        shrunk(model)
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_it_works_where_gradients_are_off(context):
+    with context():
+        result = shrunk(randomise(FlattenByView()), size=28)
+    result.model.train()(images(28)).sum().backward()
+    assert all(parameter.grad is not None for parameter in result.model.parameters())
+
+
+def _break_one_weight(monkeypatch, layer: str) -> None:
+    replace = speedup._replace
+
+    def broken(name, module, functions, masks):
+        replace(name, module, functions, masks)
+        if name == layer:
+            module.weight.data[0] += 0.05
+
+    monkeypatch.setattr(speedup, "_replace", broken)
+
+
+def _harmless(model: nn.Module, call) -> None:
+    """Run `call`, which fails, and check that model, modes and random generators are bit by bit what they were."""
+    model.train()
+    before, flags = state(model), [parameter.requires_grad for parameter in model.parameters()]
+    generators = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
+    call()
+    assert is_unchanged(model, before) and all(module.training for module in model.modules())
+    assert flags == [parameter.requires_grad for parameter in model.parameters()]
+    assert torch.equal(generators[0], torch.get_rng_state()) and random.getstate() == generators[2]
+    assert np.array_equal(generators[1], np.random.get_state()[1])
+
+
+def test_a_shrunk_model_that_differs_is_refused_with_both_numbers(monkeypatch):
+    model = randomise(small_resnet())
+    _break_one_weight(monkeypatch, "layer3.0.conv1")
+
+    def call():
+        with pytest.raises(HandoffError, match=r"differ from the masked model's by \S+ where their scale is \S+;"):
+            shrunk(model)
+
+    _harmless(model, call)
+
+
+def test_a_failure_inside_nni_harms_nothing_and_is_explained(monkeypatch):
+    model = randomise(Grouped())
+
+    def fails(name, module, functions, masks):
+        raise ValueError("no room")
+
+    monkeypatch.setattr(speedup, "_replace", fails)
+
+    def call():
+        with pytest.raises(PruningError, match="NNI could not shrink the network: ValueError: no room"):
+            shrunk(model, size=28)
+
+    _harmless(model, call)
+
+
+def test_a_module_that_nni_cannot_replace_is_an_error():
+    with pytest.raises(PruningError, match=r"NNI cannot shrink features\.3, a Bilinear; exclude the layers before it"):
+        speedup._replace("features.3", nn.Bilinear(2, 2, 2), {}, (None, None, None))
+
+
+def test_a_plan_of_another_model_is_refused():
+    other = plan(models.resnet50(), images(), sparsity=0.5)
+    with pytest.raises(PruningError, match="The plan was made for another model: it expects 256 output channels in "
+                                           r"layer1\.0\.conv3 and finds no such layer"):
+        prune(models.resnet18(), images(), other, "l1-norm")
+
+
+def test_an_impossible_count_is_noticed_after_the_run():
+    model = nn.Sequential(nn.Conv2d(3, 32, 3), nn.Flatten())
+    impossible = Plan((Group(("0",), 32, 20, "no other layer shares its channels", unit=8),), ())
+    with pytest.raises(PruningError, match=r"NNI kept \d+ of 32 channels in 0 where 20 were planned"):
+        nni_backend.kept_channels(model, impossible, "L1NormPruner")
+
+
+def test_an_unknown_pruner_is_refused_with_the_known_ones():
+    with pytest.raises(RequestError, match="pruner: got 'magic', expected one of l1-norm, l2-norm, fpgm"):
+        prune(Grouped(), images(28), Plan((), ()), "magic")
+
+
+def test_the_fast_geometric_median_ranks_as_nnis_own():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 64, 3), nn.Flatten())
+    found = Plan((Group(("0",), 64, 32, "no other layer shares its channels"),), ())
+    fast = nni_backend.kept_channels(model, found, "FPGMPruner")["0"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nni_backend, "_fast_fpgm", lambda base: base)
+        assert torch.equal(nni_backend.kept_channels(model, found, "FPGMPruner")["0"], fast)
+
+
+class Drawn(nn.Module):
+    """A random network: each step is one block on the running tensor."""
+
+    def __init__(self, steps: list[tuple[str, int]]) -> None:
+        super().__init__()
+        self.stem, width = conv_bn(3, 32), 32
+        self.kinds, self.blocks = [], nn.ModuleList()
+        for kind, size in steps:
+            block, width = self._block(kind, width, size)
+            self.kinds.append(kind)
+            self.blocks.append(block)
+        self.head = nn.Linear(width, 5)
+
+    @staticmethod
+    def _block(kind: str, width: int, size: int) -> tuple[nn.Module, int]:
+        if kind == "residual":
+            return nn.Sequential(conv_bn(width, size), nn.Conv2d(size, width, 1), nn.BatchNorm2d(width)), width
+        if kind == "concat":
+            return conv_bn(width, size), width + size
+        if kind == "depthwise":
+            return conv_bn(width, width, groups=width), width
+        if kind == "grouped":
+            return nn.Sequential(conv_bn(width, 2 * size), conv_bn(2 * size, 2 * size, groups=8)), 2 * size
+        if kind == "gate":
+            return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(width, size, 1), nn.SiLU(),
+                                 nn.Conv2d(size, width, 1), nn.Sigmoid()), width
+        return conv_bn(width, size), size
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for kind, block in zip(self.kinds, self.blocks, strict=True):
+            if kind == "residual":
+                x = x + block(x)
+            elif kind == "concat":
+                x = torch.cat([x, block(x)], dim=1)
+            elif kind == "gate":
+                x = x * block(x)
+            else:
+                x = block(x)
+        return self.head(x.mean((2, 3)))
+
+
+_STEPS = st.tuples(st.sampled_from(["plain", "residual", "concat", "depthwise", "grouped", "gate"]),
+                   st.sampled_from([8, 16, 24, 40]))
+
+
+@settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@given(steps=st.lists(_STEPS, min_size=2, max_size=5), sparsity=st.sampled_from([0.2, 0.5, 0.8]),
+       pruner=st.sampled_from(sorted(PRUNERS)))
+def test_random_networks_are_equal_to_their_masked_models(steps, sparsity, pruner):
+    torch.manual_seed(0)
+    model = randomise(Drawn(steps))
+    result = shrunk(model, size=16, sparsity=sparsity, pruner=pruner)
+    assert result.max_abs_diff <= 1e-5 * result.reference_scale
+    assert_as_planned(model, result)
