@@ -1,0 +1,135 @@
+"""What every runtime offers: build a file, load it, run it, and say with which kernels."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Self
+
+import numpy as np
+
+from compress.errors import HandoffError
+
+Precision = Literal["fp32", "bf16", "fp16", "int8"]
+Flavour = Literal["tensorrt", "onnxruntime"]
+"""The two Q/DQ conventions of a quantized ONNX file; see `compress.quantization.flavours`."""
+
+
+@dataclass(frozen=True)
+class BuildSpec:
+    """The conditions under which a file is built or loaded."""
+
+    input_size: int
+    """Height and width of the images, pixels."""
+    batch_size: int = 1
+    """Images per call; the batch that an ahead-of-time engine is tuned for."""
+    max_batch: int = 1
+    """Largest batch that an ahead-of-time engine accepts."""
+    threads: int = 1
+    """CPU threads."""
+    precision: Precision = "fp32"
+    """Of the arithmetic that is not on integers. `fp32` is really fp32; `int8` leaves the choice to the runtime."""
+    static: bool = True
+    """Compile for exactly `batch_size` where that makes the runtime faster."""
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A convolution or fully connected layer as the runtime executes it."""
+
+    name: str
+    """Its node in the ONNX file, as far as the runtime keeps it."""
+    type: str
+    """The runtime's own word for the kernel."""
+    precision: str
+    """Of its inputs: int8 (signed or unsigned), fp32, bf16 or fp16."""
+
+
+@dataclass(frozen=True)
+class Built:
+    """What `Runtime.build` made."""
+
+    path: Path | None
+    """The engine; None for runtimes that load the ONNX file itself."""
+    ran: bool
+    """Whether this machine can execute it."""
+    text: str
+    """One sentence for a user."""
+    passport: dict[str, Any] = field(default_factory=dict)
+    """What is written beside the engine as `<engine>.json`; empty when there is no engine."""
+
+
+class Session(ABC):
+    """A loaded file. Use it as a context manager, or call `close`."""
+
+    precision: str
+    """Read back from the runtime: `int8` when any layer runs on integers, else the precision of the layers."""
+    notes: tuple[str, ...] = ()
+    """What was changed to get right answers on this machine, and anything else that a reader of timings must know."""
+
+    @abstractmethod
+    def run(self, images: np.ndarray) -> np.ndarray:
+        """Images float32 [N, 3, H, W], normalised -> logits float32 [N, classes]; raises `HandoffError`."""
+
+    @abstractmethod
+    def kernels(self) -> tuple[Kernel, ...]:
+        """The convolutions and fully connected layers, read back from the runtime's own optimized graph."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Free the runtime's memory; the session cannot run afterwards."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class Runtime(ABC):
+    """Something that executes models. Methods raise `RuntimeUnavailableError` with `missing()` when it is not there."""
+
+    name: str
+    title: str
+    flavour: Flavour
+    """The Q/DQ convention that it executes fastest."""
+
+    @abstractmethod
+    def missing(self) -> str | None:
+        """None when files can be built here; else one sentence: what is missing and what to do."""
+
+    @property
+    @abstractmethod
+    def runs_here(self) -> bool:
+        """Whether files can be executed on this machine."""
+
+    @abstractmethod
+    def build(self, onnx_path: Path, engine_path: Path, spec: BuildSpec) -> Built:
+        """Make what the runtime loads. Raises `HandoffError` with the runtime's reason when it refuses the file."""
+
+    @abstractmethod
+    def load(self, path: Path, spec: BuildSpec) -> Session:
+        """Load an ONNX file, or the engine that `build` made of it."""
+
+
+def check_images(images: np.ndarray, spec: BuildSpec, fixed_batch: int | None) -> np.ndarray:
+    """Contiguous float32 images of the shape the session was made for; raises `HandoffError`."""
+    wanted = (fixed_batch, 3, spec.input_size, spec.input_size)
+    fits = images.ndim == 4 and images.shape[1:] == wanted[1:] and fixed_batch in (None, len(images))
+    if not fits or images.dtype != np.float32:
+        shape = " x ".join(str(side or "any number") for side in wanted)
+        given = " x ".join(map(str, images.shape))
+        raise HandoffError(f"Images of shape {given} ({images.dtype}) were given; the session takes {shape} (float32).")
+    return np.ascontiguousarray(images)
+
+
+def precision_of(kernels: tuple[Kernel, ...], otherwise: str) -> str:
+    """`int8` when any layer runs on integers; else what most layers run in."""
+    precisions = [kernel.precision for kernel in kernels]
+    if "int8" in precisions:
+        return "int8"
+    return max(set(precisions), key=precisions.count) if precisions else otherwise

@@ -1,0 +1,163 @@
+"""OpenVINO on the CPU. The only file that imports openvino."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import onnx
+from google.protobuf.message import DecodeError
+from onnx import numpy_helper
+
+from compress import machine
+from compress.engines.base import BuildSpec, Built, Kernel, Runtime, Session, check_images, precision_of
+from compress.errors import HandoffError, RuntimeUnavailableError
+
+_LAYERS = frozenset({"Convolution", "FullyConnected"})
+_PRECISION = {"f32": "fp32", "bf16": "bf16", "f16": "fp16", "i8": "int8", "u8": "int8"}
+_HINT = {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}
+_KEEP_CODES = frozenset({"MaxPool", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze"})
+_LARGEST_SAFE_WEIGHT = 63
+"""An AVX2 kernel adds two products of unsigned and signed bytes in 16 bits: 2 * 255 * 63 fits, 2 * 255 * 127 not."""
+
+
+class OpenVino(Runtime):
+    """Compiles the ONNX file while it loads it; static shapes unless asked otherwise.
+
+    It gets the `onnxruntime` flavour: measured on AVX2, that one fuses the residual additions into the convolutions
+    and stays closer to the trained model.
+    """
+
+    name, title, flavour = "openvino", "OpenVINO", "onnxruntime"
+
+    def missing(self) -> str | None:
+        if importlib.util.find_spec("openvino") is None:
+            return "OpenVINO is not installed; install it with `pip install openvino`."
+        return None
+
+    @property
+    def runs_here(self) -> bool:
+        return self.missing() is None
+
+    def build(self, onnx_path: Path, engine_path: Path, spec: BuildSpec) -> Built:
+        with self.load(onnx_path, spec):
+            text = f"{self.title} loads {onnx_path.name} and compiles it for the CPU it finds."
+            return Built(path=None, ran=True, text=text)
+
+    def load(self, path: Path, spec: BuildSpec) -> Session:
+        if reason := self.missing():
+            raise RuntimeUnavailableError(reason)
+        return _OpenVinoSession(path, spec)
+
+
+class _OpenVinoSession(Session):
+    def __init__(self, path: Path, spec: BuildSpec) -> None:
+        self._spec = spec
+        self._batch = spec.batch_size if spec.static else None
+        try:
+            self._compiled, narrowed = _compile(path, spec)
+            self._request = self._compiled.create_infer_request()
+        except (RuntimeError, DecodeError) as error:
+            raise HandoffError(f"OpenVINO cannot compile {path.name}: {error}") from error
+        self._kernels = _read_kernels(self._compiled)
+        rest = self._compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
+        self.precision = precision_of(self._kernels, _PRECISION.get(rest, rest))
+        self.notes = (_narrowed_note(narrowed),) if narrowed else ()
+
+    def run(self, images: np.ndarray) -> np.ndarray:
+        images = check_images(images, self._spec, self._batch)
+        return self._request.infer({0: images}, share_inputs=True, share_outputs=True)[0].copy()
+
+    def kernels(self) -> tuple[Kernel, ...]:
+        return self._kernels
+
+    def close(self) -> None:
+        self._request = self._compiled = None
+
+
+def _import_openvino() -> ModuleType:
+    """Import OpenVINO without its telemetry, which otherwise writes an identifier into the home folder on import."""
+    if "openvino" not in sys.modules:
+        sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # makes its import fail; OpenVINO has a stub
+    import openvino
+
+    return openvino
+
+
+def _compile(path: Path, spec: BuildSpec) -> tuple[Any, list[str]]:
+    openvino = _import_openvino()
+    core = openvino.Core()
+    narrowed: list[str] = []
+    if machine.has_int8_dot_product():
+        model = core.read_model(str(path))
+    else:
+        content, narrowed = without_overflow(path)
+        model = core.read_model(content) if narrowed else core.read_model(str(path))
+    if spec.static:
+        model.reshape([spec.batch_size, 3, spec.input_size, spec.input_size])
+    settings: dict[str, Any] = {"INFERENCE_NUM_THREADS": spec.threads, "PERFORMANCE_HINT": "LATENCY"}
+    if spec.precision in _HINT:
+        settings["INFERENCE_PRECISION_HINT"] = _HINT[spec.precision]
+    return core.compile_model(model, "CPU", settings), narrowed
+
+
+def _read_kernels(compiled: Any) -> tuple[Kernel, ...]:
+    found = []
+    for node in compiled.get_runtime_model().get_ordered_ops():
+        facts = node.get_rt_info()
+        kind = facts["layerType"].astype(str)
+        if kind in _LAYERS:
+            precision = facts["runtimePrecision"].astype(str)
+            name = node.get_friendly_name().removesuffix("/WithoutBiases")
+            found.append(Kernel(name, kind, _PRECISION.get(precision, precision)))
+    return tuple(found)
+
+
+def without_overflow(path: Path) -> tuple[bytes, list[str]]:
+    """The ONNX file with 7-bit weights in every layer that reads signed activations, and those layers' names.
+
+    For CPUs without an int8 dot product. Signed activations occupy all 256 codes there, and two products with full
+    8-bit weights overflow 16 bits; activations behind a ReLU stay at 127 and below. Weights that are small enough
+    (7 bits or fewer) are left as they are.
+    """
+    model = onnx.load(path)
+    constants = {tensor.name: tensor for tensor in model.graph.initializer}
+    makers = {output: node for node in model.graph.node for output in node.output}
+    narrowed: dict[str, str] = {}
+    for node in model.graph.node:
+        if node.op_type not in ("Conv", "Gemm", "MatMul"):
+            continue
+        data, weight = _dequantize_before(node.input[0], makers), makers.get(node.input[1])
+        if data is None or weight is None or weight.op_type != "DequantizeLinear" or weight.input[0] not in constants:
+            continue
+        signed = numpy_helper.to_array(constants[data.input[2]]).any()
+        codes = numpy_helper.to_array(constants[weight.input[0]])
+        if signed and np.abs(codes.astype(np.int16)).max() > _LARGEST_SAFE_WEIGHT:
+            _halve(constants, weight)
+            narrowed[weight.input[0]] = node.name
+    return (model.SerializeToString(), list(narrowed.values())) if narrowed else (b"", [])
+
+
+def _dequantize_before(name: str, makers: dict[str, onnx.NodeProto]) -> onnx.NodeProto | None:
+    node = makers.get(name)
+    while node is not None and node.op_type in _KEEP_CODES:
+        node = makers.get(node.input[0])
+    return node if node is not None and node.op_type == "DequantizeLinear" and len(node.input) > 2 else None
+
+
+def _halve(constants: dict[str, onnx.TensorProto], weight: onnx.NodeProto) -> None:
+    codes, scales = (constants[name] for name in weight.input[:2])
+    halved = np.rint(numpy_helper.to_array(codes) / 2).astype(np.int8)
+    codes.CopyFrom(numpy_helper.from_array(halved, codes.name))
+    scales.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(scales) * np.float32(2), scales.name))
+
+
+def _narrowed_note(layers: list[str]) -> str:
+    return (
+        f"This CPU has no int8 dot product: OpenVINO got 7-bit weights for the {len(layers)} layer(s) that read signed "
+        "values, because its 8-bit kernels overflow here."
+    )

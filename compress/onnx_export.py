@@ -1,0 +1,182 @@
+"""PyTorch model to ONNX file: float, half precision, or explicit Q/DQ in one flavour or both.
+
+Every file has a dynamic batch, the input `images` (float32, NCHW, normalised) and the output `logits` (float32). Nodes
+and tensors carry the name of their layer or quantization point (`layer1.0.conv1.scales`, `q_relu.scale`), and nothing
+in the file tells where it was made.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import copy
+import io
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Literal
+
+import onnx
+import onnx_ir as ir
+import torch
+from torch import Tensor, nn
+
+from compress.errors import HandoffError
+from compress.quantization.convert import convert
+from compress.quantization.flavours import Flavour, apply_flavour, constant, remove_unused
+from compress.quantization.prepare import quantization_points
+from compress.quantization.ranges import Quantized
+
+Precision = Literal["fp32", "fp16"]
+INPUT, OUTPUT = "images", "logits"
+OPSET = 20
+LARGEST_BATCH = 4096
+_LARGEST_FILE = 1_500_000_000
+_SCOPES = "pkg.torch.onnx.name_scopes"
+
+
+def export(model: nn.Module, path: Path, *, input_size: int, precision: Precision = "fp32") -> None:
+    """Write `model` (eval mode is assumed; a float model) as one ONNX file.
+
+    Weights beyond 1.5 GB go to `<name>.data` beside it. Raises `HandoffError` when torch cannot export the model.
+    """
+    _save(_exported(model, input_size, precision), path)
+
+
+def export_flavours(quantized: Quantized, paths: Mapping[Flavour, Path], *, input_size: int) -> None:
+    """Write a quantized model with explicit Q/DQ, one file for each flavour of `paths`; torch exports it only once."""
+    neutral = _exported(convert(quantized), input_size, "fp32")
+    points = quantization_points(quantized.model)
+    for flavour, path in paths.items():
+        _save(apply_flavour(neutral, points, quantized.ranges, flavour), path)
+
+
+class _HalfPrecision(nn.Module):
+    """Computes in fp16; images and logits stay float32, so that every file is called alike."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.model(images.half()).float()
+
+
+def _exported(model: nn.Module, input_size: int, precision: Precision) -> ir.Model:
+    source = _HalfPrecision(_half_copy(model)) if precision == "fp16" else model
+    images = torch.zeros(2, 3, input_size, input_size, device=_device_of(model))
+    batch = torch.export.Dim("batch", min=1, max=LARGEST_BATCH)
+    try:
+        with _quiet_exporter(), torch.no_grad():
+            program = torch.onnx.export(
+                source.eval(), (images,), dynamo=True, optimize=True, verbose=False, opset_version=OPSET,
+                input_names=[INPUT], output_names=[OUTPUT], dynamic_shapes=({0: batch},),
+            )  # fmt: skip
+    except Exception as error:  # noqa: BLE001 - the exporter runs the model's own code, which may raise anything
+        name = type(model).__name__
+        raise HandoffError(f"{name} cannot be exported to ONNX with a dynamic batch: {error}") from error
+    exported = program.model
+    _name_layers(exported)
+    _name_quantization(exported)
+    _pool_instead_of_mean(exported)
+    _strip_metadata(exported)
+    return exported
+
+
+def _half_copy(model: nn.Module) -> nn.Module:
+    copied = copy.deepcopy(model).half()
+    for module in copied.modules():  # constants that the model's own code casts its input to would stay float32
+        module.requires_grad_(False)
+    return copied
+
+
+def _device_of(model: nn.Module) -> torch.device:
+    return next((tensor.device for tensor in [*model.parameters(), *model.buffers()]), torch.device("cpu"))
+
+
+@contextlib.contextmanager
+def _quiet_exporter() -> Iterator[None]:
+    """The exporter warns, logs and prints about its own internals; errors still come as exceptions."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)
+
+
+def _name_layers(model: ir.Model) -> None:
+    """Name every layer's node as the model does (`layer1.0.conv1`); later calls of a layer keep the exporter's name."""
+    taken = {node.name for node in model.graph}
+    for node in model.graph:
+        scopes = _scopes(node)
+        if node.op_type in ("Conv", "Gemm", "MatMul") and len(scopes) > 1 and scopes[-2] and scopes[-2] not in taken:
+            node.name = scopes[-2]
+            taken.add(node.name)
+
+
+def _scopes(node: ir.Node) -> list[str]:
+    """Module paths from the outermost to the operation itself, as the exporter noted them."""
+    return ast.literal_eval(node.metadata_props.get(_SCOPES, "[]"))
+
+
+def _name_quantization(model: ir.Model) -> None:
+    """Give every Q/DQ node its own scale and zero point, named after the point or layer that owns them.
+
+    The exporter shares equal constants between nodes; ONNX Runtime's rewrite of int8 weights for CPUs without VNNI
+    stops on a shared zero point ("Attempt to replace the existing tensor").
+    """
+    for node in model.graph:
+        if node.op_type not in ("QuantizeLinear", "DequantizeLinear"):
+            continue
+        codes = node.inputs[0]
+        if codes.is_initializer():
+            layer = codes.name.removesuffix(".codes")
+            names = f"{layer}.scales", f"{layer}.zero_points"
+        else:
+            point = _scopes(node)[-2]
+            node.name = f"{point}.{'quantize' if node.op_type == 'QuantizeLinear' else 'dequantize'}"
+            names = f"{point}.scale", f"{point}.zero_point"
+        for index, name in enumerate(names, start=1):
+            node.replace_input_with(index, constant(model, name, node.inputs[index].const_value.numpy()))
+    remove_unused(model)
+
+
+def _pool_instead_of_mean(model: ir.Model) -> None:
+    """The mean over height and width as the pooling operator it is: runtimes have integer kernels only for that."""
+    for node in list(model.graph):
+        if node.op_type != "ReduceMean" or len(node.inputs) < 2 or node.inputs[1].const_value is None:
+            continue
+        axes = sorted(int(axis) % 4 for axis in node.inputs[1].const_value.numpy().reshape(-1))
+        keeps = node.attributes.get_int("keepdims", 1) == 1
+        shape = node.inputs[0].shape
+        if axes != [2, 3] or not keeps or shape is None or len(shape) != 4:
+            continue
+        pool = ir.node("GlobalAveragePool", [node.inputs[0]], name=node.name)
+        pool.outputs[0].name, pool.outputs[0].shape, pool.outputs[0].type = (
+            node.outputs[0].name, node.outputs[0].shape, node.outputs[0].type)  # fmt: skip
+        ir.convenience.replace_nodes_and_values(model.graph, node, [node], [pool], node.outputs, pool.outputs)
+    remove_unused(model)
+
+
+def _strip_metadata(model: ir.Model) -> None:
+    """The exporter writes stack traces with local file names beside every node."""
+    model.graph.metadata_props.clear()
+    values = [*model.graph.inputs, *model.graph.initializers.values()]
+    for node in model.graph:
+        node.metadata_props.clear()
+        node.doc_string = None
+        values.extend(node.outputs)
+    for value in values:
+        value.metadata_props.clear()
+
+
+def _save(model: ir.Model, path: Path) -> None:
+    size = sum(value.const_value.nbytes for value in model.graph.initializers.values())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    external = f"{path.name}.data" if size > _LARGEST_FILE else None
+    ir.save(model, path, external_data=external)
+    onnx.checker.check_model(str(path))

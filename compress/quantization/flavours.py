@@ -1,0 +1,135 @@
+"""The two Q/DQ conventions of one quantized ONNX graph.
+
+| flavour       | activations                                                     | conv to add, activation  |
+|---------------|-----------------------------------------------------------------|--------------------------|
+| `tensorrt`    | int8, zero is code 0                                            | none: TensorRT fuses     |
+| `onnxruntime` | uint8 on the same scales; zero is 0 after a ReLU, 128 elsewhere | a point                  |
+
+Both start from the neutral graph that `convert` exports: int8, zero is code 0, every point present. Scales and weight
+codes are never touched. A grid narrower than its container (fewer than 8 bits; the bound of a ReLU6) needs a clip:
+ONNX Runtime clips the integers behind the kernel, TensorRT the floats in front of the pair, where each can fuse it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import onnx_ir as ir
+
+from compress.engines.base import Flavour
+from compress.quantization.prepare import QPoint
+from compress.quantization.ranges import ActivationGrid, Ranges
+
+FLAVOURS: tuple[Flavour, ...] = ("tensorrt", "onnxruntime")
+
+
+def zero_point(point: QPoint, flavour: Flavour) -> int:
+    """Zero's code. Where it is code 0 of a uint8, the quantization itself is the ReLU and costs nothing."""
+    return 0 if flavour == "tensorrt" or point.non_negative else 128
+
+
+def code_range(point: QPoint, grid: ActivationGrid, flavour: Flavour) -> tuple[int, int]:
+    """Smallest and largest code that a file of this flavour can hold for this point, zero being code 0."""
+    zero = zero_point(point, flavour)
+    low, high = (-128, 127) if flavour == "tensorrt" else (-zero, 255 - zero)
+    if _narrow(point, grid, flavour):
+        return max(low, grid.lowest), min(high, grid.highest)
+    return low, high
+
+
+def _narrow(point: QPoint, grid: ActivationGrid, flavour: Flavour) -> bool:
+    return grid.bits < 8 or (flavour == "onnxruntime" and point.clipped_above)
+
+
+def apply_flavour(neutral: ir.Model, points: Mapping[str, QPoint], ranges: Ranges, flavour: Flavour) -> ir.Model:
+    """A copy of the neutral graph in `flavour`."""
+    model = neutral.clone()
+    for node in list(model.graph):
+        name, _, role = (node.name or "").rpartition(".")
+        if role != "quantize" or name not in points:
+            continue
+        if flavour == "tensorrt":
+            _edit_for_tensorrt(model, node, points[name], ranges.activations[name])
+        else:
+            _edit_for_onnxruntime(model, node, points[name], ranges.activations[name])
+    if flavour == "onnxruntime":
+        _quantize_gemm_biases(model)
+    remove_unused(model)
+    return model
+
+
+def _edit_for_tensorrt(model: ir.Model, quantize: ir.Node, point: QPoint, grid: ActivationGrid) -> None:
+    (dequantize, _), = quantize.outputs[0].uses()
+    if point.only_onnxruntime:
+        ir.convenience.replace_all_uses_with(dequantize.outputs[0], quantize.inputs[0])
+        model.graph.remove([dequantize, quantize], safe=True)
+    elif _narrow(point, grid, "tensorrt"):
+        low, high = (np.float32(code * grid.scale) for code in code_range(point, grid, "tensorrt"))
+        clip = _clip(model, quantize.inputs[0], point.name, low, high, ir.DataType.FLOAT)
+        model.graph.insert_before(quantize, clip)
+        quantize.replace_input_with(0, clip.outputs[0])
+
+
+def _edit_for_onnxruntime(model: ir.Model, quantize: ir.Node, point: QPoint, grid: ActivationGrid) -> None:
+    (dequantize, _), = quantize.outputs[0].uses()
+    zero = zero_point(point, "onnxruntime")
+    value = constant(model, f"{point.name}.zero_point.uint8", np.array(zero, dtype=np.uint8))
+    quantize.replace_input_with(2, value)
+    dequantize.replace_input_with(2, value)
+    quantize.outputs[0].dtype = ir.DataType.UINT8
+    if _narrow(point, grid, "onnxruntime"):
+        low, high = (np.uint8(code + zero) for code in code_range(point, grid, "onnxruntime"))
+        clip = _clip(model, quantize.outputs[0], point.name, low, high, ir.DataType.UINT8)
+        model.graph.insert_after(quantize, clip)
+        dequantize.replace_input_with(0, clip.outputs[0])
+
+
+def _clip(
+    model: ir.Model, value: ir.Value, name: str, low: np.generic, high: np.generic, dtype: ir.DataType
+) -> ir.Node:
+    sides = {"lowest": low, "highest": high}
+    bounds = [constant(model, f"{name}.{side}", np.array(bound)) for side, bound in sides.items()]
+    clip = ir.node("Clip", [value, *bounds], name=f"{name}.clip")
+    clip.outputs[0].name, clip.outputs[0].shape, clip.outputs[0].dtype = f"{name}.clipped", value.shape, dtype
+    return clip
+
+
+def _quantize_gemm_biases(model: ir.Model) -> None:
+    """Store each fully connected layer's bias as int32 in units of input scale times weight scale.
+
+    ONNX Runtime does that by itself for convolutions; a fully connected layer it runs in float instead.
+    """
+    for node in list(model.graph):
+        if node.op_type != "Gemm" or len(node.inputs) < 3 or not node.inputs[2].is_initializer():
+            continue
+        sources = [node.inputs[index].producer() for index in (0, 1)]
+        if not all(source is not None and source.op_type == "DequantizeLinear" for source in sources):
+            continue
+        name = node.inputs[2].name
+        scale = sources[0].inputs[1].const_value.numpy() * sources[1].inputs[1].const_value.numpy()
+        bias = node.inputs[2].const_value.numpy()
+        codes = np.clip(np.rint(bias.astype(np.float64) / scale), -(2**31), 2**31 - 1).astype(np.int32)
+        arrays = {"codes": codes, "scales": scale.astype(np.float32), "zero_points": np.zeros_like(codes)}
+        inputs = [constant(model, f"{name}.{part}", array) for part, array in arrays.items()]
+        dequantize = ir.node("DequantizeLinear", inputs, attributes={"axis": 0}, name=f"{name}.dequantize")
+        dequantize.outputs[0].name = f"{name}.dequantized"
+        model.graph.insert_before(node, dequantize)
+        node.replace_input_with(2, dequantize.outputs[0])
+
+
+def constant(model: ir.Model, name: str, array: np.ndarray) -> ir.Value:
+    """The graph's initializer of that name, made from `array` when there is none yet."""
+    if name in model.graph.initializers:
+        return model.graph.initializers[name]
+    value = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(ir.DataType.from_numpy(array.dtype)),
+                     const_value=ir.tensor(array, name=name))  # fmt: skip
+    model.graph.register_initializer(value)
+    return value
+
+
+def remove_unused(model: ir.Model) -> None:
+    """Drop initializers that nothing reads any more."""
+    for name, value in list(model.graph.initializers.items()):
+        if not value.uses() and not value.is_graph_output():
+            del model.graph.initializers[name]

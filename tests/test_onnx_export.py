@@ -1,0 +1,153 @@
+"""ONNX files: exact scales, both flavours, any batch, and nothing that tells where they were made."""
+
+from __future__ import annotations
+
+import functools
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import TensorProto, numpy_helper
+from quantization_networks import SIZE, answers, calibrated, images, trained
+from torch import Tensor, nn
+
+from compress.engines import RUNTIMES, BuildSpec
+from compress.errors import HandoffError, QuantizationError
+from compress.onnx_export import export, export_flavours
+from compress.quantization import FLAVOURS, Quantized, fake_quantized, prepare, quantization_points, quantize
+
+SPEC = BuildSpec(SIZE, static=False)
+
+
+@functools.cache
+def exported(weight_bits: int = 8, activation_bits: int = 8) -> dict[str, Path]:
+    folder = Path(tempfile.mkdtemp(prefix="espalier-test-"))
+    paths = {flavour: folder / f"{flavour}.onnx" for flavour in FLAVOURS}
+    export_flavours(calibrated(weight_bits, activation_bits), paths, input_size=SIZE)
+    return paths
+
+
+def run(path: Path, batch: Tensor) -> np.ndarray:
+    with RUNTIMES["onnxruntime"].load(path, SPEC) as session:
+        return session.run(batch.numpy())
+
+
+def constants(path: Path) -> tuple[onnx.GraphProto, dict[str, np.ndarray]]:
+    graph = onnx.load(path).graph
+    return graph, {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
+
+
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_every_scale_in_the_file_is_nnis_bit_for_bit(flavour):
+    ranges, points = calibrated().ranges, quantization_points(calibrated().model)
+    graph, values = constants(exported()[flavour])
+    quantizers = {node.name.removesuffix(".quantize"): node for node in graph.node if node.op_type == "QuantizeLinear"}
+    left_out = {name for name, point in points.items() if point.only_onnxruntime and flavour == "tensorrt"}
+    assert quantizers.keys() == points.keys() - left_out
+    for name, node in quantizers.items():
+        scale, zero_point = (values[constant] for constant in node.input[1:3])
+        assert scale.dtype == np.float32 and scale.tobytes() == np.float32(ranges.activations[name].scale).tobytes()
+        expected = (np.int8, 0) if flavour == "tensorrt" else (np.uint8, 0 if points[name].non_negative else 128)
+        assert (zero_point.dtype.type, int(zero_point)) == expected
+    for name, grid in ranges.weights.items():
+        assert values[f"{name}.scales"].tobytes() == np.array(grid.scales, dtype=np.float32).tobytes()
+        codes = grid.codes(calibrated().model.get_submodule(name).weight)
+        assert values[f"{name}.codes"].dtype == np.int8 and np.array_equal(values[f"{name}.codes"], codes.numpy())
+
+
+def test_layers_carry_their_own_names_and_nothing_else_is_told():
+    path = exported()["onnxruntime"]
+    graph, _ = constants(path)
+    assert {node.name for node in graph.node if node.op_type == "Conv"} >= {"stem", "conv1", "depthwise"}
+    content = path.read_bytes()
+    for trace in (b"stack_trace", b".py", str(Path(__file__).parents[1]).encode()):
+        assert trace not in content
+
+
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_the_file_answers_like_the_simulated_model(flavour):
+    batch = images(256, seed=11)[0]
+    expected = answers(fake_quantized(calibrated(), flavour), batch).numpy()
+    got = run(exported()[flavour], batch)
+    assert (expected.argmax(1) == got.argmax(1)).mean() >= 0.99
+    assert np.abs(expected - got).max() <= 0.05 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_fewer_bits_stay_on_their_grid_in_int8_containers(flavour):
+    batch = images(128, seed=12)[0]
+    expected = answers(fake_quantized(calibrated(4, 4), flavour), batch).numpy()
+    got = run(exported(4, 4)[flavour], batch)
+    assert (expected.argmax(1) == got.argmax(1)).mean() >= 0.97
+    graph, values = constants(exported(4, 4)[flavour])
+    assert max(np.abs(value).max() for name, value in values.items() if name.endswith(".codes") and value.ndim > 1) == 7
+    assert sum(node.op_type == "Clip" for node in graph.node) >= len(calibrated(4, 4).ranges.activations) / 2
+
+
+def test_every_layer_runs_on_integers_in_onnxruntime_relu6_included():
+    with RUNTIMES["onnxruntime"].load(exported()["onnxruntime"], SPEC) as session:
+        kernels = session.kernels()
+    assert {kernel.precision for kernel in kernels} == {"int8"}
+    assert {kernel.name for kernel in kernels} == set(calibrated().ranges.weights)
+
+
+def test_a_relu6_keeps_its_bound_although_its_container_reaches_further():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU6(), nn.Conv2d(8, 8, 3), nn.Flatten())
+    with torch.no_grad():
+        model[0].weight.mul_(20)
+    batch = torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    quantized = quantize(prepare(model), weight_bits=8, activation_bits=8, calibration=[batch], train=None)
+    (bounded,) = [name for name, point in quantization_points(quantized.model).items() if point.clipped_above]
+    assert quantized.ranges.activations[bounded].scale == pytest.approx(6 / 127)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.onnx"
+        export_flavours(quantized, {"onnxruntime": path}, input_size=8)
+        with RUNTIMES["onnxruntime"].load(path, BuildSpec(8, static=False)) as session:
+            got = session.run(4 * batch.numpy())
+            assert [kernel.precision for kernel in session.kernels()] == ["int8", "int8"]
+    expected = answers(fake_quantized(quantized, "onnxruntime"), 4 * batch).numpy()
+    assert np.abs(got - expected).max() <= 2 * quantized.ranges.activations["q__2"].scale
+
+
+@pytest.mark.parametrize("count", [1, 5])
+def test_the_batch_is_free(count):
+    assert run(exported()["tensorrt"], images(count, seed=13)[0]).shape == (count, 6)
+
+
+def test_float_and_half_files_equal_their_model(tmp_path):
+    batch = images(16, seed=14)[0]
+    expected = answers(trained(), batch).numpy()
+    for precision, tolerance, dtype in (("fp32", 1e-5, TensorProto.FLOAT), ("fp16", 1e-2, TensorProto.FLOAT16)):
+        path = tmp_path / f"{precision}.onnx"
+        export(trained(), path, input_size=SIZE, precision=precision)
+        assert np.abs(run(path, batch) - expected).max() <= tolerance * np.abs(expected).max()
+        graph, _ = constants(path)
+        assert {tensor.data_type for tensor in graph.initializer if tensor.dims} <= {dtype, TensorProto.INT64}
+        assert graph.input[0].type.tensor_type.elem_type == graph.output[0].type.tensor_type.elem_type == 1
+    assert next(trained().parameters()).dtype == torch.float32
+
+
+def test_pooling_over_the_image_is_a_pooling_operator(tmp_path):
+    export(trained(), tmp_path / "model.onnx", input_size=SIZE)
+    kinds = {node.op_type for node in onnx.load(tmp_path / "model.onnx").graph.node}
+    assert "GlobalAveragePool" in kinds and "ReduceMean" not in kinds
+
+
+class Branching(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.flatten(1) if x.sum() > 0 else -x.flatten(1)
+
+
+def test_a_model_that_cannot_be_exported_is_refused_by_name(tmp_path):
+    with pytest.raises(HandoffError, match="Branching cannot be exported to ONNX with a dynamic batch"):
+        export(Branching(), tmp_path / "model.onnx", input_size=SIZE)
+    assert not (tmp_path / "model.onnx").exists()
+
+
+def test_ranges_of_another_model_are_refused():
+    other = prepare(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten()))
+    with pytest.raises(QuantizationError, match="the ranges belong to a model with other points"):
+        fake_quantized(Quantized(other, calibrated().ranges))
