@@ -1,0 +1,50 @@
+"""Espalier: make an image classifier smaller and faster, and prove what that cost.
+
+import compress
+report = compress.run(compress.Request(model="resnet18", data="fashion-mnist"), out="runs/first")
+model = compress.load("runs/first")
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from compress.errors import CompressError
+from compress.report import Report
+from compress.request import Request
+
+if TYPE_CHECKING:
+    from torch import nn
+
+__version__ = "0.1.0"
+__all__ = ["CompressError", "Report", "Request", "__version__", "load", "run"]
+
+
+def run(
+    request: Request,
+    *,
+    model: nn.Module | None = None,
+    out: str | Path,
+    resume: bool = False,
+    notify: Callable[[dict[str, Any]], None] = lambda event: None,
+) -> Report:
+    """Carries out `request` in the folder `out`; see `compress.pipeline.run`."""
+    from compress import pipeline
+
+    return pipeline.run(request, model=model, out=Path(out), resume=resume, notify=notify)
+
+
+def load(run_folder: str | Path, *, model: nn.Module | None = None) -> nn.Module:
+    """The pruned and fine-tuned model of a finished run, rebuilt in eval mode; NNI is not needed.
+
+    Args:
+        model: a fresh instance of your own class, for a run that started from `model=`.
+
+    Raises:
+        StorageError: the folder holds no model, or its weights were changed after the run.
+    """
+    from compress import models
+
+    return models.rebuild(Path(run_folder) / "artifacts", model=model)

@@ -1,0 +1,306 @@
+"""Espalier from a shell: `python -m compress run --model resnet18 --data fashion-mnist`.
+
+The options of `run` and `check` are the fields of `Request`; their help is the fields' own description.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import logging
+import signal
+import sys
+import time
+import traceback
+import warnings
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from compress.errors import CompressError, RequestError
+from compress.request import Request
+
+cli = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Make an image classifier smaller and faster, and prove what that cost.",
+)
+jobs_cli = typer.Typer(
+    no_args_is_help=True, add_completion=False, help="Runs that were submitted to the web app's queue."
+)
+cli.add_typer(jobs_cli, name="jobs")
+
+Json = Annotated[bool, typer.Option("--json", help="Print the machine-readable form.")]
+RunFolder = Annotated[Path, typer.Argument(help="Folder of a run.", show_default=False)]
+CANCELLED, FAILED, MISUSED = 143, 1, 2
+
+
+class Cancelled(BaseException):
+    """SIGTERM or Ctrl-C; not an error, so nothing that handles errors may swallow it."""
+
+
+def _with_request_options(command: Any) -> Any:
+    """Replaces the parameter `values` of a command by one option for each field of `Request`."""
+    signature = inspect.signature(command, eval_str=True)
+    options = []
+    for name, field in Request.model_fields.items():
+        kind: Any = bool if isinstance(field.default, bool) else list[str] if name == "exclude" else str
+        flag = "--" + name.replace("_", "-")
+        declared = f"{flag}/--no-{flag[2:]}" if kind is bool else flag
+        shown = False if field.default in (None, ()) else str(field.default)
+        option = typer.Option(declared, help=field.description, show_default=shown)
+        options.append(
+            inspect.Parameter(
+                name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option]
+            )
+        )
+    own = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in signature.parameters.values() if p.name != "values"]
+
+    def wrapper(**given: Any) -> Any:
+        values = {name: given.pop(name) for name in Request.model_fields}
+        return command(values=values, **given)
+
+    wrapper.__signature__ = signature.replace(parameters=[*options, *own])  # type: ignore[attr-defined]
+    wrapper.__annotations__ = {p.name: p.annotation for p in (*options, *own)}
+    wrapper.__name__, wrapper.__doc__ = command.__name__, command.__doc__
+    return wrapper
+
+
+RequestFile = Annotated[
+    Path | None,
+    typer.Option("--request", help="Read the request from a JSON file, as request.json of a run.", show_default=False),
+]
+
+
+def run(
+    values: dict[str, Any],
+    request: RequestFile = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="Folder for the results; new or empty.", show_default="runs/<time>-<model>"),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the run in --out at its first unfinished stage.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Compress a model: prune, shrink, fine-tune, quantize, export, build engines, measure, report."""
+    asked = _request(values, request)
+    folder = out or Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{asked.model}"
+    from compress import pipeline
+
+    report = pipeline.run(asked, out=folder, resume=resume, notify=_show_progress)
+    if as_json:
+        typer.echo(report.to_json(), nl=False)
+        return
+    from compress import charts
+
+    typer.echo(f"\n{report.verdict.text}\n")
+    typer.echo(_text_table(*charts.tables(report)["summary"]))
+    typer.echo(
+        f"\nReport     {folder / 'report.html'}\nFiles      {folder / 'artifacts'}"
+        f"\nVerify     python -m compress verify {folder}"
+    )
+
+
+def check(values: dict[str, Any], request: RequestFile = None, as_json: Json = False) -> None:
+    """Before anything is spent: what would be pruned, quantized and built, and what stands in the way."""
+    from compress import pipeline
+
+    found = pipeline.check(_request(values, request))
+    typer.echo(json.dumps(found, indent=1) if as_json else _text_check(found))
+    if not found["possible"]:
+        raise typer.Exit(FAILED)
+
+
+cli.command()(_with_request_options(run))
+cli.command()(_with_request_options(check))
+
+
+@cli.command()
+def models(as_json: Json = False) -> None:
+    """The torchvision classifiers on offer."""
+    from compress import catalog
+
+    rows = [
+        {
+            "name": name,
+            "parameters": catalog.published(name).parameters,
+            "input_size": catalog.published(name).preprocessing.input_size,
+        }
+        for name in catalog.names()
+    ]
+    _list(rows, as_json)
+
+
+@cli.command()
+def pruners(as_json: Json = False) -> None:
+    """How the channels to remove can be chosen."""
+    from compress.pruning import PRUNERS
+
+    _list(
+        [
+            {
+                "name": p.name,
+                "what": p.summary,
+                "needs": "data" if p.needs_data else "weights only",
+                "cost": p.cost,
+                "paper": p.paper,
+            }
+            for p in PRUNERS.values()
+        ],
+        as_json,
+    )
+
+
+@cli.command()
+def quantizers(as_json: Json = False) -> None:
+    """How floating point becomes integers."""
+    from compress.quantization import QUANTIZERS
+
+    _list(
+        [
+            {
+                "name": q.name,
+                "what": q.summary,
+                "needs": "data" if q.needs_data else "nothing",
+                "bits": f"{min(q.bits)} to {max(q.bits)}",
+                "integers on": ", ".join(q.integer_runtimes),
+                "paper": q.paper,
+            }
+            for q in QUANTIZERS.values()
+        ],
+        as_json,
+    )
+
+
+@cli.command()
+def runtimes(as_json: Json = False) -> None:
+    """What can execute a file here, and what is missing for the rest."""
+    from compress.engines import RUNTIMES
+
+    _list(
+        [
+            {"name": r.name, "state": r.missing() or ("runs here" if r.runs_here else "builds here, cannot run here")}
+            for r in RUNTIMES.values()
+        ],
+        as_json,
+    )
+
+
+@cli.command()
+def verify(folder: RunFolder, as_json: Json = False) -> None:
+    """Check every hash and hand-off of a finished run again."""
+    from compress import pipeline
+
+    problems = pipeline.verify(folder)
+    if as_json:
+        typer.echo(json.dumps({"folder": str(folder), "verified": not problems, "problems": problems}))
+    else:
+        typer.echo("\n".join(problems) or f"{folder} verifies: every file and every hand-off.")
+    if problems:
+        raise typer.Exit(FAILED)
+
+
+def _request(values: dict[str, Any], file: Path | None) -> Request:
+    given = {name: value for name, value in values.items() if value is not None and value != []}
+    for name in ("mean", "std"):
+        if name in given:
+            given[name] = given[name].replace(",", " ").split()
+    if file is None:
+        return Request(**given)
+    if given:
+        raise RequestError(
+            next(iter(given)), next(iter(given.values())), "nothing beside --request: the file holds the whole request"
+        )
+    return Request.from_file(file)
+
+
+def _show_progress(event: dict[str, Any]) -> None:
+    if "stage" not in event:
+        return
+    left = f", {event['seconds_left']:.0f} s left" if event.get("seconds_left") else ""
+    line = f"[{event['index']}/{event['of']}] {event['stage']:<9} {event['message']}{left}"
+    ends = event["fraction"] in (0.0, 1.0) or not sys.stderr.isatty()
+    if sys.stderr.isatty():
+        print(f"\r\033[K{line}", end="\n" if ends else "", file=sys.stderr, flush=True)
+    elif event["fraction"] in (0.0, 1.0):
+        print(line, file=sys.stderr, flush=True)
+
+
+def _list(rows: list[dict[str, Any]], as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps(rows, indent=1))
+    else:
+        typer.echo(_text_table(tuple(rows[0]), [tuple(str(value) for value in row.values()) for row in rows]))
+
+
+def _text_table(headers: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    widths = [max(len(row[column]) for row in (headers, *rows)) for column in range(len(headers))]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in (headers, *rows)
+    ]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def _text_check(found: dict[str, Any]) -> str:
+    lines = [found["text"], ""]
+    if found["groups"]:
+        lines.append(
+            _text_table(
+                ("Pruned together", "Channels", "Kept", "Why"),
+                [
+                    (
+                        ", ".join(g["layers"][:3])
+                        + (f" and {len(g['layers']) - 3} more" if len(g["layers"]) > 3 else ""),
+                        str(g["channels_before"]),
+                        str(g["channels_after"]),
+                        g["reason"],
+                    )
+                    for g in found["groups"]
+                ],
+            )
+        )
+    lines += [f"stays whole: {kept['layer']}, {kept['reason']}" for kept in found["left_out"]]
+    lines += [f"{row['runtime']}: {row['text']}" for row in found["runtimes"]]
+    return "\n".join(lines)
+
+
+def _stop(signal_number: int, frame: object) -> NoReturn:
+    raise Cancelled
+
+
+def main() -> None:
+    """Runs the command line; every refusal is one sentence on standard error and a non-zero exit."""
+    signal.signal(signal.SIGTERM, _stop)
+    logging.getLogger("compress").addHandler(logging.NullHandler())
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+    try:
+        cli(prog_name="python -m compress")
+    except RequestError as error:
+        _end(f"Error: {error}", MISUSED)
+    except CompressError as error:
+        _end(f"Error: {error}", FAILED)
+    except (Cancelled, KeyboardInterrupt):
+        _end("Cancelled.", CANCELLED)
+    except Exception as error:  # noqa: BLE001 - the last resort: say what happened and keep the details for a bug report
+        traceback.print_exc()
+        _end(
+            f"Error: an unexpected {type(error).__name__} ended the run ({error}). "
+            "The lines above belong into a bug report.",
+            70,
+        )
+
+
+def _end(text: str, code: int) -> NoReturn:
+    print(text, file=sys.stderr)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

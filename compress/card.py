@@ -1,0 +1,92 @@
+"""The model card (README.md) and the self-contained HTML report of a run; both read only the report."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jinja2
+from plotly.offline import get_plotlyjs
+
+from compress import charts
+from compress.report import Report
+
+CHART_TITLES = {
+    "size": "Size",
+    "latency": "Latency",
+    "accuracy": "Accuracy at each step",
+    "channels": "Channels kept, layer by layer",
+    "training": "Training",
+}
+
+_templates = jinja2.Environment(
+    loader=jinja2.PackageLoader("compress", "templates"),
+    autoescape=jinja2.select_autoescape(["html"]),
+    trim_blocks=True,
+    lstrip_blocks=True,
+    undefined=jinja2.StrictUndefined,
+)
+
+
+def model_card(report: Report) -> str:
+    """Markdown with the Hub's front matter; every number comes from `report`."""
+    return _templates.get_template("card.md").render(**_facts(report))
+
+
+def html_report(report: Report) -> str:
+    """One HTML file with its charts and their script inside; it needs no network."""
+    drawn = {
+        theme: {
+            key: figure.to_html(
+                full_html=False, include_plotlyjs=False, config={"displaylogo": False, "responsive": True}
+            )
+            for key, figure in charts.figures(report, dark=theme == "dark").items()
+        }
+        for theme in ("light", "dark")
+    }
+    return _templates.get_template("report.html").render(
+        **_facts(report), drawn=drawn, titles=CHART_TITLES, plotly=get_plotlyjs()
+    )
+
+
+def _facts(report: Report) -> dict[str, Any]:
+    request = report.request
+    return {
+        "report": report,
+        "tables": charts.tables(report),
+        "title": f"{report.architecture}, {_what_was_done(report)}",
+        "command": shell_command(request),
+        "seconds": sum(stage.seconds for stage in report.stages),
+    }
+
+
+def _what_was_done(report: Report) -> str:
+    request, done = report.request, []
+    if request["pruner"] != "none":
+        done.append(f"{100 * request['sparsity']:.0f} % of the channels pruned ({request['pruner']})")
+    if any(layer.weight_bits < 16 for layer in report.layers):
+        done.append(f"{request['weight_bits']}-bit weights, {request['activation_bits']}-bit activations")
+    elif any(layer.weight_bits == 16 for layer in report.layers):
+        done.append("half precision")
+    return " and ".join(done) or "measured"
+
+
+def shell_command(request: dict[str, Any]) -> str:
+    """The shell command that makes the same request; fields at their default are left out."""
+    import shlex
+
+    from compress.request import Request
+
+    words = ["python", "-m", "compress", "run"]
+    for name, field in Request.model_fields.items():
+        value = request[name]
+        if value == field.default or (isinstance(value, list | tuple) and tuple(value) == field.default):
+            continue
+        option = "--" + name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(option if value else "--no-" + option[2:])
+        elif isinstance(value, list | tuple):
+            for item in value if name == "exclude" else [",".join(map(str, value))]:
+                words += [option, str(item)]
+        else:
+            words += [option, str(value)]
+    return shlex.join(words)

@@ -1,0 +1,93 @@
+"""The whole story, top to bottom: what happens to a model between a request and a report.
+
+Each stage takes files of earlier stages and leaves files of its own, so an interrupted run goes on at the first stage
+that is not complete. Nothing flows backwards.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from compress import deployment, preflight, stages, summary
+from compress.files import storage_error
+from compress.report import Report
+from compress.request import Request
+from compress.runs import Run, open_run
+from compress.sources import open_source
+
+log = logging.getLogger("compress")
+
+
+def run(
+    request: Request,
+    *,
+    model: nn.Module | None = None,
+    out: Path,
+    resume: bool = False,
+    notify: Callable[[dict[str, Any]], None] = lambda event: None,
+) -> Report:
+    """Compresses a model and returns the measured facts; everything is left in the folder `out`.
+
+    Args:
+        model: any fx-traceable classifier of the user's own, with `request.model == "custom"`; it is never changed.
+        out: a new or empty folder, or with `resume` the folder of an interrupted run of the same request.
+        notify: called with each event that is also written to events.jsonl.
+
+    Raises:
+        CompressError: one sentence for the user; the folder then holds no manifest and can be resumed.
+    """
+    preflight.require_runtime(request)
+    with _opened(out, request, notify, resume) as work:
+        source = open_source(request, model)
+
+        work.stage("baseline", lambda: stages.measure_baseline(work, source))
+        work.stage("prune", lambda: stages.prune_and_shrink(work, source))
+        work.stage("finetune", lambda: stages.fine_tune(work, source))
+        work.stage("quantize", lambda: stages.quantize(work, source))
+        work.stage("export", lambda: deployment.export(work, source))
+        work.stage("build", lambda: deployment.build_engines(work, source))
+        work.stage("measure", lambda: deployment.measure(work, source))
+        work.stage("report", lambda: summary.write_report(work, source))
+
+        return Report.from_file(work.folder / "report.json")
+
+
+def check(request: Request, *, model: nn.Module | None = None) -> dict[str, Any]:
+    """What a run of `request` would do, without training: the pruning plan, quantization points, runtimes, problems."""
+    return preflight.check(request, model)
+
+
+def verify(folder: Path) -> list[str]:
+    """Every file hash and every recorded hand-off of a finished run that does not hold; empty when it verifies."""
+    return preflight.verify(folder)
+
+
+@contextmanager
+def _opened(out: Path, request: Request, notify: Callable[[dict[str, Any]], None], resume: bool) -> Iterator[Run]:
+    """The run's folder with its log; the last event says how the run ended."""
+    work = open_run(out, request, notify, resume=resume)
+    handler = logging.FileHandler(out / "log.txt", encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    log.addHandler(handler)
+    level, log.level = log.level, logging.INFO
+    try:
+        yield work
+        work.finish()
+    except OSError as error:
+        refusal = storage_error(Path(error.filename or out), error)
+        work.end(refusal)
+        raise refusal from error
+    except BaseException as error:
+        log.exception("the run ended: %s", error)
+        work.end(error)
+        raise
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(level)
+        handler.close()

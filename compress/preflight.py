@@ -1,0 +1,103 @@
+"""Before and after a run: what it would do, whether the runtime is there, whether a finished run still holds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from compress import counting, pruning, quantization, runs
+from compress.engines import RUNTIMES
+from compress.errors import CompressError, RuntimeUnavailableError
+from compress.report import Report
+from compress.request import Request
+from compress.sources import Source, open_source
+
+
+def require_runtime(request: Request) -> None:
+    """Raises `RuntimeUnavailableError` when the runtime asked for cannot even be built for here."""
+    if request.runtime != "auto" and (reason := RUNTIMES[request.runtime].missing()):
+        raise RuntimeUnavailableError(f"runtime: got {request.runtime!r}, which is not available here. {reason}")
+
+
+def check(request: Request, model: nn.Module | None = None) -> dict[str, Any]:
+    """The pruning plan, the layers that stay in floating point, the runtimes; nothing is trained and nothing written.
+
+    Returns:
+        possible, text, problems, groups, left_out, float_layers, runtimes, parameters, macs: JSON-safe.
+
+    Raises:
+        CompressError: the model, its weights or its images cannot be opened at all.
+    """
+    source = open_source(request, model)
+    problems: list[str] = []
+    plan = _attempt(problems, lambda: _plan(request, source)) or {"groups": [], "left_out": []}
+    floats = _attempt(problems, lambda: _float_layers(request, source)) or []
+    _attempt(problems, lambda: require_runtime(request))
+    size = source.preprocessing.input_size
+    facts = {"parameters": counting.count_parameters(source.model), "macs": counting.count_macs(source.model, size)}
+    return {
+        "possible": not problems,
+        "problems": problems,
+        "text": _text(source, facts, plan, problems),
+        **facts,
+        **plan,
+        "float_layers": floats,
+        "runtimes": [
+            {"runtime": r.name, "text": r.missing() or ("runs here" if r.runs_here else "builds here, cannot run here")}
+            for r in RUNTIMES.values()
+        ],
+    }
+
+
+def verify(folder: Path) -> list[str]:
+    """What no longer holds of a finished run: file hashes, and hand-offs out of tolerance; empty when all is well."""
+    problems = runs.verify(folder)
+    if "report.json is missing" in problems:
+        return problems
+    report = Report.from_file(folder / "report.json")
+    optional = {row.file for row in report.engines}
+    for row in report.handoffs:
+        if not row.passed and not any(row.target.startswith(f"{file} on ") for file in optional if file):
+            problems.append(
+                f"{row.source} to {row.target} is out of tolerance: {row.max_abs_diff:.3g} of {row.reference_scale:.3g}"
+            )
+    return problems
+
+
+def _plan(request: Request, source: Source) -> dict[str, Any] | None:
+    if not request.prunes:
+        return None
+    return pruning.plan(
+        source.model,
+        source.example,
+        sparsity=request.sparsity,
+        multiple=request.channel_multiple,
+        exclude=request.exclude,
+    ).as_dict()
+
+
+def _float_layers(request: Request, source: Source) -> list[dict[str, str]]:
+    if not request.quantizes:
+        return []
+    return quantization.left_float(quantization.prepare(source.model))
+
+
+def _attempt(problems: list[str], step: Any) -> Any:
+    try:
+        return step()
+    except CompressError as error:
+        problems.append(str(error))
+        return None
+
+
+def _text(source: Source, facts: dict[str, int], plan: dict[str, Any], problems: list[str]) -> str:
+    if problems:
+        return "This cannot work as asked: " + " ".join(problems)
+    layers = sum(len(group["layers"]) for group in plan["groups"])
+    return (
+        f"{source.name}: {facts['parameters'] / 1e6:.2f} M parameters, {facts['macs'] / 1e6:.0f} M MACs; "
+        f"{layers} layers can be pruned in {len(plan['groups'])} groups, {len(plan['left_out'])} stay whole. "
+        f"Weights: {source.weights}. Images: {source.dataset.source}."
+    )

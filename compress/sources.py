@@ -1,0 +1,168 @@
+"""What a run starts from: a model with its weights, its preprocessing and its images, resolved from a request."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compress import architectures, catalog, checkpoints, data, fashion_mnist
+from compress.architectures import Architecture
+from compress.errors import DataError, RequestError
+from compress.images import Preprocessing
+from compress.request import Request
+
+DEMO_MODEL, DEMO_DATA = "resnet18", "fashion-mnist"
+DEMO_CHECKPOINT = data.ASSETS / "resnet18-fashion-mnist.safetensors"
+CUSTOM = "custom"
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model in eval mode, how its input is made, and the images."""
+
+    model: nn.Module
+    architecture: Architecture | None
+    """None for a module of the user's own."""
+    name: str
+    weights: str
+    """Where the weights come from, in words."""
+    preprocessing: Preprocessing
+    class_names: tuple[str, ...]
+    dataset: data.Dataset
+
+    @property
+    def example(self) -> Tensor:
+        """One image [1, 3, size, size] for tracing and counting."""
+        size = self.preprocessing.input_size
+        return torch.rand(1, 3, size, size, generator=torch.Generator().manual_seed(0))
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    model: nn.Module
+    architecture: Architecture | None
+    weights: str
+    preprocessing: Preprocessing | None
+    class_names: tuple[str, ...] | None
+
+
+def open_source(request: Request, model: nn.Module | None = None) -> Source:
+    """Builds the model, loads its weights and opens its images.
+
+    Args:
+        model: a module of the user's own, with `request.model == "custom"`.
+
+    Raises:
+        RequestError: the model is unknown, or needs something that was not given.
+        CheckpointError, DataError: the files cannot be used.
+    """
+    loaded = _own_module(request, model) if model is not None else _torchvision_model(request)
+    preprocessing = _preprocessing(request, loaded)
+    dataset = data.open_data(
+        request.data,
+        preprocessing,
+        num_classes=_outputs(loaded.model, preprocessing),
+        class_names=loaded.class_names,
+        class_map=_class_map(request.class_map),
+        test_fraction=request.test_fraction,
+        seed=request.seed,
+    )
+    return Source(
+        model=loaded.model,
+        architecture=loaded.architecture,
+        name=request.model,
+        weights=loaded.weights,
+        preprocessing=preprocessing,
+        class_names=dataset.class_names or loaded.class_names or (),
+        dataset=dataset,
+    )
+
+
+def _own_module(request: Request, model: nn.Module) -> _Loaded:
+    if request.model != CUSTOM:
+        raise RequestError("model", request.model, f"{CUSTOM!r}, because a module of your own was given with model=")
+    if request.input_size is None:
+        raise RequestError("input_size", None, "a number of pixels, because a module of your own does not tell it")
+    return _Loaded(model, None, f"the {type(model).__name__} given by the caller", None, None)
+
+
+def _torchvision_model(request: Request) -> _Loaded:
+    name = request.model
+    if name not in catalog.names():
+        close = get_close_matches(name, catalog.names(), n=3)
+        hint = f"did you mean {' or '.join(close)}?" if close else "`python -m compress models` lists them"
+        raise RequestError("model", name, f"a torchvision classifier; {hint}")
+    published = catalog.published(name)
+    kind = request.checkpoint
+    if kind == "auto":
+        kind = str(DEMO_CHECKPOINT) if (name, request.data) == (DEMO_MODEL, DEMO_DATA) else "published"
+    if kind == "random":
+        return _random_weights(request, published)
+    if kind == "published":
+        tensors, names, recipe = catalog.published_weights(name), published.class_names, published.preprocessing
+        weights = "torchvision's published weights"
+    else:
+        read = checkpoints.read_with_facts(Path(kind))
+        tensors, names, recipe = dict(read.tensors), read.class_names, read.preprocessing or published.preprocessing
+        weights = Path(kind).name
+    architecture = architectures.recognise(tensors, expected=name)
+    return _Loaded(architectures.load(architecture, tensors), architecture, weights, recipe, names)
+
+
+def _random_weights(request: Request, published: catalog.Published) -> _Loaded:
+    classes = len(fashion_mnist.CLASS_NAMES) if request.data == DEMO_DATA else len(published.class_names)
+    architecture = architectures.fresh(request.model, classes, request.input_size or published.preprocessing.input_size)
+    with torch.random.fork_rng():
+        torch.manual_seed(request.seed)
+        model = architectures.build(architecture)
+    return _Loaded(model, architecture, "random", published.preprocessing, None)
+
+
+def _preprocessing(request: Request, loaded: _Loaded) -> Preprocessing:
+    default = loaded.preprocessing or Preprocessing(request.input_size or 224, IMAGENET_MEAN, IMAGENET_STD)
+    recipe = default.with_input_size(request.input_size or default.input_size)
+    return replace(recipe, mean=request.mean or recipe.mean, std=request.std or recipe.std)
+
+
+def _outputs(model: nn.Module, preprocessing: Preprocessing) -> int:
+    """How many classes the model answers with, by asking it."""
+    size = preprocessing.input_size
+    try:
+        with torch.no_grad():
+            answer: Any = model.eval()(torch.zeros(1, 3, size, size))
+    except RuntimeError as error:
+        raise RequestError(
+            "input_size", size, f"a size that the model accepts (it answered: {_first_line(error)})"
+        ) from error
+    if not isinstance(answer, Tensor) or answer.ndim != 2:
+        raise RequestError(
+            "model", type(model).__name__, "a classifier that answers an image batch with one row of class scores each"
+        )
+    return answer.shape[1]
+
+
+def _class_map(path: str | None) -> Mapping[str, int] | None:
+    if path is None:
+        return None
+    example = 'a JSON object such as {"cat": 0, "dog": 1}'
+    try:
+        mapping = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"The class map {path} cannot be read ({_first_line(error)}). Give {example}.") from error
+    if not isinstance(mapping, dict) or not all(
+        isinstance(index, int) and not isinstance(index, bool) for index in mapping.values()
+    ):
+        raise DataError(f"The class map {path} is not {example}: folder names to output numbers.")
+    return mapping
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__

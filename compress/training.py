@@ -1,0 +1,245 @@
+"""The one training loop: fine-tuning, distillation and quantization-aware training all run through `fit`.
+
+SGD with Nesterov momentum under one cosine cycle. With a teacher, the loss is
+
+    (1 - w) * cross-entropy(labels) + w * T^2 * KL(teacher / T || student / T)          (Hinton et al. 2015)
+
+Teacher and student see the same augmented image, so the student matches the teacher's function rather than a fixed
+table of answers (Beyer et al. 2022, "A good teacher is patient and consistent").
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from compress.errors import TrainingError
+
+Batch = tuple[Tensor, Tensor]
+Batches = Callable[[int], Iterable[Batch]]
+"""Epoch number -> batches of (images float32 [N, 3, H, W] normalised, labels int64 [N]; -1 where unknown)."""
+Progress = Callable[[float, str], None]
+
+WARM_UP = 0.15
+"""Share of the steps in which the learning rate rises."""
+MOMENTUM, WEIGHT_DECAY = 0.9, 5e-4
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to train."""
+
+    epochs: float
+    """Passes over the training images; a fraction ends within an epoch."""
+    learning_rate: float
+    """Peak of the cycle."""
+    distillation_weight: float
+    """w of the module's formula, 0..1; ignored without a teacher."""
+    temperature: float
+    label_smoothing: float = 0.0
+
+
+@dataclass(frozen=True)
+class Format:
+    """Memory layout and number format of the forward pass."""
+
+    channels_last: bool
+    autocast: torch.dtype | None
+
+    def __str__(self) -> str:
+        layout = "channels_last" if self.channels_last else "contiguous"
+        return f"{layout} {'fp32' if self.autocast is None else str(self.autocast).removeprefix('torch.')}"
+
+    @property
+    def memory_format(self) -> torch.memory_format:
+        return torch.channels_last if self.channels_last else torch.contiguous_format
+
+
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def fit(
+    model: nn.Module,
+    batches: Batches,
+    steps_per_epoch: int,
+    recipe: Recipe,
+    *,
+    teacher: nn.Module | None = None,
+    score: Callable[[nn.Module], float] | None = None,
+    progress: Progress = lambda fraction, message: None,
+) -> list[dict[str, Any]]:
+    """Trains `model` in place, on the device it ends up on, and returns one record per epoch.
+
+    Args:
+        score: called in eval mode after each epoch; its value is recorded, nothing is chosen by it.
+
+    Raises:
+        TrainingError: the loss is not finite, or there are no batches.
+    """
+    if recipe.epochs == 0:
+        return []
+    if steps_per_epoch == 0:
+        raise TrainingError("There are too few training images for one batch. Add images or lower --train-batch-size.")
+    place = device()
+    model.to(place)
+    if teacher is not None:
+        teacher = copy.deepcopy(teacher).eval().requires_grad_(False).to(place)
+    optimizer = torch.optim.SGD(_parameter_groups(model), lr=recipe.learning_rate, momentum=MOMENTUM, nesterov=True)
+    layout = fastest_format(model, next(iter(batches(0)))[0].to(place))
+    model.to(memory_format=layout.memory_format)
+    total = max(1, round(recipe.epochs * steps_per_epoch))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: one_cycle(step / total))
+    records = []
+    for epoch in range(math.ceil(total / steps_per_epoch)):
+        start, loss_sum, seen = time.perf_counter(), 0.0, 0
+        model.train()
+        for images, labels in _first(batches(epoch), min(steps_per_epoch, total - epoch * steps_per_epoch)):
+            images = images.to(place).contiguous(memory_format=layout.memory_format)
+            loss = _step(model, teacher, images, labels.to(place), recipe, layout)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            loss_sum, seen = loss_sum + _finite(loss, epoch, seen, recipe), seen + 1
+            if seen % 10 == 0:
+                done = (epoch * steps_per_epoch + seen) / total
+                progress(done, f"epoch {epoch + 1} of {recipe.epochs:g}, loss {loss_sum / seen:.3f}")
+        model.eval()
+        records.append(
+            {
+                "epoch": epoch + 1,
+                "train_loss": loss_sum / max(seen, 1),
+                "learning_rate": schedule.get_last_lr()[0],
+                "seconds": time.perf_counter() - start,
+                "accuracy": score(model) if score else None,
+            }
+        )
+    model.to("cpu", memory_format=torch.contiguous_format)
+    return records
+
+
+def one_cycle(done: float) -> float:
+    """Factor of the peak learning rate when the fraction `done` of all steps is behind: a rise, then a cosine to 0."""
+    if done < WARM_UP:
+        return 0.1 + 0.9 * done / WARM_UP
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, (done - WARM_UP) / (1 - WARM_UP))))
+
+
+def reestimate_batchnorm(model: nn.Module, images: Iterable[Tensor]) -> None:
+    """Replaces the running statistics of every BatchNorm by those of `images` (float32 [N, 3, H, W] batches), in place.
+
+    Removing channels shifts what the following layers see; the statistics of the dense model no longer fit.
+    """
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    momenta = [norm.momentum for norm in norms]
+    was_training = {module: module.training for module in model.modules()}
+    model.eval()
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # a cumulative average over all batches
+        norm.train()
+    with torch.no_grad():
+        for batch in images:
+            model(batch)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+    for module, training in was_training.items():
+        module.training = training
+
+
+def fastest_format(model: nn.Module, images: Tensor) -> Format:
+    """The quickest of the formats this machine offers: a training step of a copy in each, in turn, best of two."""
+    candidates = [Format(True, None), Format(False, None)]
+    if _has_fast_bfloat16(images.device):
+        candidates.append(Format(True, torch.bfloat16))
+    trials = {layout: copy.deepcopy(model).to(memory_format=layout.memory_format).train() for layout in candidates}
+    best = dict.fromkeys(candidates, math.inf)
+    with torch.random.fork_rng():
+        for round_number in range(3):
+            for layout, trial in trials.items():
+                start = time.perf_counter()
+                batch = images.contiguous(memory_format=layout.memory_format)
+                with _autocast(layout, images.device):
+                    answer = trial(batch)
+                _logits(answer).float().square().mean().backward()
+                if images.is_cuda:
+                    torch.cuda.synchronize()
+                if round_number > 0:  # the first step also pays for kernel selection
+                    best[layout] = min(best[layout], time.perf_counter() - start)
+    return min(best, key=lambda layout: best[layout])
+
+
+def _step(
+    model: nn.Module, teacher: nn.Module | None, images: Tensor, labels: Tensor, recipe: Recipe, layout: Format
+) -> Tensor:
+    with _autocast(layout, images.device):
+        answer = model(images)
+        target = None
+        if teacher is not None:
+            with torch.no_grad():
+                target = _logits(teacher(images)).float()
+    logits = _logits(answer).float()
+    weight = recipe.distillation_weight if target is not None else 0.0
+    loss = torch.zeros((), device=logits.device)
+    if weight < 1:
+        loss = (1 - weight) * F.cross_entropy(logits, labels, label_smoothing=recipe.label_smoothing)
+    if target is not None and weight > 0:
+        t = recipe.temperature
+        divergence = F.kl_div(
+            F.log_softmax(logits / t, 1), F.log_softmax(target / t, 1), reduction="batchmean", log_target=True
+        )
+        loss = loss + weight * t * t * divergence
+    return loss
+
+
+def _logits(answer: Any) -> Tensor:
+    """Architectures with auxiliary heads answer with a named tuple while they train."""
+    return answer.logits if hasattr(answer, "logits") else answer
+
+
+def _finite(loss: Tensor, epoch: int, step: int, recipe: Recipe) -> float:
+    value = float(loss.detach())
+    if not math.isfinite(value):
+        raise TrainingError(
+            f"Training diverged: the loss became {value} in epoch {epoch + 1}, step {step + 1}, at a peak learning "
+            f"rate of {recipe.learning_rate:g}. Try a tenth of that learning rate."
+        )
+    return value
+
+
+def _parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
+    """Weight decay for weights of convolutions and linear layers only; decaying biases and norms costs accuracy."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if not trained:
+        raise TrainingError(
+            "Every parameter of the model is frozen. Unfreeze some, or set --finetune-epochs and --qat-epochs to 0."
+        )
+    return [
+        {"params": [p for p in trained if p.ndim > 1], "weight_decay": WEIGHT_DECAY},
+        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+
+
+def _first(batches: Iterable[Batch], count: int) -> Iterator[Batch]:
+    for _, batch in zip(range(count), batches, strict=False):
+        yield batch
+
+
+def _autocast(layout: Format, place: torch.device) -> Any:
+    return nullcontext() if layout.autocast is None else torch.autocast(place.type, dtype=layout.autocast)
+
+
+def _has_fast_bfloat16(place: torch.device) -> bool:
+    if place.type == "cuda":
+        return torch.cuda.is_bf16_supported()
+    return torch.cpu._is_avx512_bf16_supported()

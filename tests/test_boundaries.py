@@ -1,0 +1,59 @@
+"""Who may import what, held by reading the imports of every file."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCES = sorted([*ROOT.glob("compress/**/*.py"), ROOT / "app.py"])
+ALLOWED = {
+    "nni": {
+        "compress/_nni.py",
+        "compress/pruning/nni_backend.py",
+        "compress/pruning/speedup.py",
+        "compress/quantization/nni_backend.py",
+    },
+    "onnxruntime": {"compress/engines/onnxruntime.py", "compress/templates/infer.py"},
+    "openvino": {"compress/engines/openvino.py", "compress/templates/infer.py"},
+    "tensorrt": {"compress/engines/tensorrt.py"},
+    "tensorrt_rtx": {"compress/engines/tensorrt.py"},
+    "pycuda": {"compress/engines/tensorrt.py"},
+    "gradio": {"app.py", "compress/ui/"},
+}
+
+
+def imported(path: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            names.add(node.module.split(".")[0])
+    return names
+
+
+@pytest.mark.parametrize("library", ALLOWED)
+def test_fragile_libraries_live_behind_one_file_each(library):
+    strangers = [
+        str(path.relative_to(ROOT))
+        for path in SOURCES
+        if library in imported(path) and not str(path.relative_to(ROOT)).startswith(tuple(ALLOWED[library]))
+    ]
+    assert strangers == []
+
+
+@pytest.mark.parametrize("name", ["request.py", "errors.py", "report.py", "files.py", "runs.py", "charts.py"])
+def test_light_files_import_no_torch(name):
+    assert "torch" not in imported(ROOT / "compress" / name)
+
+
+def test_checkpoints_are_only_ever_loaded_as_weights():
+    for path in [*SOURCES, *ROOT.glob("scripts/*.py"), *ROOT.glob("bench/*.py")]:
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            if re.search(r"(?<!safetensors\.)\btorch\.load\(", line):
+                assert "weights_only=True" in line and "mmap=False" in line, f"{path.name}:{number}"
+            assert not re.search(
+                r"weights_only=False|add_safe_globals|pickle\.loads?\(|jit\.load|allow_pickle=True", line
+            ), f"{path.name}:{number}"

@@ -1,0 +1,149 @@
+"""The one training loop on a problem that a small network learns in seconds."""
+
+import copy
+import itertools
+
+import pytest
+import torch
+from torch import nn
+
+from compress.errors import TrainingError
+from compress.training import Format, Recipe, fastest_format, fit, one_cycle, reestimate_batchnorm
+
+
+def network(seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(8, 3),
+    ).eval()
+
+
+def images_and_labels(count, seed):
+    """Three classes, told apart by the brightest colour channel."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(0, 3, (count,), generator=generator)
+    images = torch.randn(count, 3, 8, 8, generator=generator)
+    images[torch.arange(count), labels] += 1.0
+    return images, labels
+
+
+def batches(epoch):
+    images, labels = images_and_labels(256, seed=epoch)
+    yield from zip(images.split(32), labels.split(32), strict=True)
+
+
+def accuracy(model):
+    images, labels = images_and_labels(300, seed=999)
+    with torch.no_grad():
+        return float((model.eval()(images).argmax(1) == labels).float().mean())
+
+
+def recipe(**changes):
+    return Recipe(**({"epochs": 4, "learning_rate": 0.1, "distillation_weight": 0.0, "temperature": 4.0} | changes))
+
+
+@pytest.fixture(scope="module")
+def teacher():
+    model = network()
+    fit(model, batches, 8, recipe(epochs=6))
+    assert accuracy(model) > 0.9, "the problem is learnt from labels"
+    return model
+
+
+def test_a_student_learns_from_the_teacher_alone(teacher):
+    student = network(seed=1)
+
+    def without_labels(epoch):
+        return ((images, torch.full_like(labels, -1)) for images, labels in batches(epoch))
+
+    before = accuracy(student)
+    records = fit(
+        student, without_labels, 8, recipe(distillation_weight=1.0, epochs=6), teacher=teacher, score=accuracy
+    )
+    assert before < 0.7 < 0.9 < accuracy(student)
+    assert [record["epoch"] for record in records] == [1, 2, 3, 4, 5, 6]
+    assert records[-1]["train_loss"] < records[0]["train_loss"]
+    assert records[-1]["accuracy"] == pytest.approx(accuracy(student))
+
+
+def test_the_teacher_is_never_changed(teacher):
+    before = copy.deepcopy(teacher.state_dict())
+    fit(network(seed=2), batches, 8, recipe(distillation_weight=0.5, epochs=1), teacher=teacher)
+    assert all(torch.equal(before[name], value) for name, value in teacher.state_dict().items())
+
+
+def test_the_same_seed_gives_the_same_weights():
+    first, second = network(), network()
+    for model in (first, second):
+        torch.manual_seed(5)
+        fit(model, batches, 8, recipe(epochs=1))
+    same = [
+        torch.allclose(a, b, atol=1e-5)
+        for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True)
+    ]
+    assert all(same)
+
+
+def test_a_fraction_of_an_epoch_stops_within_it():
+    seen = itertools.count()
+
+    def counted(epoch):
+        for batch in batches(epoch):
+            next(seen)
+            yield batch
+
+    records = fit(network(), counted, 8, recipe(epochs=1.5))
+    assert len(records) == 2
+    assert next(seen) - 1 in (12, 13), "twelve steps of a batch each, and one batch looked at to choose the format"
+
+
+def test_a_loss_that_is_not_finite_is_a_clear_stop():
+    with pytest.raises(
+        TrainingError,
+        match=r"Training diverged: the loss became nan in epoch 1, step 1, .* Try a tenth of that learning rate",
+    ):
+        fit(
+            network(), lambda epoch: ((images * float("nan"), labels) for images, labels in batches(epoch)), 8, recipe()
+        )
+
+
+def test_no_batches_and_frozen_models_are_refused():
+    with pytest.raises(TrainingError, match="too few training images for one batch"):
+        fit(network(), batches, 0, recipe())
+    with pytest.raises(TrainingError, match="Every parameter of the model is frozen"):
+        fit(network().requires_grad_(False), batches, 8, recipe())
+
+
+def test_the_learning_rate_rises_then_falls_to_nothing():
+    rates = [one_cycle(step / 100) for step in range(101)]
+    assert (
+        max(rates) == pytest.approx(1.0, abs=0.07)
+        and rates[0] == pytest.approx(0.1)
+        and rates[-1] == pytest.approx(0.0, abs=1e-9)
+    )
+    assert rates.index(max(rates)) == 15
+
+
+def test_reestimated_batchnorm_normalises_what_it_sees():
+    model = network()
+    images = images_and_labels(512, seed=3)[0] * 7 + 3
+    reestimate_batchnorm(model, images.split(64))
+    with torch.no_grad():
+        normalised = (model[1](model[0](images)) - model[1].bias[:, None, None]) / model[1].weight[:, None, None]
+    assert normalised.mean((0, 2, 3)).abs().max() < 1e-3
+    assert (normalised.std((0, 2, 3)) - 1).abs().max() < 0.02
+    assert not any(module.training for module in model.modules())
+    assert model[1].momentum == 0.1
+
+
+def test_the_format_is_measured_and_changes_nothing():
+    model = network()
+    before = copy.deepcopy(model.state_dict())
+    chosen = fastest_format(model, images_and_labels(16, seed=0)[0])
+    assert isinstance(chosen, Format) and str(chosen).split()[0] in ("channels_last", "contiguous")
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
