@@ -31,6 +31,8 @@ MARGIN = 0.05
 """An alternative counts from this many more right answers (fraction of the images) ..."""
 SIGNIFICANCE = 1e-3
 """... that would be this unlikely if both were equally good; also the limit for better than guessing."""
+CONVINCING = 0.7
+"""Accuracy from which another class order alone explains the answers, so that no other input is tried."""
 MIN_PER_CLASS = 8
 """Images per class from which an unknown order of the classes is looked for."""
 SIZES = (28, 32, 64, 96, 128, 160, 192, 224, 256)
@@ -107,7 +109,12 @@ class _Gate:
     ) -> None:
         self.model, self.split, self.class_names, self.requested = model, split, class_names, requested
         self.order = torch.randperm(len(split), generator=torch.Generator().manual_seed(seed))
-        self.macs = max(1, count_macs(model, requested.input_size))
+        try:
+            self.macs = max(1, count_macs(model, requested.input_size))
+        except _REFUSALS as error:
+            raise BaselineError(
+                f"The model does not take images of {requested.input_size} pixels: give the --input-size it was made for."
+            ) from error
         self.tried: list[Alternative] = []
         self.known: dict[Preprocessing, np.ndarray] = {}
         self.own: tuple[tuple[float, ...], tuple[float, ...]] | None = None
@@ -115,19 +122,18 @@ class _Gate:
     def check(self) -> BaselineCheck:
         n = self.affordable([self.requested], SAMPLE, MIN_SAMPLE, SAMPLE_MACS)
         labels, answers = self.labels(n), self.answers(self.requested, n)
-        if answers is None:
-            raise BaselineError(
-                f"The model does not take images of {self.requested.input_size} pixels: give the --input-size it was "
-                "made for."
-            )
+        assert answers is not None
         accuracy, chance = float((answers == labels).mean()), np.bincount(labels).max() / n
         near_chance = binom.sf((answers == labels).sum() - 1, n, chance) > SIGNIFICANCE
+        order = self.best_order(labels, answers)
+        if order is not None and order.accuracy > CONVINCING:
+            self.refuse(self.requested, order)
         better = self.best_input()
         if better == self.requested and near_chance:
             better = self.best_pair()
         if better not in (self.requested, self.requested.with_input_size(better.input_size)):
             better = self.best_size(better, clearly=False)
-        self.refuse(better, self.best_order(labels, answers))
+        self.refuse(better, order)
         if near_chance:
             raise BaselineError(
                 f"The model answers {accuracy:.1%} of {n} training images correctly, about what guessing gives "
@@ -194,7 +200,7 @@ class _Gate:
     def own_normalisation(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Mean and standard deviation of the images' own pixels, before they are padded or resized."""
         if self.own is None:
-            positions = self.split.positions[self.order[:SCREEN].numpy()]
+            positions = self.split.positions[self.order[: SAMPLE // 2].numpy()]
             images = [to_pixels(self.split.origin.image(int(position))) / 255 for position in positions]
             mean = np.mean([image.mean((1, 2)) for image in images], 0)
             square = np.mean([(image**2).mean((1, 2)) for image in images], 0)

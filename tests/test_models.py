@@ -327,3 +327,22 @@ def test_without_a_network_the_download_is_one_sentence(monkeypatch):
         match=r"resnet18 cannot be downloaded here \(Name or service not known\): connect.*--checkpoint",
     ):
         catalog.published_weights("resnet18")
+
+
+# ---- with real pruning ----
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2"])
+def test_what_nni_shrinks_comes_back_bit_for_bit(name, tmp_path):
+    from compress import pruning
+
+    torch.manual_seed(0)
+    architecture = Architecture(name, 10)
+    model, images = models.build(architecture), torch.rand(2, 3, 64, 64)
+    pruned = pruning.prune(model, images[:1], pruning.plan(model, images[:1], sparsity=0.5), "l1-norm").model.eval()
+
+    models.save(pruned, tmp_path, architecture=architecture, preprocessing=RECIPE, class_names=())
+
+    again = models.rebuild(tmp_path)
+    assert torch.equal(again(images), pruned(images))
+    assert models.count_parameters(again) < 0.4 * models.count_parameters(model)

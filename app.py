@@ -1,0 +1,22 @@
+"""The web app: `python app.py`. Settings come from the environment; the README lists them."""
+
+import os
+import sys
+
+from compress.errors import CompressError
+from compress.ui.settings import Settings, prepare_environment
+
+
+def main() -> None:
+    try:
+        settings = Settings.from_environment(os.environ)
+        prepare_environment(os.environ, settings)
+        from compress.ui.server import serve  # imports Gradio, which reads the environment while it is imported
+
+        serve(settings)
+    except CompressError as error:
+        sys.exit(f"Error: {error}")
+
+
+if __name__ == "__main__":
+    main()

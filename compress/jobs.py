@@ -1,0 +1,389 @@
+"""The queue of runs: a record in SQLite, one child process per run, cancel, resume; it outlives the server.
+
+    <data>/queue.sqlite        the record: every run, its state, its process
+    <data>/runs/<id>/          a run's folder (see compress.runs), with uploads/ and request.json put there at submit
+    <data>/consoles/<id>.txt   what the run's process printed in its last attempt
+
+Any number of processes may open the same queue (the web app, `python -m compress jobs`); the one that called `start`
+first also carries the runs out. Children are not tied to it: when it dies they go on, and the next one watches them.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import shutil
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from subprocess import Popen
+from typing import Any
+
+from compress import jobs_files, processes
+from compress.errors import CompressError, RunError, StorageError
+from compress.files import sha256, storage_error, write_text
+from compress.jobs_record import ACTIVE, FINAL, QUEUED, Record, Row
+from compress.request import Request
+from compress.runs import MANIFEST, STAGES
+
+log = logging.getLogger("compress.jobs")
+
+DATA_DIR = Path("app-data")
+"""Folder of the queue where ESPALIER_DATA does not name one."""
+GRACE_S = 3.0
+"""From SIGTERM to SIGKILL; with the second that the kernel needs, the device is free again within 5 s."""
+TICK_S = 0.2
+MIN_FREE_BYTES = 1 << 30
+Command = Callable[[Path, bool], Sequence[str]]
+"""(run folder, whether it is resumed) -> the words that start the child."""
+
+
+@dataclass(frozen=True)
+class Status:
+    """What is known of a run now. Times are seconds since 1970, UTC; fractions are 0..1."""
+
+    job_id: str
+    title: str
+    state: str
+    """queued, running, cancelling, done, failed or cancelled."""
+    position: int | None
+    """Runs that come before it while it is queued, those running included."""
+    stage: str | None
+    stage_index: int
+    """1 for the first stage; 0 before it."""
+    stage_count: int
+    stage_fraction: float
+    fraction: float
+    """Of the whole run, every stage counted alike."""
+    seconds_left: float | None
+    """Of this stage; null until it can be told."""
+    message: str
+    error: str | None
+    resumable: bool
+    created: float
+    started: float | None
+    finished: float | None
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def compress_command(folder: Path, resume: bool) -> list[str]:
+    # -P: the run's folder, which is the working directory, must not be searched for modules
+    words = [
+        sys.executable,
+        "-P",
+        "-m",
+        "compress",
+        "run",
+        "--request",
+        str(folder / "request.json"),
+        "--out",
+        str(folder),
+    ]
+    return [*words, "--resume"] if resume else words
+
+
+class Queue:
+    """Submit, watch, cancel and resume runs; see the module's text for who carries them out.
+
+    Raises:
+        StorageError: the folder cannot be written, or its record is damaged.
+    """
+
+    def __init__(
+        self, data_dir: str | Path, *, command: Command = compress_command, at_once: int = 1, max_queued: int = 20
+    ) -> None:
+        self.data_dir = Path(data_dir).expanduser().resolve()
+        self._runs, self._consoles = self.data_dir / "runs", self.data_dir / "consoles"
+        try:
+            for folder in (self._runs, self._consoles):
+                folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise storage_error(folder, error) from error
+        self._record = Record(self.data_dir / "queue.sqlite")
+        self._command, self._at_once, self._max_queued = command, at_once, max_queued
+        self._children: dict[str, Popen[bytes]] = {}
+        self._stopping = threading.Event()
+        self._thread: threading.Thread | None = None
+        self.trouble: str | None = None
+        """Why runs cannot be carried out at the moment; None when all is well."""
+
+    # ---- what everybody may call --------------------------------------------------------------------------------
+
+    def submit(self, request: Request, *, files: Mapping[str, str | Path] | None = None) -> str:
+        """Queues a run and returns its id, which cannot be guessed.
+
+        Args:
+            request: what to do.
+            files: uploaded files by the field that they stand for (checkpoint, data, class_map). They are taken
+                into the run's folder and may be deleted afterwards.
+        Raises:
+            RunError: the queue is full, or a file is not there.
+            StorageError: no room for the run's files.
+        """
+        self._refuse_when_full()
+        job_id = uuid.uuid4().hex
+        folder = self._runs / job_id
+        try:
+            taken = jobs_files.take(files or {}, folder / "uploads")
+            request = request.model_copy(update=taken)
+            write_text(folder / "request.json", request.to_json())
+            self._record.add(job_id, title_of(request), max_queued=self._max_queued)
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+        return job_id
+
+    def status(self, job_id: str) -> Status:
+        """Raises `RunError` when there is no such run."""
+        return self._status(self._row(job_id))
+
+    def list(self, limit: int = 50) -> list[Status]:
+        """The latest runs, newest first."""
+        return [self._status(row) for row in self._record.newest(limit)]
+
+    def cancel(self, job_id: str) -> Status:
+        """Ends a run that waits or works; when it returns, no process of it lives. Takes up to 5 s.
+
+        Raises:
+            RunError: there is no such run, it is over, or its process does not end.
+        """
+        row = self._row(job_id)
+        if row.state in FINAL:
+            raise RunError(f"This run is {row.state} already, so there is nothing to cancel.")
+        row = self._record.ask_to_cancel(job_id)
+        if row.state == "cancelling" and row.child is not None:
+            if not processes.stop(row.child, GRACE_S):
+                raise RunError(
+                    "The run's process does not end, even when killed: it waits for the device or the disk. "
+                    "Try again in a minute."
+                )
+            self._settle(row)
+        return self.status(job_id)
+
+    def resume(self, job_id: str) -> Status:
+        """Queues a failed or cancelled run again; finished stages are not repeated.
+
+        Raises:
+            RunError: there is no such run, it is not over, it succeeded, or the queue is full.
+        """
+        row = self._row(job_id)
+        if row.state not in ("failed", "cancelled"):
+            raise RunError(f"Only a failed or cancelled run can be resumed; this one is {row.state}.")
+        self._refuse_when_full()
+        self._record.queue_again(job_id, max_queued=self._max_queued)
+        return self.status(job_id)
+
+    def request(self, job_id: str) -> Request:
+        return Request.from_file(self.folder(job_id) / "request.json")
+
+    def folder(self, job_id: str) -> Path:
+        """The run's folder. Raises `RunError` when there is no such run."""
+        return self._runs / self._row(job_id).job_id
+
+    def log_tail(self, job_id: str, max_bytes: int = 16_384) -> str:
+        """The end of the run's log; for one that failed, of what its process printed as well."""
+        row = self._row(job_id)
+        text = jobs_files.tail(self._runs / job_id / "log.txt", max_bytes)
+        if row.state == "failed":
+            text += jobs_files.tail(self._console(job_id), max_bytes)
+        return text
+
+    def artifacts(self, job_id: str) -> dict[str, dict[str, Any]]:
+        """The files of a finished run as its manifest lists them: name -> sha256, bytes, parent (if it has one).
+
+        Raises:
+            RunError: there is no such run, or it is not done.
+            StorageError: its manifest cannot be read.
+        """
+        row = self._row(job_id)
+        if row.state != "done":
+            raise RunError(f"This run is {row.state}: files can be downloaded when a run is done.")
+        try:
+            manifest = json.loads((self._runs / job_id / MANIFEST).read_text(encoding="utf-8"))
+            return {str(name): dict(facts) for name, facts in manifest["files"].items()}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise StorageError(
+                f"The manifest of this run cannot be read ({error}): its files are not given out. Repeat the run."
+            ) from error
+
+    def artifact(self, job_id: str, name: str) -> Path:
+        """A file of a finished run, after its hash was compared with the manifest.
+
+        Raises:
+            RunError: there is no such run or file, or the run is not done.
+            StorageError: the file is not the one that the run wrote.
+        """
+        listed = self.artifacts(job_id)
+        if name not in listed:
+            raise RunError(f"This run has no file {name!r}; it has {', '.join(sorted(listed))}.")
+        folder = self._runs / job_id
+        path = (folder / name).resolve()
+        if not path.is_relative_to(folder) or not path.is_file() or sha256(path) != listed[name].get("sha256"):
+            raise StorageError(
+                f"{name} was changed or removed after the run: its sha256 differs from the manifest, so it is "
+                f"not given out."
+            )
+        return path
+
+    # ---- carrying runs out --------------------------------------------------------------------------------------
+
+    def start(self) -> Queue:
+        """Starts the thread that carries out the runs, unless another process does so; then it waits for its turn."""
+        if self._thread is None:
+            self._stopping.clear()
+            self._thread = threading.Thread(target=self._tend, name="compress-queue", daemon=True)
+            self._thread.start()
+        return self
+
+    def close(self) -> None:
+        """Stops carrying out runs. Children go on; the next process that calls `start` watches them."""
+        self._stopping.set()
+        if self._thread is not None:
+            self._thread.join(timeout=10)
+            self._thread = None
+
+    def __enter__(self) -> Queue:
+        return self.start()
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _tend(self) -> None:
+        with self._record.leadership() as leads:
+            checked = False
+            while not self._stopping.wait(TICK_S):
+                try:
+                    if not leads():
+                        continue
+                    if not checked:
+                        self._end_unrecorded_children()
+                        checked = True
+                    self._tick()
+                    self.trouble = None
+                except (CompressError, OSError) as error:  # told by /healthz; the next tick tries again
+                    if str(error) != self.trouble:
+                        log.error("runs cannot be carried out: %s", error)
+                    self.trouble = str(error)
+
+    def _tick(self) -> None:
+        for row in self._record.in_states(*ACTIVE):
+            assert row.child is not None, "a run is recorded as working together with its child"
+            if not processes.alive(row.child):
+                if processes.stop(row.child, grace_s=0.0):  # what the child left behind
+                    self._settle(row)
+            elif (
+                row.state == "cancelling" and row.cancel_asked is not None and time.time() > row.cancel_asked + GRACE_S
+            ):
+                processes.stop(row.child, grace_s=0.0)
+        while len(self._record.in_states(*ACTIVE)) < self._at_once:
+            if not self._record.start_next(self._start_child, self._events_size):
+                return
+
+    def _start_child(self, row: Row) -> processes.Child | str:
+        """The started child, or the sentence why it could not be started."""
+        folder = self._runs / row.job_id
+        env = processes.environment(os.environ) | {
+            "PYTHONPATH": str(Path(__file__).resolve().parents[1]),
+            "PYTHONUNBUFFERED": "1",
+        }
+        try:
+            process = processes.start(
+                self._command(folder, row.attempt > 1), folder=folder, console=self._console(row.job_id), env=env
+            )
+        except OSError as error:
+            why = error.strerror or error
+            return f"The run's process could not be started ({why}). Check the installation, then resume the run."
+        self._children[row.job_id] = process
+        child = processes.identify(process.pid)
+        assert child is not None, "a child that was not waited for is at least a zombie"
+        return child
+
+    def _events_size(self, job_id: str) -> int:
+        events = self._runs / job_id / "events.jsonl"
+        return events.stat().st_size if events.exists() else 0
+
+    def _settle(self, row: Row) -> None:
+        """Writes down how a run ended whose process is gone."""
+        process = self._children.pop(row.job_id, None)
+        folder = self._runs / row.job_id
+        returncode = process.wait(timeout=5) if process else None
+        state, error = jobs_files.outcome(folder, row, returncode, jobs_files.tail(self._console(row.job_id), 4096))
+        self._record.settle(row, state, error)
+
+    def _end_unrecorded_children(self) -> None:
+        """Ends children that a server started and could not write down, because it was killed in that moment."""
+        for row in self._record.in_states(QUEUED):
+            for pid in processes.find(str(self._runs / row.job_id / "request.json")):
+                if (child := processes.identify(pid)) is not None:
+                    processes.stop(child, GRACE_S)
+
+    # ---- helpers ------------------------------------------------------------------------------------------------
+
+    def _console(self, job_id: str) -> Path:
+        return self._consoles / f"{job_id}.txt"
+
+    def _row(self, job_id: str) -> Row:
+        row = self._record.get(job_id) if re.fullmatch(r"[0-9a-f]{32}", job_id) else None
+        if row is None:
+            raise RunError(
+                f"There is no run with the id {job_id[:64]!r}. Check the link, or choose a run from the list."
+            )
+        return row
+
+    def _refuse_when_full(self) -> None:
+        self._record.refuse_when_full(self._max_queued)
+        free = shutil.disk_usage(self.data_dir).free
+        if free < MIN_FREE_BYTES:
+            raise StorageError(
+                f"Only {free / 1e9:.1f} GB of disk space is left and a run needs {MIN_FREE_BYTES / 1e9:.1f} "
+                f"GB: delete files or old runs first."
+            )
+
+    def _status(self, row: Row) -> Status:
+        event = (
+            jobs_files.last_event(self._runs / row.job_id / "events.jsonl", row.events_offset, "stage")
+            if row.attempt
+            else {}
+        )
+        index, of = int(event.get("index", 0)), int(event.get("of", len(STAGES)))
+        within = float(event.get("fraction", 0.0))
+        done = row.state == "done"
+        return Status(
+            job_id=row.job_id,
+            title=row.title,
+            state=row.state,
+            position=self._record.ahead_of(row),
+            stage=event.get("stage"),
+            stage_index=of if done else index,
+            stage_count=of,
+            stage_fraction=1.0 if done else within,
+            fraction=1.0 if done else max(0.0, index - 1 + within) / of,
+            seconds_left=event.get("seconds_left") if row.state == "running" else None,
+            message=str(event.get("message", "")),
+            error=row.error,
+            resumable=row.state in ("failed", "cancelled"),
+            created=row.created,
+            started=row.started,
+            finished=row.finished,
+        )
+
+
+def title_of(request: Request) -> str:
+    """A short name: the model, the data, and what is done to them."""
+    data = request.data if request.data in ("none", "fashion-mnist") else Path(request.data).name
+    done = []
+    if request.prunes:
+        done.append(f"{100 * request.sparsity:.0f} % pruned")
+    if request.quantizes:
+        done.append(f"{request.weight_bits} bits")
+    elif request.half_precision:
+        done.append("16 bits")
+    return f"{request.model} on {'no data' if data == 'none' else data}, {', '.join(done)}"

@@ -1,0 +1,94 @@
+"""What the queue reads from and puts into a run's folder: progress, how it ended, uploads."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from compress.errors import RunError
+from compress.files import storage_error
+from compress.jobs_record import Row
+from compress.runs import MANIFEST
+
+UPLOAD_FIELDS = ("checkpoint", "data", "class_map")
+"""Fields of a request that may name an uploaded file."""
+REFUSAL = "Error: "
+"""How the last line begins that `python -m compress` prints when it refuses."""
+
+
+def outcome(folder: Path, row: Row, returncode: int | None, console: str) -> tuple[str, str | None]:
+    """(final state, the sentence why). The manifest is written last, so its presence alone means `done`."""
+    if (folder / MANIFEST).is_file():
+        return "done", None
+    if row.state == "cancelling":
+        return "cancelled", None
+    last = last_event(folder / "events.jsonl", row.events_offset, "state")
+    if last.get("state") == "failed" and last.get("error"):
+        return "failed", str(last["error"])
+    if (refusal := console.strip().rpartition("\n")[2]).startswith(REFUSAL):
+        return "failed", refusal.removeprefix(REFUSAL)
+    why = "Its process ended without a result"
+    if last.get("state") == "cancelled":
+        why = "It was stopped from outside the queue"
+    elif returncode is not None and returncode < 0:
+        cause = ", often because the machine ran out of memory" if returncode == -9 else ""
+        why = f"Its process was killed (signal {-returncode}{cause})"
+    elif returncode:
+        why = f"Its process ended with exit code {returncode}; the log shows more"
+    return "failed", f"The run was interrupted. {why}. Resume it: finished stages are not repeated."
+
+
+def take(files: Mapping[str, str | Path], uploads: Path) -> dict[str, str]:
+    """Links or copies the files into `uploads`, so that they outlive the place they came from; field -> new path."""
+    taken = {}
+    uploads.mkdir(parents=True)
+    for field, given in files.items():
+        source = Path(given)
+        if field not in UPLOAD_FIELDS:
+            raise RunError(f"No file can be given for {field!r}; files are taken for {', '.join(UPLOAD_FIELDS)}.")
+        if not source.is_file():
+            raise RunError(f"The file for {field} ({source.name}) is not there any more: upload it again.")
+        name = re.sub(r"[^A-Za-z0-9._-]", "_", source.name)[-100:].lstrip(".") or "file"
+        target = uploads / field / name
+        try:
+            target.parent.mkdir()
+            try:
+                os.link(source.resolve(), target)
+            except OSError:  # another file system
+                shutil.copyfile(source, target)
+        except OSError as error:
+            raise storage_error(target, error) from error
+        taken[field] = str(target)
+    return taken
+
+
+def last_event(path: Path, offset: int, key: str) -> dict[str, Any]:
+    """The latest event after byte `offset` that has `key`, or an empty one. A half-written line is passed over."""
+    for line in reversed(tail(path, 65_536, offset).splitlines()):
+        try:
+            event = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(event, dict) and key in event:
+            return event
+    return {}
+
+
+def tail(path: Path, max_bytes: int, offset: int = 0) -> str:
+    """The last complete lines of a text file, at most `max_bytes`, none from before `offset`; empty without a file."""
+    try:
+        with path.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            begin = max(offset, size - max_bytes, 0)
+            file.seek(begin)
+            data = file.read(max_bytes)
+    except FileNotFoundError:
+        return ""
+    if begin > offset:
+        data = data[data.find(b"\n") + 1 :]
+    return data.decode("utf-8", errors="replace")

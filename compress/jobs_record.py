@@ -1,0 +1,238 @@
+"""The record of runs in SQLite: one row a run, every change one transaction, safe for many processes at once."""
+
+from __future__ import annotations
+
+import fcntl
+import sqlite3
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from compress.errors import RunError, StorageError
+from compress.processes import Child
+
+QUEUED = "queued"
+ACTIVE = ("running", "cancelling")
+FINAL = ("done", "failed", "cancelled")
+VERSION = 1
+
+_SCHEMA = f"""
+CREATE TABLE IF NOT EXISTS runs (
+    job_id TEXT PRIMARY KEY,
+    title TEXT NOT NULL,
+    state TEXT NOT NULL,
+    turn INTEGER NOT NULL UNIQUE,
+    attempt INTEGER NOT NULL DEFAULT 0,
+    events_offset INTEGER NOT NULL DEFAULT 0,
+    pid INTEGER,
+    birth TEXT,
+    cancel_asked REAL,
+    error TEXT,
+    created REAL NOT NULL,
+    started REAL,
+    finished REAL
+);
+PRAGMA user_version = {VERSION};
+"""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A run as recorded. `turn` orders the queue; `attempt` counts starts; times are seconds since 1970."""
+
+    job_id: str
+    title: str
+    state: str
+    turn: int
+    attempt: int
+    events_offset: int
+    """Size of events.jsonl when this attempt began: what comes before belongs to earlier attempts."""
+    child: Child | None
+    cancel_asked: float | None
+    error: str | None
+    created: float
+    started: float | None
+    finished: float | None
+
+
+class Record:
+    """Raises `StorageError` from every method when the file cannot be read or written."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with self._open() as db:
+            version = db.execute("PRAGMA user_version").fetchone()[0]
+            if version not in (0, VERSION):
+                raise StorageError(
+                    f"{path} was written by another version of Espalier (format {version}, this one knows {VERSION}). "
+                    "Use that version, or give another data folder."
+                )
+            if db.execute("PRAGMA quick_check(1)").fetchone()[0] != "ok":
+                raise sqlite3.DatabaseError("its pages do not fit together")
+            if version == 0:
+                db.executescript(_SCHEMA)
+
+    def add(self, job_id: str, title: str, *, max_queued: int) -> None:
+        with self._change() as db:
+            _refuse_when_full(db, max_queued)
+            db.execute(
+                "INSERT INTO runs (job_id, title, state, turn, created) VALUES (?, ?, ?, ?, ?)",
+                (job_id, title, QUEUED, _next_turn(db), time.time()),
+            )
+
+    def queue_again(self, job_id: str, *, max_queued: int) -> None:
+        with self._change() as db:
+            _refuse_when_full(db, max_queued)
+            db.execute(
+                "UPDATE runs SET state = ?, turn = ?, error = NULL, finished = NULL, cancel_asked = NULL, pid = NULL, "
+                "birth = NULL "
+                "WHERE job_id = ? AND state IN ('failed', 'cancelled')",
+                (QUEUED, _next_turn(db), job_id),
+            )
+
+    def ask_to_cancel(self, job_id: str) -> Row:
+        """Cancels a waiting run, marks a working one; returns it as it is afterwards."""
+        now = time.time()
+        with self._change() as db:
+            db.execute(
+                "UPDATE runs SET state = 'cancelled', finished = ? WHERE job_id = ? AND state = ?",
+                (now, job_id, QUEUED),
+            )
+            db.execute(
+                "UPDATE runs SET state = 'cancelling', cancel_asked = ? WHERE job_id = ? AND state = 'running'",
+                (now, job_id),
+            )
+            return _row(db.execute("SELECT * FROM runs WHERE job_id = ?", (job_id,)).fetchone())
+
+    def start_next(self, start: Callable[[Row], Child | str], events_size: Callable[[str], int]) -> bool:
+        """Starts the run whose turn it is, in one transaction with its record. False when none waits.
+
+        `start` returns the child, or the sentence why there is none, which ends the run.
+        """
+        with self._change() as db:
+            found = db.execute("SELECT * FROM runs WHERE state = ? ORDER BY turn LIMIT 1", (QUEUED,)).fetchone()
+            if found is None:
+                return False
+            job_id, now = found["job_id"], time.time()
+            db.execute(
+                "UPDATE runs SET state = 'running', attempt = attempt + 1, events_offset = ?, started = ? "
+                "WHERE job_id = ?",
+                (events_size(job_id), now, job_id),
+            )
+            outcome = start(_row(db.execute("SELECT * FROM runs WHERE job_id = ?", (job_id,)).fetchone()))
+            if isinstance(outcome, Child):
+                db.execute("UPDATE runs SET pid = ?, birth = ? WHERE job_id = ?", (outcome.pid, outcome.birth, job_id))
+            else:
+                db.execute(
+                    "UPDATE runs SET state = 'failed', error = ?, finished = ? WHERE job_id = ?", (outcome, now, job_id)
+                )
+            return True
+
+    def settle(self, row: Row, state: str, error: str | None) -> None:
+        """Ends the attempt that `row` shows; nothing happens when that was done already."""
+        with self._change() as db:
+            db.execute(
+                "UPDATE runs SET state = ?, error = ?, finished = ? "
+                "WHERE job_id = ? AND attempt = ? AND state IN (?, ?)",
+                (state, error, time.time(), row.job_id, row.attempt, *ACTIVE),
+            )
+
+    def get(self, job_id: str) -> Row | None:
+        with self._open() as db:
+            found = db.execute("SELECT * FROM runs WHERE job_id = ?", (job_id,)).fetchone()
+        return None if found is None else _row(found)
+
+    def newest(self, limit: int) -> list[Row]:
+        with self._open() as db:
+            return [
+                _row(found)
+                for found in db.execute("SELECT * FROM runs ORDER BY created DESC, turn DESC LIMIT ?", (limit,))
+            ]
+
+    def in_states(self, *states: str) -> list[Row]:
+        marks = ", ".join("?" * len(states))
+        with self._open() as db:
+            return [
+                _row(found)
+                for found in db.execute(f"SELECT * FROM runs WHERE state IN ({marks}) ORDER BY turn", states)
+            ]
+
+    def ahead_of(self, row: Row) -> int | None:
+        """How many runs work or come before a waiting one; None for one that does not wait."""
+        if row.state != QUEUED:
+            return None
+        with self._open() as db:
+            return db.execute(
+                "SELECT count(*) FROM runs WHERE state IN (?, ?) OR (state = ? AND turn < ?)",
+                (*ACTIVE, QUEUED, row.turn),
+            ).fetchone()[0]
+
+    def refuse_when_full(self, max_queued: int) -> None:
+        with self._open() as db:
+            _refuse_when_full(db, max_queued)
+
+    @contextmanager
+    def leadership(self) -> Iterator[Callable[[], bool]]:
+        """A question that is answered True in one process at a time: the one that may carry runs out."""
+        with self.path.with_name("queue.lock").open("a") as lock:
+
+            def leads() -> bool:
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    return True
+                except BlockingIOError:
+                    return False
+
+            yield leads
+
+    @contextmanager
+    def _change(self) -> Iterator[sqlite3.Connection]:
+        with self._open() as db:
+            db.execute("BEGIN IMMEDIATE")
+            yield db
+            db.execute("COMMIT")
+
+    @contextmanager
+    def _open(self) -> Iterator[sqlite3.Connection]:
+        db = None
+        try:
+            db = sqlite3.connect(self.path, timeout=10, isolation_level=None)
+            db.row_factory = sqlite3.Row
+            db.execute("PRAGMA journal_mode = WAL")
+            db.execute("PRAGMA synchronous = FULL")
+            yield db
+        except sqlite3.OperationalError as error:
+            raise StorageError(
+                f"The record of runs {self.path} cannot be used now ({error}). Check the disk and the "
+                f"folder's permissions."
+            ) from error
+        except sqlite3.DatabaseError as error:
+            raise StorageError(
+                f"The record of runs {self.path} is damaged ({error}). Nothing was changed: put back a copy "
+                f"of it, or move it "
+                "away to begin a new record; the folders of finished runs stay as they are."
+            ) from error
+        finally:
+            if db is not None:
+                db.close()  # rolls back what was not committed
+
+
+def _refuse_when_full(db: sqlite3.Connection, max_queued: int) -> None:
+    waiting = db.execute("SELECT count(*) FROM runs WHERE state = ?", (QUEUED,)).fetchone()[0]
+    if waiting >= max_queued:
+        raise RunError(
+            f"The queue is full: {waiting} runs are waiting and {max_queued} are allowed. Try again when one "
+            f"has finished."
+        )
+
+
+def _next_turn(db: sqlite3.Connection) -> int:
+    return db.execute("SELECT coalesce(max(turn), 0) + 1 FROM runs").fetchone()[0]
+
+
+def _row(found: sqlite3.Row) -> Row:
+    values = dict(found)
+    pid, birth = values.pop("pid"), values.pop("birth")
+    return Row(child=None if pid is None else Child(pid, birth), **values)

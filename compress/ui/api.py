@@ -1,0 +1,222 @@
+"""The named endpoints: submit, status, cancel, resume, list, artifact, check.
+
+`gradio_client`, plain HTTP and the shell's `jobs` commands call the same functions of the queue. Parameters of
+`submit` and `check` are the fields of `Request`, made from it, so the two cannot drift apart.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypedDict, get_type_hints
+
+import gradio as gr
+
+from compress.errors import CompressError, RequestError, RunError
+from compress.jobs import Queue, Status
+from compress.jobs_files import UPLOAD_FIELDS
+from compress.request import Request
+from compress.ui.handlers import App
+from compress.ui.views import file_url
+
+NAMED_SOURCES = {"checkpoint": ("auto", "published", "random"), "data": ("fashion-mnist", "none"), "class_map": ()}
+"""What a visitor may give as text where a shell takes a path: never a path of the server."""
+
+
+class File(TypedDict):
+    """A file of a finished run."""
+
+    name: str
+    url: str
+    sha256: str
+    bytes: int
+
+
+def add_endpoints(app: App) -> None:
+    """Adds the endpoints to the page that is being built."""
+    endpoints = Endpoints(app)
+    for function in (endpoints.status, endpoints.cancel, endpoints.resume, endpoints.list, endpoints.artifact):
+        gr.api(_told(function), api_name=function.__name__, queue=False)
+    for function, description in ((endpoints.submit, _SUBMIT), (endpoints.check, _CHECK)):
+        named = _with_request_parameters(function, description)
+        gr.api(
+            named,
+            api_name=function.__name__,
+            queue=function == endpoints.check,
+            concurrency_limit=1 if function == endpoints.check else None,
+        )
+
+
+class Endpoints:
+    """The functions behind the endpoints; they raise `CompressError`."""
+
+    def __init__(self, app: App) -> None:
+        self._app = app
+        self._queue: Queue = app.queue
+
+    def submit(self, **values: Any) -> dict[str, Any]:
+        request, files = self._request(values)
+        return self._queue.status(self._queue.submit(request, files=files)).as_dict()
+
+    def check(self, **values: Any) -> dict[str, Any]:
+        request, files = self._request(values)
+        return self._app.check(request.model_copy(update={field: str(path) for field, path in files.items()}))
+
+    def status(self, job_id: str) -> dict[str, Any]:
+        """How a run is doing.
+
+        Args:
+            job_id: The id that submit returned.
+
+        Returns:
+            state (queued, running, cancelling, done, failed, cancelled), position in the queue, stage, fraction
+            (0..1 of the run), seconds_left (of the stage), error (one sentence), and of a finished run its files.
+        """
+        status = self._queue.status(job_id)
+        return status.as_dict() | {"files": self._files(status)}
+
+    def cancel(self, job_id: str) -> dict[str, Any]:
+        """Ends a run. When this returns, at most 5 s later, none of its processes lives.
+
+        Args:
+            job_id: The id that submit returned.
+
+        Returns:
+            The run's status.
+        """
+        return self._queue.cancel(job_id).as_dict()
+
+    def resume(self, job_id: str) -> dict[str, Any]:
+        """Queues a failed or cancelled run again; finished stages are not repeated.
+
+        Args:
+            job_id: The id that submit returned.
+
+        Returns:
+            The run's status.
+        """
+        return self._queue.resume(job_id).as_dict()
+
+    def list(self, limit: int = 50) -> list[dict[str, Any]]:
+        """The latest runs, newest first, where the server shows everybody's runs.
+
+        Args:
+            limit: How many, from 1 to 1000.
+
+        Returns:
+            The status of each run.
+        """
+        if not self._app.settings.lists_all_runs:
+            raise RunError(
+                "This server does not list runs, because a run's id is all that protects it. "
+                "Ask for the status of an id."
+            )
+        if not 1 <= limit <= 1000:
+            raise RequestError("limit", limit, "a whole number from 1 to 1000")
+        return [status.as_dict() for status in self._queue.list(limit)]
+
+    def artifact(self, job_id: str, name: str) -> File:
+        """A file of a finished run, after its hash was compared with the run's manifest.
+
+        Args:
+            job_id: The id that submit returned.
+            name: The file's name as status lists it, for example artifacts/quantized.onnxruntime.onnx.
+
+        Returns:
+            name, sha256, bytes, and url, from which it can be downloaded, relative to the server's address.
+        """
+        self._queue.artifact(job_id, name)
+        return next(file for file in self._files(self._queue.status(job_id)) if file["name"] == name)
+
+    def _files(self, status: Status) -> list[File]:  # type: ignore[valid-type]  # `list` is an endpoint in this class
+        if status.state != "done":
+            return []
+        return [
+            {"name": name, "url": file_url(status.job_id, name), "sha256": facts["sha256"], "bytes": facts["bytes"]}
+            for name, facts in sorted(self._queue.artifacts(status.job_id).items())
+        ]
+
+    def _request(self, values: dict[str, Any]) -> tuple[Request, dict[str, Path]]:
+        """The request and the uploads that stand for some of its fields. Raises `RequestError`."""
+        values = dict(values)
+        files = {}
+        for field in UPLOAD_FIELDS:
+            upload = values.pop(f"{field}_file", None)
+            if upload is not None:
+                files[field] = self._app.uploaded(upload["path"] if isinstance(upload, dict) else upload)
+                values[field] = files[field].name
+            elif values.get(field) is not None and values[field] not in NAMED_SOURCES[field]:
+                allowed = [*NAMED_SOURCES[field], f"a file given as {field}_file"]
+                raise RequestError(field, values[field], " or ".join(allowed))
+        return Request(
+            **{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+        ), files
+
+
+_SUBMIT = """Queues a run and returns at once.
+
+Args:
+{arguments}
+
+Returns:
+    The run's status; job_id is the key to it.
+"""
+_CHECK = """What a run would do, without training: the plan, the layers that stay whole and why, the runtimes.
+
+Args:
+{arguments}
+
+Returns:
+    possible, text, groups, left_out, runtimes.
+"""
+_UPLOADS = {
+    "checkpoint": "Upload: a .safetensors, .pth or .pt file with a state dict, in place of checkpoint.",
+    "data": "Upload: a .zip with one folder of images for each class, in place of data.",
+    "class_map": "Upload: a JSON file, in place of class_map.",
+}
+
+
+def _with_request_parameters(function: Callable[..., Any], description: str) -> Callable[..., Any]:
+    """`function` with one typed and documented parameter for each field of `Request`, and one for each upload."""
+    hints = get_type_hints(Request)
+    parameters, lines = [], []
+    for name, field in Request.model_fields.items():
+        if name != "class_map":  # only ever an upload
+            parameters.append((name, hints[name], field.default))
+            lines.append(f"    {name}: {field.description}")
+    for name, text in _UPLOADS.items():
+        parameters.append((f"{name}_file", gr.FileData | None, None))
+        lines.append(f"    {name}_file: {text}")
+
+    told = _told(function)
+
+    def endpoint(*positional: Any, **values: Any) -> Any:
+        return told(**dict(zip((name for name, _, _ in parameters), positional, strict=False)) | values)
+
+    endpoint.__name__ = function.__name__
+    endpoint.__doc__ = description.format(arguments="\n".join(lines))
+    endpoint.__annotations__ = {name: kind for name, kind, _ in parameters} | {"return": dict[str, Any]}
+    endpoint.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+        [
+            inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=default, annotation=kind)
+            for name, kind, default in parameters
+        ],
+        return_annotation=dict[str, Any],
+    )
+    return endpoint
+
+
+def _told(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` with refusals turned into the error that reaches the client word for word."""
+
+    def endpoint(*positional: Any, **named: Any) -> Any:
+        try:
+            return function(*positional, **named)
+        except CompressError as error:
+            raise gr.Error(str(error), print_exception=False) from error
+
+    endpoint.__name__, endpoint.__doc__ = function.__name__, inspect.getdoc(function)
+    endpoint.__annotations__ = get_type_hints(function)
+    endpoint.__signature__ = inspect.signature(function, eval_str=True)  # type: ignore[attr-defined]
+    return endpoint

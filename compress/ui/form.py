@@ -1,0 +1,207 @@
+"""The form: the few fields that everybody sets, and all the others, made from `Request` itself.
+
+A field added to `Request` appears in the form without a change here; its description is its help text.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin
+
+import gradio as gr
+from gradio.components import Component
+
+from compress.errors import CompressError
+from compress.request import FULL_PRECISION, HALF_PRECISION, QUANTIZED_BITS, Request
+
+INTEGERS, HALF, FULL = "integers", "half", "full"
+UPLOAD = "upload"
+CHECKPOINT_TYPES = [".safetensors", ".pth", ".pt"]
+SECTIONS = {
+    "Images": ("input_size", "mean", "std", "class_map", "test_fraction"),
+    "Pruning": ("pruner", "channel_multiple", "exclude"),
+    "Training": (
+        "finetune_epochs",
+        "learning_rate",
+        "train_batch_size",
+        "distillation_weight",
+        "distillation_temperature",
+        "label_smoothing",
+        "augment",
+    ),
+    "Quantization": ("activation_bits", "qat_epochs", "qat_learning_rate", "calibration_images"),
+    "Measuring": ("runtime", "batch_size", "threads", "seed"),
+}
+"""Fields that are folded away, by heading."""
+SET_BY_MAIN_FIELDS = ("model", "checkpoint", "data", "sparsity", "quantizer", "weight_bits")
+SAME = "same as the weights"
+
+
+def folded_fields() -> dict[str, tuple[str, ...]]:
+    """`SECTIONS`, with every other field of `Request` under its own heading, so that none is missing."""
+    known = {*SET_BY_MAIN_FIELDS, *(name for names in SECTIONS.values() for name in names)}
+    others = tuple(name for name in Request.model_fields if name not in known)
+    return SECTIONS | ({"More": others} if others else {})
+
+
+def main_fields(models: tuple[str, ...]) -> dict[str, Component]:
+    """The fields of the first glance, by name. Built inside the page's layout."""
+    fields: dict[str, Component] = {}
+    with gr.Column(elem_classes="card"):
+        gr.HTML('<h2><span class="number">1</span>Model</h2>')
+        fields["model"] = gr.Dropdown(
+            list(models),
+            value="resnet18",
+            label="Architecture",
+            info="Type to search torchvision's classifiers",
+            filterable=True,
+        )
+        fields["weights"] = gr.Radio(
+            [("Trained weights", "auto"), ("My checkpoint", UPLOAD), ("Untrained", "random")],
+            value="auto",
+            label="Weights",
+        )
+        fields["checkpoint_file"] = gr.File(
+            label="Checkpoint (.safetensors, .pth or .pt with a state dict)",
+            file_types=CHECKPOINT_TYPES,
+            visible=False,
+            height=136,
+        )
+    with gr.Column(elem_classes="card"):
+        gr.HTML('<h2><span class="number">2</span>Images</h2>')
+        fields["images"] = gr.Radio(
+            [("Fashion-MNIST (comes along)", "fashion-mnist"), ("My images", UPLOAD), ("None", "none")],
+            value="fashion-mnist",
+            label="To train and test with",
+        )
+        fields["data_file"] = gr.File(
+            label="A .zip with one folder of images for each class", file_types=[".zip"], visible=False, height=136
+        )
+        fields["hint"] = gr.HTML("", elem_classes="hint")
+    with gr.Column(elem_classes="card"):
+        gr.HTML('<h2><span class="number">3</span>How small</h2>')
+        fields["sparsity"] = gr.Slider(
+            5,
+            90,
+            value=50,
+            step=5,
+            label="Channels to remove, %",
+            info="More makes the model smaller and faster, and costs accuracy",
+            buttons=[],
+        )
+        fields["arithmetic"] = gr.Radio(
+            [("Integers", INTEGERS), ("16-bit floats", HALF), ("32-bit floats", FULL)], value=INTEGERS, label="Numbers"
+        )
+        fields["bits"] = gr.Slider(
+            min(QUANTIZED_BITS),
+            max(QUANTIZED_BITS),
+            value=8,
+            step=1,
+            label="Bits per number",
+            info="8 runs as integers everywhere; fewer are for study",
+            buttons=[],
+        )
+    return fields
+
+
+def more_fields() -> dict[str, Component]:
+    """All other fields of `Request`, by name, each made from its type, default and description."""
+    fields: dict[str, Component] = {}
+    for heading, names in folded_fields().items():
+        gr.HTML(f"<h3>{heading}</h3>")
+        with gr.Row(elem_classes="fields"):
+            for name in names:
+                fields[name] = _component(name)
+    return fields
+
+
+def to_request(values: Mapping[str, Any]) -> tuple[Request, dict[str, Path]]:
+    """The request and the uploaded files (field -> path) that the form's values mean.
+
+    Raises:
+        CompressError: a value or a combination that cannot work, or a file that is missing.
+    """
+    given: dict[str, Any] = {"model": values["model"] or "", "sparsity": round(float(values["sparsity"]) / 100, 4)}
+    files = {}
+    for field, choice, upload, what in (
+        ("checkpoint", "weights", "checkpoint_file", "checkpoint"),
+        ("data", "images", "data_file", ".zip of images"),
+    ):
+        given[field] = values[choice]
+        if values[choice] == UPLOAD:
+            if not values[upload]:
+                raise CompressError(
+                    f"No {what} was chosen: upload one, or choose another source above the upload field."
+                )
+            files[field] = Path(values[upload])
+            given[field] = files[field].name
+    given |= _bits(values)
+    for names in folded_fields().values():
+        for name in names:
+            if name not in given and values[name] not in (None, ""):
+                given[name] = _value(name, values[name])
+    if values["class_map"]:
+        files["class_map"] = Path(values["class_map"])
+    return Request(**given), files
+
+
+def _bits(values: Mapping[str, Any]) -> dict[str, Any]:
+    if values["arithmetic"] == INTEGERS:
+        bits = int(values["bits"])
+        activation = bits if values["activation_bits"] in (None, SAME) else int(values["activation_bits"])
+        return {"quantizer": "qat", "weight_bits": bits, "activation_bits": activation}
+    width = HALF_PRECISION if values["arithmetic"] == HALF else FULL_PRECISION
+    return {"quantizer": "none", "weight_bits": width, "activation_bits": width}
+
+
+def _component(name: str) -> Component:
+    field = Request.model_fields[name]
+    kind, optional = _unwrapped(field.annotation)
+    label, info = _label(name), (field.description or "").replace("`", "")
+    if name == "class_map":
+        return gr.File(label="Class map (.json)", file_types=[".json"], height=130)
+    if name == "activation_bits":
+        return gr.Dropdown(
+            [SAME, *map(str, QUANTIZED_BITS)],
+            value=SAME,
+            label=label,
+            info="bits per activation; fewer than 8 are for study",
+        )
+    if get_origin(kind) is Literal:
+        return gr.Dropdown(list(get_args(kind)), value=field.default, label=label, info=info)
+    if kind is bool:
+        return gr.Checkbox(value=field.default, label=label, info=info)
+    if kind in (int, float) and not optional:
+        return gr.Number(value=field.default, label=label, info=info, precision=0 if kind is int else None)
+    return gr.Textbox(value="", label=label, info=info, placeholder=_placeholder(kind))
+
+
+def _value(name: str, value: Any) -> Any:
+    """A form's value as `Request` takes it; text that is no number is left for `Request` to refuse."""
+    kind, _ = _unwrapped(Request.model_fields[name].annotation)
+    if get_origin(kind) is tuple and isinstance(value, str):
+        return tuple(part for part in value.replace(",", " ").split() if part)
+    if kind is int and isinstance(value, str):
+        return value.strip()
+    return value
+
+
+def _unwrapped(annotation: Any) -> tuple[Any, bool]:
+    """(the type without None, whether None was allowed)."""
+    if get_origin(annotation) in (Union, types.UnionType):
+        (kind,) = (part for part in get_args(annotation) if part is not type(None))
+        return kind, True
+    return annotation, False
+
+
+def _label(name: str) -> str:
+    words = {"qat": "QAT", "std": "Standard deviation"}
+    return " ".join(words.get(word, word) for word in name.split("_")).capitalize().replace("Qat", "QAT")
+
+
+def _placeholder(kind: Any) -> str:
+    if get_origin(kind) is tuple:
+        return "layer names" if get_args(kind)[0] is str else "0.5, 0.5, 0.5"
+    return "found by itself"

@@ -1,0 +1,36 @@
+window.espalier = (() => {
+  const MINE = "espalier-runs", LOOK = "espalier-look";
+
+  const read = (key) => { try { return localStorage.getItem(key); } catch { return null; } };
+  const write = (key, value) => { try { localStorage.setItem(key, value); } catch { /* private window: nothing is kept */ } };
+  const mine = () => { try { const kept = JSON.parse(read(MINE) || "[]"); return Array.isArray(kept) ? kept : []; } catch { return []; } };
+  const job = () => new URLSearchParams(location.search).get("job") || "";
+  const look = () => [document.body.classList.contains("dark") ? "dark" : "light", innerWidth < 720 ? "narrow" : "wide"].join(" ");
+
+  function context() {
+    const chosen = read(LOOK);
+    if (chosen) document.body.classList.toggle("dark", chosen === "dark");
+    return JSON.stringify({ job: job(), mine: mine(), look: look() });
+  }
+
+  function opened(id) {
+    if (!id || id === job()) return;
+    write(MINE, JSON.stringify([id, ...mine().filter((other) => other !== id)].slice(0, 100)));
+    history.pushState(null, "", "?job=" + encodeURIComponent(id));
+    scrollTo({ top: 0 });
+  }
+
+  function toggle() {
+    const dark = document.body.classList.toggle("dark");
+    write(LOOK, dark ? "dark" : "light");
+    return look();
+  }
+
+  // Gradio names an upload field other than it reads; without that name its visible text counts
+  const renamed = () => document.querySelectorAll("button.upload-container[aria-label]").forEach((field) => field.removeAttribute("aria-label"));
+  new MutationObserver(renamed).observe(document.documentElement, { childList: true, subtree: true });
+
+  addEventListener("popstate", () => location.reload());
+  document.documentElement.lang = "en";
+  return { context, opened, toggle };
+})();

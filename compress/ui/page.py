@@ -1,0 +1,199 @@
+"""Layout of the page and which control calls which handler; nothing is decided here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import gradio as gr
+from gradio.components import Component
+
+from compress.ui import views
+from compress.ui.api import add_endpoints
+from compress.ui.form import main_fields, more_fields
+from compress.ui.handlers import CHARTS, App, Updates
+
+POLL_S = 1.0
+TITLE = "Espalier: smaller, faster image classifiers"
+Parts = dict[str, Any]
+
+
+def build_page(app: App, *, cache_age_s: int) -> gr.Blocks:
+    """The page with its events and the API's endpoints.
+
+    Args:
+        cache_age_s: age at which Gradio deletes uploads that no run took.
+    """
+    with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(3600, cache_age_s), fill_width=True) as page:
+        parts = _memory()
+        with gr.Row(elem_classes="top"):
+            gr.HTML(views.brand())
+            parts["theme"] = gr.Button(
+                "Light or dark", size="sm", variant="secondary", elem_classes="theme", min_width=60, scale=0
+            )
+        fields, start = _start_view(app)
+        parts |= start | _run_view() | fields
+        _connect(page, app, parts, list(fields))
+        add_endpoints(app)
+    return page
+
+
+def _memory() -> Parts:
+    """What the browser keeps, so that the page goes on after the server was restarted."""
+    parts: Parts = {
+        name: gr.Textbox(visible=False, elem_id=f"memory-{name}") for name in ("context", "job", "seen", "look")
+    }
+    parts["timer"] = gr.Timer(POLL_S, active=False)
+    return parts
+
+
+def _start_view(app: App) -> tuple[dict[str, Component], Parts]:
+    parts: Parts = {}
+    with gr.Column(elem_classes="view", elem_id="start") as parts["start"]:
+        gr.HTML(
+            '<header class="hero"><h1>Make an image classifier smaller and faster, <br>and see what it cost.</h1>'
+            "<p>Prune, fine-tune, quantize, export, measure: one run does it all and proves every step. "
+            "As it stands, the form compresses the example that comes along.</p></header>"
+        )
+        with gr.Row(elem_classes="columns", equal_height=False):
+            with gr.Column(scale=3, min_width=320):
+                fields = main_fields(tuple(offer.name for offer in app.models))
+                with gr.Accordion("All other settings", open=False, elem_classes="card more"):
+                    fields |= more_fields()
+            with gr.Column(scale=2, min_width=300, elem_classes="side"), gr.Column(elem_classes="card"):
+                gr.HTML("<h2>What will happen</h2>")
+                parts["meaning"] = gr.HTML()
+                parts["notice"] = gr.HTML()
+                parts["submit"] = gr.Button("Compress", variant="primary", size="lg", elem_id="submit")
+                parts["preflight"] = gr.Button("Show the plan first", variant="secondary", elem_id="preflight")
+                parts["checked"] = gr.HTML()
+        gr.HTML("<h2>Earlier runs</h2>", elem_classes="earlier")
+        parts["runs"] = gr.HTML(elem_id="runs")
+    return fields, parts
+
+
+def _run_view() -> Parts:
+    parts: Parts = {}
+    with gr.Column(elem_classes="view", elem_id="run", visible=False) as parts["run"]:
+        with gr.Row(elem_classes="run-top", equal_height=False):
+            parts["head"] = gr.HTML()
+            with gr.Row(elem_classes="actions"):
+                parts["cancel"] = gr.Button(
+                    "Cancel the run", variant="stop", elem_id="cancel", size="md", min_width=120, visible=False
+                )
+                parts["resume"] = gr.Button(
+                    "Resume the run", variant="primary", elem_id="resume", size="md", min_width=120, visible=False
+                )
+                gr.HTML('<a class="button" href="./">New run</a>')
+        parts["run_notice"] = gr.HTML()
+        parts["live"] = gr.HTML(elem_id="live")
+        with gr.Column(elem_id="results", visible=False) as parts["results"]:
+            _results(parts)
+        with gr.Accordion("Log", open=True, elem_classes="card") as parts["log_box"]:
+            parts["log"] = gr.HTML(elem_id="log")
+        parts["settings"] = gr.HTML(elem_classes="card")
+    return parts
+
+
+def _results(parts: Parts) -> None:
+    parts["verdict"] = gr.HTML(elem_classes="card", elem_id="verdict")
+    with gr.Column(elem_classes="card"):
+        gr.HTML("<h2>Original and compressed</h2>")
+        parts["summary"] = gr.HTML(elem_id="summary")
+    for key, (title, sentence) in CHARTS.items():
+        with gr.Column(elem_classes="card", elem_id=f"chart-{key}", visible=False) as parts[f"chart_{key}"]:
+            gr.HTML(f'<h2>{title}</h2><p class="soft">{sentence}</p>')
+            parts[f"plot_{key}"] = gr.Plot(show_label=False, container=False, elem_id=f"plot-{key}")
+            parts[f"numbers_{key}"] = gr.HTML()
+    with gr.Column(elem_classes="card"):
+        gr.HTML('<h2>Files</h2><p class="soft">Every file is checked against its sha256 before it is sent.</p>')
+        parts["files"] = gr.HTML(elem_id="files")
+
+
+def _connect(page: gr.Blocks, app: App, parts: Parts, names: list[str]) -> None:
+    """Every event of the page. None of them is part of the API; none waits in Gradio's queue."""
+    form = [parts[name] for name in names if name != "hint"]
+
+    def values(given: tuple[Any, ...]) -> dict[str, Any]:
+        return dict(zip((name for name in names if name != "hint"), given, strict=True))
+
+    def on(event: Any, handler: Callable[..., Updates], inputs: list[Any], outputs: list[str], **options: Any) -> Any:
+        def call(*given: Any) -> Any:
+            updates = handler(*given)
+            found = [updates.get(name, gr.skip()) for name in outputs]
+            return found if len(found) > 1 else found[0]
+
+        return event(
+            call,
+            inputs,
+            [parts[name] for name in outputs],
+            api_visibility="private",
+            **({"queue": False, "show_progress": "hidden"} | options),
+        )
+
+    run_outputs = list(_SHOWN)
+    where = [parts["job"], parts["look"]]
+    on(page.load, app.open, [parts["context"]], run_outputs, js="() => espalier.context()")
+    on(page.load, lambda *given: app.meaning(values(given)), form, ["meaning"])
+    submitted = on(
+        parts["submit"].click,
+        lambda look, *given: app.submit(values(given), look),
+        [parts["look"], *form],
+        run_outputs,
+        trigger_mode="once",
+    )
+    submitted.then(None, [parts["job"]], None, js="job => espalier.opened(job)")
+    on(
+        parts["preflight"].click,
+        lambda *given: app.preflight(values(given)),
+        form,
+        ["checked", "notice"],
+        queue=True,
+        concurrency_limit=1,
+        show_progress="full",
+        show_progress_on=parts["checked"],
+        trigger_mode="once",
+    )
+    on(parts["timer"].tick, app.look, [parts["job"], parts["seen"], parts["look"]], run_outputs, trigger_mode="once")
+    on(parts["cancel"].click, app.cancel, where, run_outputs, trigger_mode="once")
+    on(parts["resume"].click, app.resume, where, run_outputs, trigger_mode="once")
+    choices = [parts[name] for name in ("weights", "images", "model", "arithmetic")]
+    for choice in choices:
+        on(choice.change, app.sources, choices, ["checkpoint_file", "data_file", "bits", "hint"])
+    for name in names:
+        if name not in ("hint", "checkpoint_file", "data_file", "class_map", "weights", "images"):
+            on(
+                parts[name].change,
+                lambda *given: app.meaning(values(given)),
+                form,
+                ["meaning"],
+                trigger_mode="always_last",
+            )
+    themed = parts["theme"].click(None, None, [parts["look"]], js="() => espalier.toggle()", api_visibility="private")
+    on(themed.then, app.restyle, where, [f"plot_{key}" for key in CHARTS])
+
+
+_SHOWN = (
+    "start",
+    "run",
+    "notice",
+    "runs",
+    "look",
+    "timer",
+    "job",
+    "seen",
+    "head",
+    "run_notice",
+    "live",
+    "log",
+    "log_box",
+    "settings",
+    "cancel",
+    "resume",
+    "results",
+    "verdict",
+    "summary",
+    "files",
+    *(f"{part}_{key}" for key in CHARTS for part in ("chart", "plot", "numbers")),
+)
+"""Components that change while runs are opened and watched."""

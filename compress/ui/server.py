@@ -1,0 +1,166 @@
+"""The app as one ASGI application: Gradio's page and API, /healthz, the files of runs, and what protects them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Awaitable, Callable, MutableMapping, Sequence
+from typing import Any
+
+import gradio as gr
+import uvicorn
+from fastapi import FastAPI
+from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Response
+
+from compress.errors import RunError, StorageError
+from compress.jobs import Queue
+from compress.ui import shell
+from compress.ui.handlers import App, Check
+from compress.ui.page import build_page
+from compress.ui.settings import Settings
+from compress.ui.theme import HEAD, STYLE, EspalierTheme
+
+CONTENT_SECURITY_POLICY = "; ".join(
+    (
+        "default-src 'self'",
+        # Gradio's page starts from inline scripts and evaluates the `js=` of its events
+        "script-src 'self' 'unsafe-inline' 'unsafe-eval'",
+        "style-src 'self' 'unsafe-inline'",
+        "img-src 'self' data: blob:",
+        "font-src 'self' data:",
+        "connect-src 'self'",
+        "worker-src 'self' blob:",
+        "object-src 'none'",
+        "base-uri 'self'",
+        "form-action 'self'",
+        "frame-ancestors 'self' https://huggingface.co https://*.hf.space",  # a Space shows the app in a frame
+    )
+)
+HEADERS = {
+    "content-security-policy": CONTENT_SECURITY_POLICY,
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",  # the address of a run is the key to it
+    "permissions-policy": "camera=(), microphone=(), geolocation=()",
+    "cross-origin-resource-policy": "same-origin",
+}
+CACHE_AGE_S = 24 * 3600
+
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+
+
+def build_app(settings: Settings, queue: Queue, *, check: Check, models: Sequence[shell.Offer]) -> FastAPI:
+    """The whole app around a queue, which the caller starts and closes.
+
+    Args:
+        check: request -> what a run of it would do; see `compress.pipeline.check`.
+        models: the classifiers on offer.
+    """
+    settings.uploads.mkdir(parents=True, exist_ok=True)
+    app = FastAPI(title="Espalier", docs_url=None, redoc_url=None, openapi_url=None)
+    _add_routes(app, queue)
+    page = build_page(App(queue, check, settings, models), cache_age_s=CACHE_AGE_S)
+    gr.mount_gradio_app(
+        app,
+        page,
+        path="/",
+        server_name=settings.host,
+        server_port=settings.port,
+        theme=EspalierTheme(),
+        css=STYLE,
+        head=HEAD,
+        footer_links=[],
+        run_history=False,
+        ssr_mode=False,
+        show_error=False,
+        enable_monitoring=False,
+        mcp_server=False,
+        pwa=False,
+        allowed_paths=[],
+        blocked_paths=[str(queue.data_dir / "runs"), str(queue.data_dir / "consoles")],
+        max_file_size=settings.max_upload_mb * 1024 * 1024,
+    )
+    app.add_middleware(Guard, hosts=settings.hosts)
+    return app
+
+
+def _add_routes(app: FastAPI, queue: Queue) -> None:
+    @app.get("/healthz")
+    def health() -> Response:
+        if queue.trouble is not None:
+            return JSONResponse({"status": "trouble", "reason": queue.trouble}, status_code=503)
+        return JSONResponse({"status": "ok"})
+
+    @app.api_route("/runs/{job_id}/files/{name:path}", methods=["GET", "HEAD"])
+    def file(job_id: str, name: str) -> Response:
+        """A file of a finished run, always as a download, so that nothing in it runs on this page."""
+        try:
+            path = queue.artifact(job_id, name)
+            digest = queue.artifacts(job_id)[name]["sha256"]
+        except RunError as error:
+            return PlainTextResponse(str(error), status_code=404)
+        except StorageError as error:
+            return PlainTextResponse(str(error), status_code=409)
+        return FileResponse(
+            path,
+            media_type="application/octet-stream",
+            filename=path.name,
+            headers={"etag": f'"{digest}"', "cache-control": "private, no-cache", "x-sha256": digest},
+        )
+
+
+class Guard:
+    """Security headers on every answer; refuses foreign Host names and requests that another site's page sends."""
+
+    def __init__(self, app: Any, hosts: Sequence[str]) -> None:
+        self.app = app
+        self.hosts = frozenset(hosts)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+
+        async def send_with_headers(message: MutableMapping[str, Any]) -> None:
+            if message["type"] == "http.response.start":
+                present = {name.lower() for name, _ in message["headers"]}
+                extra = [
+                    (name.encode(), value.encode()) for name, value in HEADERS.items() if name.encode() not in present
+                ]
+                message = {**message, "headers": [*message["headers"], *extra]}
+            await send(message)
+
+        refusal = self._refusal(scope)
+        answer = self.app if refusal is None else PlainTextResponse(refusal, status_code=403)
+        await answer(scope, receive, send_with_headers)
+
+    def _refusal(self, scope: Scope) -> str | None:
+        headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
+        host = headers.get("host", "").rpartition(":")[0] or headers.get("host", "")
+        if self.hosts and host.strip("[]").lower() not in self.hosts:
+            name = json.dumps(host[:100])
+            return f"This server does not answer to the name {name}; ESPALIER_ALLOWED_HOSTS lists those it answers to."
+        if scope["method"] not in ("GET", "HEAD", "OPTIONS") and headers.get("sec-fetch-site", "none") not in (
+            "same-origin",
+            "none",
+        ):
+            return "Another site's page may not act on this server."
+        return None
+
+
+def serve(settings: Settings) -> None:
+    """Runs the app until it is stopped. Runs that work then go on; the next start watches them again.
+
+    Raises:
+        StorageError: the data folder cannot be used, or the record of runs is damaged.
+    """
+    with Queue(settings.data_dir, at_once=settings.at_once, max_queued=settings.max_queued) as queue:
+        app = build_app(settings, queue, check=shell.check, models=shell.models(settings.data_dir / "models.json"))
+        uvicorn.run(
+            app,
+            host=settings.host,
+            port=settings.port,
+            log_level="warning",
+            timeout_graceful_shutdown=3,
+            server_header=False,
+        )

@@ -1,0 +1,116 @@
+"""How the app is served: read from the environment once, before Gradio is imported."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, MutableMapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from compress.errors import RequestError
+from compress.jobs import DATA_DIR
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One field for each ESPALIER_ variable of the README's table."""
+
+    data: Path = DATA_DIR
+    """ESPALIER_DATA: folder of the queue, the runs and the uploads."""
+    host: str = "127.0.0.1"
+    """ESPALIER_HOST: address to listen on; 0.0.0.0 in a container."""
+    port: int = 7860
+    """ESPALIER_PORT"""
+    at_once: int = 1
+    """ESPALIER_RUNS_AT_ONCE: runs that work at the same time; one per device."""
+    max_queued: int = 20
+    """ESPALIER_MAX_QUEUED: runs that may wait."""
+    max_upload_mb: int = 2048
+    """ESPALIER_MAX_UPLOAD_MB: largest uploaded file."""
+    list_runs: bool | None = None
+    """ESPALIER_LIST_RUNS: 1 shows every run to every visitor, 0 only those started in the same browser.
+    Default: 1 on a loopback address, else 0, because a run's link is all that protects it."""
+    allowed_hosts: tuple[str, ...] = ()
+    """ESPALIER_ALLOWED_HOSTS: names, separated by commas, under which a proxy serves the app.
+    On a loopback address all other Host headers are refused; elsewhere any is accepted when this is empty."""
+
+    @property
+    def data_dir(self) -> Path:
+        return self.data.expanduser().resolve()
+
+    @property
+    def uploads(self) -> Path:
+        """Where Gradio keeps what is uploaded, until a run takes it."""
+        return self.data_dir / "incoming"
+
+    @property
+    def local(self) -> bool:
+        return self.host in LOOPBACK
+
+    @property
+    def lists_all_runs(self) -> bool:
+        return self.local if self.list_runs is None else self.list_runs
+
+    @property
+    def hosts(self) -> tuple[str, ...]:
+        """Host names that are answered; empty for any."""
+        return (*LOOPBACK, *self.allowed_hosts) if self.local or self.allowed_hosts else ()
+
+    @classmethod
+    def from_environment(cls, environ: Mapping[str, str]) -> Settings:
+        """Raises `RequestError` for a variable whose value is not understood."""
+        readers: dict[str, tuple[str, Any]] = {
+            "ESPALIER_DATA": ("data", Path),
+            "ESPALIER_HOST": ("host", str),
+            "ESPALIER_PORT": ("port", _number(1, 65535)),
+            "ESPALIER_RUNS_AT_ONCE": ("at_once", _number(1, 64)),
+            "ESPALIER_MAX_QUEUED": ("max_queued", _number(1, 1000)),
+            "ESPALIER_MAX_UPLOAD_MB": ("max_upload_mb", _number(1, 1_000_000)),
+            "ESPALIER_LIST_RUNS": ("list_runs", _switch),
+            "ESPALIER_ALLOWED_HOSTS": ("allowed_hosts", _names),
+        }
+        given = {}
+        for variable, (field, read) in readers.items():
+            if environ.get(variable, "") != "":
+                given[field] = read(variable, environ[variable]) if read not in (Path, str) else read(environ[variable])
+        return cls(**given)
+
+
+def prepare_environment(environ: MutableMapping[str, str], settings: Settings) -> None:
+    """Switches off telemetry, update checks and sharing, and keeps uploads in the data folder.
+
+    Has to come before `import gradio`, which reads these variables while it is imported.
+    """
+    environ.update(
+        {
+            "GRADIO_ANALYTICS_ENABLED": "False",
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            "DO_NOT_TRACK": "1",
+            "GRADIO_SHARE": "False",
+            "GRADIO_SSR_MODE": "False",
+            "GRADIO_RUN_HISTORY": "False",
+            "GRADIO_MCP_SERVER": "False",
+            "GRADIO_TEMP_DIR": str(settings.uploads),
+        }
+    )
+
+
+def _number(low: int, high: int) -> Any:
+    def read(variable: str, text: str) -> int:
+        if not text.isdigit() or not low <= int(text) <= high:
+            raise RequestError(variable, text, f"a whole number from {low} to {high}")
+        return int(text)
+
+    return read
+
+
+def _switch(variable: str, text: str) -> bool:
+    if text not in ("0", "1"):
+        raise RequestError(variable, text, "0 or 1")
+    return text == "1"
+
+
+def _names(variable: str, text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip())

@@ -1,0 +1,103 @@
+"""What the server asks of `python -m compress`, in processes of their own.
+
+The server never opens an untrusted checkpoint, and stays small because it never imports torch.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from compress import processes
+from compress.errors import CompressError, RunError
+from compress.files import write_text
+from compress.jobs_files import REFUSAL
+from compress.request import Request
+
+CHECK_LIMIT_S = 180
+MODELS_LIMIT_S = 120
+
+
+@dataclass(frozen=True)
+class Offer:
+    """A classifier on offer."""
+
+    name: str
+    parameters: int
+
+
+def check(request: Request) -> dict[str, Any]:
+    """What `compress.pipeline.check` says of a request.
+
+    Raises:
+        CompressError: the sentence with which the check refused the request.
+        RunError: the check did not end in time, or crashed.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "request.json")
+        file.write_text(request.to_json(), encoding="utf-8")
+        found = ask("check", "--request", str(file), limit_s=CHECK_LIMIT_S)
+    assert isinstance(found, dict), "`compress check --json` prints an object"
+    return found
+
+
+def models(cache: Path) -> tuple[Offer, ...]:
+    """The classifiers on offer; kept in the file `cache`, because listing them takes seconds.
+
+    Raises:
+        CompressError: they cannot be listed.
+    """
+    installed = version("torchvision")
+    try:
+        kept = json.loads(cache.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        kept = {}
+    if kept.get("torchvision") != installed:
+        kept = {"torchvision": installed, "models": ask("models", limit_s=MODELS_LIMIT_S)}
+        write_text(cache, json.dumps(kept))
+    return tuple(Offer(row["name"], int(row["parameters"])) for row in kept["models"])
+
+
+def ask(*words: str, limit_s: float) -> Any:
+    """The JSON that `python -m compress WORDS --json` prints; see `check` for what is raised."""
+    env = processes.environment(os.environ) | {"PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+    process = subprocess.Popen(  # noqa: S603
+        [sys.executable, "-P", "-m", "compress", *words, "--json"],
+        env=env,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    child = processes.identify(process.pid)
+    assert child is not None, "a child that was not waited for is at least a zombie"
+    try:
+        output, printed = process.communicate(timeout=limit_s)
+    except subprocess.TimeoutExpired:
+        raise RunError(
+            f"`compress {words[0]}` took longer than {limit_s:.0f} s and was ended. Try again when no run is working."
+        ) from None
+    finally:
+        processes.stop(child, grace_s=1.0)
+        process.wait()
+    return _answer(words[0], output, printed, process.returncode)
+
+
+def _answer(command: str, output: str, printed: str, code: int) -> Any:
+    try:
+        return json.loads(output)  # also with a non-zero exit: a check that finds a problem says which
+    except ValueError:
+        last = printed.strip().rpartition("\n")[2]
+        if last.startswith(REFUSAL):
+            raise CompressError(last.removeprefix(REFUSAL)) from None
+        raise RunError(
+            f"`compress {command}` ended without an answer (exit code {code}). Check the installation."
+        ) from None

@@ -1,0 +1,56 @@
+"""The real web app around runs that train nothing: `python serve_fake.py DATA PORT`; see fake_run.py."""
+
+import os
+import sys
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+
+from compress.jobs import Queue  # noqa: E402
+from compress.request import Request  # noqa: E402
+from compress.ui.settings import Settings, prepare_environment  # noqa: E402
+from compress.ui.shell import Offer  # noqa: E402
+
+MODELS = ("mobilenet_v2", "resnet101", "resnet152", "resnet18", "resnet34", "resnet50")
+
+
+def fake_command(folder: Path, resume: bool) -> list[str]:
+    fake = Path(__file__).with_name("fake_run.py")
+    return [
+        sys.executable,
+        "-S",
+        str(fake),
+        str(folder),
+        str(folder / "request.json"),
+        *(["--resume"] if resume else []),
+    ]
+
+
+def fake_check(request: Request) -> dict[str, object]:
+    return {
+        "possible": True,
+        "text": f"{request.model} can be compressed as asked.",
+        "groups": [
+            {"layers": ["layer1.0.conv1"], "channels_before": 64, "channels_after": 32, "reason": "feeds <one> layer"}
+        ],
+        "left_out": [{"layer": "fc", "reason": "it is the output"}],
+        "runtimes": [{"runtime": "onnxruntime", "text": "runs here"}],
+    }
+
+
+def main() -> None:
+    settings = Settings.from_environment({**os.environ, "ESPALIER_DATA": sys.argv[1], "ESPALIER_PORT": sys.argv[2]})
+    prepare_environment(os.environ, settings)
+    import uvicorn
+    from example_report import example_report
+
+    from compress.ui.server import build_app
+
+    with Queue(settings.data_dir, command=fake_command, max_queued=settings.max_queued) as queue:
+        (queue.data_dir / "example-report.json").write_text(example_report().to_json())
+        app = build_app(settings, queue, check=fake_check, models=[Offer(name, 11_689_512) for name in MODELS])
+        uvicorn.run(app, host=settings.host, port=settings.port, log_level="warning", timeout_graceful_shutdown=1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,247 @@
+"""The form's values as a request, the words for it, the settings of the server, the check in a process of its own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+import pytest
+from example_report import example_report
+
+from compress import charts
+from compress.errors import CompressError, RequestError, RunError
+from compress.jobs import Queue
+from compress.request import Request
+from compress.ui import shell, views
+from compress.ui.form import folded_fields, main_fields, more_fields, to_request
+from compress.ui.handlers import App
+from compress.ui.phone import narrowed
+from compress.ui.settings import Settings, prepare_environment
+
+
+@pytest.fixture(scope="module")
+def untouched() -> dict[str, Any]:
+    """The form's values as the page opens."""
+    with gr.Blocks(analytics_enabled=False):
+        fields = main_fields(("resnet18", "resnet50")) | more_fields()
+    return {name: field.value for name, field in fields.items()}
+
+
+def test_the_untouched_form_is_the_default_request(untouched: dict[str, Any]) -> None:
+    assert to_request(untouched) == (Request(), {})
+
+
+def test_every_field_of_a_request_is_in_the_form() -> None:
+    folded = [name for names in folded_fields().values() for name in names]
+    assert len(folded) == len(set(folded))
+    assert set(folded) | {"model", "checkpoint", "data", "sparsity", "quantizer", "weight_bits"} == set(
+        Request.model_fields
+    )
+    assert "More" not in folded_fields(), "a new field of Request deserves its heading in SECTIONS"
+
+
+@pytest.mark.parametrize(
+    ("changed", "field", "value"),
+    [
+        ({"sparsity": 35}, "sparsity", 0.35),
+        ({"bits": 4}, "activation_bits", 4),
+        ({"bits": 4, "activation_bits": "8"}, "activation_bits", 8),
+        ({"arithmetic": "half"}, "weight_bits", 16),
+        ({"arithmetic": "full"}, "quantizer", "none"),
+        ({"images": "none"}, "data", "none"),
+        ({"weights": "random"}, "checkpoint", "random"),
+        ({"mean": "0.1 0.2, 0.3", "std": "1,1,1"}, "mean", (0.1, 0.2, 0.3)),
+        ({"input_size": "64"}, "input_size", 64),
+        ({"exclude": "layer1.0.conv1, fc"}, "exclude", ("layer1.0.conv1", "fc")),
+        ({"augment": False}, "augment", False),
+        ({"pruner": "fpgm"}, "pruner", "fpgm"),
+    ],
+)
+def test_a_changed_field_reaches_the_request(
+    untouched: dict[str, Any], changed: dict[str, Any], field: str, value: Any
+) -> None:
+    request, _ = to_request(untouched | changed)
+    assert getattr(request, field) == value
+
+
+@pytest.mark.parametrize(
+    ("changed", "sentence"),
+    [
+        ({"model": None}, "model: got '', expected the name of a torchvision classifier"),
+        ({"mean": "0.5, x, 0.5"}, "expected three numbers"),
+        ({"input_size": "big"}, "input_size: got 'big', expected a whole number of pixels"),
+        ({"images": "upload"}, "No .zip of images was chosen: upload one"),
+        ({"arithmetic": "full", "pruner": "none"}, "expected something to do"),
+    ],
+)
+def test_what_cannot_work_is_refused(untouched: dict[str, Any], changed: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(CompressError, match=sentence):
+        to_request(untouched | changed)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (
+            {},
+            "50 % of the channels go: about 1/4 of the parameters stay. "
+            "8-bit integers take a quarter of the space of 32-bit numbers.",
+        ),
+        (
+            {"sparsity": 0.25, "weight_bits": 4, "activation_bits": 4},
+            "about 56 % of the parameters stay. 4-bit weights are trained on their grid and kept in 8-bit",
+        ),
+        ({"pruner": "none"}, "No channels are removed."),
+        ({"quantizer": "none", "weight_bits": 32, "activation_bits": 32}, "Numbers keep their 32 bits."),
+    ],
+)
+def test_the_settings_are_put_into_words(given: dict[str, Any], words: str) -> None:
+    assert words in views.meaning(Request(**given), None)
+
+
+def test_the_estimate_is_in_the_models_own_numbers() -> None:
+    shown = views.meaning(Request(), 11_689_512)
+    assert "11.7 → about <b>2.9 million</b>" in shown
+    assert "46.8 MB → about <b>2.9 MB</b>" in shown
+
+
+def test_only_uploads_are_taken_as_files(tmp_path: Path) -> None:
+    app = App(Queue(tmp_path / "data"), dict, Settings(data=tmp_path / "data"), ())
+    uploads = tmp_path / "data" / "incoming"
+    uploads.mkdir()
+    (uploads / "x.pth").write_bytes(b"x")
+    (uploads / "link.pth").symlink_to("/etc/passwd")
+    assert app.uploaded(uploads / "x.pth") == uploads / "x.pth"
+    for path in ("/etc/passwd", uploads / ".." / "queue.sqlite", uploads / "link.pth", uploads / "absent.pth", uploads):
+        with pytest.raises(RequestError, match="a file that was uploaded here"):
+            app.uploaded(path)
+
+
+def test_a_public_server_lists_only_the_visitors_own_runs(tmp_path: Path) -> None:
+    queue = Queue(tmp_path)
+    mine, _ = queue.submit(Request()), queue.submit(Request(seed=1))
+    context = f'{{"job": "", "mine": ["{mine}", "{"0" * 32}", 7], "look": "light wide"}}'
+    public = App(queue, dict, Settings(data=tmp_path, host="0.0.0.0"), ()).open(context)["runs"]
+    assert public.count("<li>") == 1 and mine in public
+    local = App(queue, dict, Settings(data=tmp_path), ()).open(context)["runs"]
+    assert local.count("<li>") == 2
+    assert "No runs yet" in App(queue, dict, Settings(data=tmp_path, list_runs=False), ()).open("nonsense")["runs"]
+
+
+def test_narrow_charts_keep_their_data() -> None:
+    for key, wide in charts.figures(example_report()).items():
+        points = [len(trace.x) for trace in wide.data]
+        slim = narrowed(wide)
+        assert [len(trace.x) for trace in slim.data] == points, key
+        assert slim.layout.font.size == 10
+        assert slim.layout.margin.l < 20
+
+
+def test_settings_come_from_the_environment() -> None:
+    given = {
+        "ESPALIER_DATA": "/data",
+        "ESPALIER_HOST": "0.0.0.0",
+        "ESPALIER_PORT": "80",
+        "ESPALIER_RUNS_AT_ONCE": "2",
+        "ESPALIER_MAX_QUEUED": "5",
+        "ESPALIER_MAX_UPLOAD_MB": "10",
+        "ESPALIER_LIST_RUNS": "1",
+        "ESPALIER_ALLOWED_HOSTS": "a.example, b.example",
+    }
+    settings = Settings.from_environment(given)
+    assert settings == Settings(
+        data=Path("/data"),
+        host="0.0.0.0",
+        port=80,
+        at_once=2,
+        max_queued=5,
+        max_upload_mb=10,
+        list_runs=True,
+        allowed_hosts=("a.example", "b.example"),
+    )
+    assert settings.hosts[-2:] == ("a.example", "b.example")
+    assert (Settings().hosts, Settings(host="0.0.0.0").hosts) == (("127.0.0.1", "localhost", "::1"), ())
+    assert (Settings().lists_all_runs, Settings(host="0.0.0.0").lists_all_runs) == (True, False)
+    for variable, text, allowed in (
+        ("ESPALIER_PORT", "0", "a whole number from 1 to 65535"),
+        ("ESPALIER_LIST_RUNS", "yes", "0 or 1"),
+    ):
+        with pytest.raises(RequestError, match=f"{variable}: got '{text}', expected {allowed}"):
+            Settings.from_environment({variable: text})
+
+
+def test_the_environment_switches_off_telemetry_and_history(tmp_path: Path) -> None:
+    environ: dict[str, str] = {"GRADIO_ANALYTICS_ENABLED": "True"}
+    prepare_environment(environ, Settings(data=tmp_path))
+    assert environ["GRADIO_ANALYTICS_ENABLED"] == environ["GRADIO_RUN_HISTORY"] == environ["GRADIO_SHARE"] == "False"
+    assert environ["HF_HUB_DISABLE_TELEMETRY"] == "1"
+    assert environ["GRADIO_TEMP_DIR"] == str(tmp_path / "incoming")
+
+
+def test_the_server_never_imports_torch() -> None:
+    words = (
+        "import sys; sys.path.insert(0, sys.argv[1]); import compress.ui.server; "
+        "sys.exit('torch' in sys.modules or 'nni' in sys.modules)"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", words, str(Path(__file__).parents[1])],
+        env={**os.environ, "GRADIO_ANALYTICS_ENABLED": "False"},
+        timeout=60,
+    )
+    assert ended.returncode == 0
+
+
+def test_a_bad_result_is_not_dressed_up() -> None:
+    report = example_report()
+    good = views.verdict(report)
+    assert 'class="bad"' not in good and "<b>−0.5</b>" in good and "<b>12.1×</b><span>faster</span>" in good
+    facts = report.verdict.model_copy(update={"speedup_vs_fastest_fp32": 0.8, "accuracy_drop_points": 33.2})
+    bad = views.verdict(report.model_copy(update={"verdict": facts}))
+    assert '<li class="bad"><b>0.8×</b><span>as fast</span>' in bad
+    assert '<li class="bad"><b>−33.2</b>' in bad
+    nothing = {"speedup_vs_fastest_fp32": None, "accuracy_drop_points": None, "runtime": None, "size_ratio": None}
+    unknown = views.verdict(report.model_copy(update={"verdict": report.verdict.model_copy(update=nothing)}))
+    assert unknown.count("<b>—</b>") == 3 and unknown.count("not measured") == 2
+
+
+def test_the_models_on_offer_are_listed_once_for_each_torchvision(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def ask(*words: str, limit_s: float) -> list[dict[str, Any]]:
+        asked.append(words)
+        return [{"name": "resnet18", "parameters": 11_689_512, "input_size": 224}]
+
+    monkeypatch.setattr(shell, "ask", ask)
+    for _ in range(2):
+        assert shell.models(tmp_path / "models.json") == (shell.Offer("resnet18", 11_689_512),)
+    monkeypatch.setattr(shell, "version", lambda package: "99")
+    shell.models(tmp_path / "models.json")
+    assert asked == [("models",), ("models",)]
+
+
+@pytest.mark.parametrize(
+    ("output", "printed", "code", "expected"),
+    [
+        ('{"possible": false}', "", 1, {"possible": False}),
+        ("", "warning\nError: fc.weight holds NaN.", 2, CompressError("fc.weight holds NaN.")),
+        (
+            "",
+            "Segmentation fault",
+            -11,
+            RunError("`compress check` ended without an answer (exit code -11). Check the installation."),
+        ),
+    ],
+)
+def test_the_answer_of_a_check_in_its_own_process(output: str, printed: str, code: int, expected: Any) -> None:
+    if isinstance(expected, dict):
+        assert shell._answer("check", output, printed, code) == expected
+    else:
+        with pytest.raises(type(expected)) as refused:
+            shell._answer("check", output, printed, code)
+        assert str(refused.value) == str(expected)
