@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import json
 import logging
+import os
 import signal
 import sys
 import time
@@ -35,6 +36,7 @@ cli.add_typer(jobs_cli, name="jobs")
 
 Json = Annotated[bool, typer.Option("--json", help="Print the machine-readable form.")]
 RunFolder = Annotated[Path, typer.Argument(help="Folder of a run.", show_default=False)]
+JobId = Annotated[str, typer.Argument(help="Id of a run, as `jobs list` prints it.", show_default=False)]
 CANCELLED, FAILED, MISUSED = 143, 1, 2
 
 
@@ -203,6 +205,47 @@ def verify(folder: RunFolder, as_json: Json = False) -> None:
         typer.echo("\n".join(problems) or f"{folder} verifies: every file and every hand-off.")
     if problems:
         raise typer.Exit(FAILED)
+
+
+@jobs_cli.command("list")
+def jobs_list(as_json: Json = False) -> None:
+    """The latest runs, newest first."""
+    rows = [status.as_dict() for status in _queue().list()]
+    shown = ("job_id", "state", "title", "stage")
+    if as_json or not rows:
+        typer.echo(json.dumps(rows, indent=1) if as_json else "No runs yet.")
+    else:
+        typer.echo(_text_table(shown, [tuple(str(row[key] or "") for key in shown) for row in rows]))
+
+
+@jobs_cli.command("show")
+def jobs_show(job_id: JobId, as_json: Json = False) -> None:
+    """How one run is doing."""
+    _show_job(_queue().status(job_id).as_dict(), as_json)
+
+
+@jobs_cli.command("cancel")
+def jobs_cancel(job_id: JobId, as_json: Json = False) -> None:
+    """End a run; none of its processes lives when this returns."""
+    _show_job(_queue().cancel(job_id).as_dict(), as_json)
+
+
+@jobs_cli.command("resume")
+def jobs_resume(job_id: JobId, as_json: Json = False) -> None:
+    """Queue a failed or cancelled run again; finished stages are not repeated."""
+    _show_job(_queue().resume(job_id).as_dict(), as_json)
+
+
+def _queue() -> Any:
+    from compress.jobs import DATA_DIR, Queue
+
+    return Queue(Path(os.environ.get("ESPALIER_DATA") or DATA_DIR))
+
+
+def _show_job(status: dict[str, Any], as_json: bool) -> None:
+    typer.echo(
+        json.dumps(status, indent=1) if as_json else "\n".join(f"{key:<13} {value}" for key, value in status.items())
+    )
 
 
 def _request(values: dict[str, Any], file: Path | None) -> Request:

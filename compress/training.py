@@ -14,8 +14,9 @@ import copy
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from types import MethodType
 from typing import Any
 
 import torch
@@ -99,33 +100,98 @@ def fit(
     model.to(memory_format=layout.memory_format)
     total = max(1, round(recipe.epochs * steps_per_epoch))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: one_cycle(step / total))
+
+    def step(images: Tensor, labels: Tensor) -> Tensor:
+        images = images.to(place).contiguous(memory_format=layout.memory_format)
+        loss = _loss(model, teacher, images, labels.to(place), recipe, layout)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        return loss.detach()
+
     records = []
-    for epoch in range(math.ceil(total / steps_per_epoch)):
-        start, loss_sum, seen = time.perf_counter(), 0.0, 0
-        model.train()
-        for images, labels in _first(batches(epoch), min(steps_per_epoch, total - epoch * steps_per_epoch)):
-            images = images.to(place).contiguous(memory_format=layout.memory_format)
-            loss = _step(model, teacher, images, labels.to(place), recipe, layout)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            loss_sum, seen = loss_sum + _finite(loss, epoch, seen, recipe), seen + 1
-            if seen % 10 == 0:
-                done = (epoch * steps_per_epoch + seen) / total
-                progress(done, f"epoch {epoch + 1} of {recipe.epochs:g}, loss {loss_sum / seen:.3f}")
-        model.eval()
-        records.append(
-            {
-                "epoch": epoch + 1,
-                "train_loss": loss_sum / max(seen, 1),
-                "learning_rate": schedule.get_last_lr()[0],
-                "seconds": time.perf_counter() - start,
-                "accuracy": score(model) if score else None,
-            }
-        )
+    with single_pixels_multiplied(model), single_pixels_multiplied(teacher):
+        for epoch in range(math.ceil(total / steps_per_epoch)):
+            start, before = time.perf_counter(), epoch * steps_per_epoch
+            model.train()
+            mean_loss = _epoch(
+                epoch,
+                _first(batches(epoch), min(steps_per_epoch, total - before)),
+                step,
+                recipe,
+                lambda seen, text, before=before: progress((before + seen) / total, text),
+            )
+            model.eval()
+            records.append(
+                {
+                    "epoch": epoch + 1,
+                    "train_loss": mean_loss,
+                    "learning_rate": schedule.get_last_lr()[0],
+                    "seconds": time.perf_counter() - start,
+                    "accuracy": score(model) if score else None,
+                }
+            )
     model.to("cpu", memory_format=torch.contiguous_format)
     return records
+
+
+def _epoch(
+    epoch: int,
+    batches: Iterable[Batch],
+    step: Callable[[Tensor, Tensor], Tensor],
+    recipe: Recipe,
+    progress: Callable[[int, str], None],
+) -> float:
+    """Trains on `batches` and returns the mean loss."""
+    loss_sum, seen = 0.0, 0
+    for images, labels in batches:
+        loss_sum += _finite(step(images, labels), epoch, seen, recipe)
+        seen += 1
+        if seen % 10 == 0:
+            progress(seen, f"epoch {epoch + 1} of {recipe.epochs:g}, loss {loss_sum / seen:.3f}")
+    return loss_sum / max(seen, 1)
+
+
+@contextmanager
+def single_pixels_multiplied(model: nn.Module | None) -> Iterator[None]:
+    """While it lasts, convolutions of 1 x 1 maps are computed as a matrix product with the centre of their kernel.
+
+    The other taps only meet the padding, so the answers are the same. Small images make such maps in the last stage of a
+    residual network, where most weights are, and a CPU spends 40 % of resnet18's training step at 32 pixels in them.
+    """
+    layers = (
+        [m for m in model.modules() if type(m) is nn.Conv2d and "forward" not in vars(m) and _keeps_size(m)]
+        if model
+        else []
+    )
+    for layer in layers:
+        layer.forward = MethodType(_convolve_or_multiply, layer)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
+
+
+def _keeps_size(layer: nn.Conv2d) -> bool:
+    if isinstance(layer.padding, str):
+        return False
+    centred = all(2 * p == k - 1 for p, k in zip(layer.padding, layer.kernel_size, strict=True))
+    return (
+        layer.groups == 1
+        and layer.dilation == (1, 1)
+        and layer.padding_mode == "zeros"
+        and layer.kernel_size != (1, 1)
+        and centred
+    )
+
+
+def _convolve_or_multiply(layer: nn.Conv2d, maps: Tensor) -> Tensor:
+    if maps.shape[-2:] != (1, 1):
+        return layer._conv_forward(maps, layer.weight, layer.bias)
+    row, column = (size // 2 for size in layer.kernel_size)
+    return F.linear(maps.flatten(1), layer.weight[:, :, row, column], layer.bias)[:, :, None, None]
 
 
 def one_cycle(done: float) -> float:
@@ -179,7 +245,7 @@ def fastest_format(model: nn.Module, images: Tensor) -> Format:
     return min(best, key=lambda layout: best[layout])
 
 
-def _step(
+def _loss(
     model: nn.Module, teacher: nn.Module | None, images: Tensor, labels: Tensor, recipe: Recipe, layout: Format
 ) -> Tensor:
     with _autocast(layout, images.device):
@@ -208,7 +274,7 @@ def _logits(answer: Any) -> Tensor:
 
 
 def _finite(loss: Tensor, epoch: int, step: int, recipe: Recipe) -> float:
-    value = float(loss.detach())
+    value = float(loss)
     if not math.isfinite(value):
         raise TrainingError(
             f"Training diverged: the loss became {value} in epoch {epoch + 1}, step {step + 1}, at a peak learning "

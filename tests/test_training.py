@@ -8,7 +8,15 @@ import torch
 from torch import nn
 
 from compress.errors import TrainingError
-from compress.training import Format, Recipe, fastest_format, fit, one_cycle, reestimate_batchnorm
+from compress.training import (
+    Format,
+    Recipe,
+    fastest_format,
+    fit,
+    one_cycle,
+    reestimate_batchnorm,
+    single_pixels_multiplied,
+)
 
 
 def network(seed=0):
@@ -147,3 +155,21 @@ def test_the_format_is_measured_and_changes_nothing():
     chosen = fastest_format(model, images_and_labels(16, seed=0)[0])
     assert isinstance(chosen, Format) and str(chosen).split()[0] in ("channels_last", "contiguous")
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize(("kernel", "stride", "bias"), [(3, 1, False), (5, 2, True)])
+def test_single_pixels_multiplied_gives_the_same_answers_and_gradients(kernel, stride, bias):
+    torch.manual_seed(0)
+    layer = nn.Conv2d(4, 6, kernel, stride=stride, padding=kernel // 2, bias=bias)
+    for size in (1, 3):
+        maps = torch.randn(5, 4, size, size)
+        expected = layer(maps)
+        expected.square().sum().backward()
+        gradient = layer.weight.grad.clone()
+        layer.zero_grad()
+        with single_pixels_multiplied(layer):
+            got = layer(maps)
+            got.square().sum().backward()
+        assert torch.allclose(got, expected, atol=1e-5) and torch.allclose(layer.weight.grad, gradient, atol=1e-4)
+        layer.zero_grad()
+    assert "forward" not in vars(layer)
