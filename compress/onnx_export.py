@@ -64,13 +64,13 @@ class _HalfPrecision(nn.Module):
 
 
 def _exported(model: nn.Module, input_size: int, precision: Precision) -> ir.Model:
-    source = _HalfPrecision(_half_copy(model)) if precision == "fp16" else model
+    source = _HalfPrecision(_half_copy(model)).eval() if precision == "fp16" else model
     images = torch.zeros(2, 3, input_size, input_size, device=_device_of(model))
     batch = torch.export.Dim("batch", min=1, max=LARGEST_BATCH)
     try:
         with _quiet_exporter(), torch.no_grad():
             program = torch.onnx.export(
-                source.eval(), (images,), dynamo=True, optimize=True, verbose=False, opset_version=OPSET,
+                source, (images,), dynamo=True, optimize=True, verbose=False, opset_version=OPSET,
                 input_names=[INPUT], output_names=[OUTPUT], dynamic_shapes=({0: batch},),
             )  # fmt: skip
     except Exception as error:  # noqa: BLE001 - the exporter runs the model's own code, which may raise anything
@@ -80,6 +80,7 @@ def _exported(model: nn.Module, input_size: int, precision: Precision) -> ir.Mod
     _name_layers(exported)
     _name_quantization(exported)
     _pool_instead_of_mean(exported)
+    _lowercase_einsum(exported)
     _strip_metadata(exported)
     return exported
 
@@ -160,6 +161,14 @@ def _pool_instead_of_mean(model: ir.Model) -> None:
             node.outputs[0].name, node.outputs[0].shape, node.outputs[0].type)  # fmt: skip
         ir.convenience.replace_nodes_and_values(model.graph, node, [node], [pool], node.outputs, pool.outputs)
     remove_unused(model)
+
+
+def _lowercase_einsum(model: ir.Model) -> None:
+    """TensorRT's parser knows lower-case subscripts only; the ONNX standard and the exporter also use upper case."""
+    for node in model.graph:
+        equation = node.attributes.get_string("equation", "") if node.op_type == "Einsum" else ""
+        if equation != equation.lower() and len(set(equation.lower())) == len(set(equation)):
+            node.attributes["equation"] = ir.AttrString("equation", equation.lower())
 
 
 def _strip_metadata(model: ir.Model) -> None:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import functools
+import shutil
+import tempfile
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -84,6 +88,13 @@ def calibrated(weight_bits: int = 8, activation_bits: int = 8) -> Quantized:
         calibration=calibration(),
         train=None,
     )
+
+
+def scratch_folder() -> Path:
+    """A folder for files that several tests share; removed when the tests end."""
+    folder = Path(tempfile.mkdtemp(prefix="espalier-test-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 def answers(model: nn.Module, batch: Tensor) -> Tensor:

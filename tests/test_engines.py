@@ -8,7 +8,6 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 import types
 from pathlib import Path
 
@@ -17,7 +16,8 @@ import onnx
 import pytest
 import torch
 from onnx import numpy_helper
-from quantization_networks import SIZE, answers, calibrated, images, trained
+from quantization_networks import SIZE, answers, calibrated, images, scratch_folder, trained
+from torch import nn
 from torchvision import models
 
 from compress import machine
@@ -37,7 +37,7 @@ LAYERS = 10
 @functools.cache
 def files() -> dict[str, Path]:
     """The trained network as `fp32` and in both flavours."""
-    folder = Path(tempfile.mkdtemp(prefix="espalier-test-"))
+    folder = scratch_folder()
     paths = {name: folder / f"{name}.onnx" for name in (*FLAVOURS, "fp32")}
     export_flavours(calibrated(), {flavour: paths[flavour] for flavour in FLAVOURS}, input_size=SIZE)
     export(trained(), paths["fp32"], input_size=SIZE)
@@ -131,6 +131,22 @@ def test_only_layers_that_could_overflow_get_narrow_weights():
     old, new = (values["stem.codes"] * scale for values, scale in zip((before, after), scales, strict=True))
     assert np.abs(old - new).max() <= 1.001 * before["stem.scales"].max()
     assert without_overflow(files()["fp32"]) == (b"", [])
+
+
+@pytest.mark.parametrize("name", CPU_RUNTIMES)
+def test_no_sum_of_products_overflows(name, tmp_path):
+    """The largest codes everywhere: kernels that add pairs of products in 16 bits answer with half of the truth."""
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Flatten())
+    with torch.no_grad():
+        model[0].weight.fill_(1.0)
+    batch = torch.linspace(-1, 1, 2)[:, None, None, None].expand(2, 3, 8, 8).contiguous()
+    quantized = quantize(prepare(model), weight_bits=8, activation_bits=8, calibration=[batch], train=None)
+    path = tmp_path / "model.onnx"
+    export_flavours(quantized, {RUNTIMES[name].flavour: path}, input_size=8)
+    expected = answers(model, batch).numpy()
+    with RUNTIMES[name].load(path, BuildSpec(8, batch_size=2)) as session:
+        assert session.precision == "int8"
+        assert np.abs(session.run(batch.numpy()) - expected).max() <= 0.03 * np.abs(expected).max()
 
 
 # ---- TensorRT -----------------------------------------------------------------------------------------------------

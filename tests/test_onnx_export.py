@@ -11,7 +11,7 @@ import onnx
 import pytest
 import torch
 from onnx import TensorProto, numpy_helper
-from quantization_networks import SIZE, answers, calibrated, images, trained
+from quantization_networks import SIZE, answers, calibrated, images, scratch_folder, trained
 from torch import Tensor, nn
 
 from compress.engines import RUNTIMES, BuildSpec
@@ -24,7 +24,7 @@ SPEC = BuildSpec(SIZE, static=False)
 
 @functools.cache
 def exported(weight_bits: int = 8, activation_bits: int = 8) -> dict[str, Path]:
-    folder = Path(tempfile.mkdtemp(prefix="espalier-test-"))
+    folder = scratch_folder()
     paths = {flavour: folder / f"{flavour}.onnx" for flavour in FLAVOURS}
     export_flavours(calibrated(weight_bits, activation_bits), paths, input_size=SIZE)
     return paths
@@ -151,3 +151,19 @@ def test_ranges_of_another_model_are_refused():
     other = prepare(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten()))
     with pytest.raises(QuantizationError, match="the ranges belong to a model with other points"):
         fake_quantized(Quantized(other, calibrated().ranges))
+
+
+class UpperCaseEinsum(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.einsum("B C I D, B C J D -> B C I J", x, x).flatten(1)
+
+
+def test_einsum_is_written_as_tensorrt_reads_it(tmp_path):
+    export(UpperCaseEinsum(), tmp_path / "model.onnx", input_size=8)
+    nodes = onnx.load(tmp_path / "model.onnx").graph.node
+    equations = [attribute.s for node in nodes for attribute in node.attribute if attribute.name == "equation"]
+    assert equations == [equations[0].lower()] and len(equations[0]) > 5
+    RUNTIMES["tensorrt-rtx"].build(tmp_path / "model.onnx", tmp_path / "model.engine", BuildSpec(8))
+    expected = answers(UpperCaseEinsum(), batch := torch.randn(2, 3, 8, 8)).numpy()
+    with RUNTIMES["onnxruntime"].load(tmp_path / "model.onnx", BuildSpec(8, static=False)) as session:
+        assert np.abs(session.run(batch.numpy()) - expected).max() <= 1e-5 * np.abs(expected).max()

@@ -80,7 +80,7 @@ def _options(spec: BuildSpec) -> Any:
     options.intra_op_num_threads, options.inter_op_num_threads = spec.threads, 1
     options.log_severity_level = _ONLY_ERRORS
     if not machine.has_int8_dot_product():
-        pass
+        options.add_session_config_entry("session.x64quantprecision", "1")
     return options
 
 

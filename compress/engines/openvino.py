@@ -131,8 +131,8 @@ def without_overflow(path: Path) -> tuple[bytes, list[str]]:
     for node in model.graph.node:
         if node.op_type not in ("Conv", "Gemm", "MatMul"):
             continue
-        data, weight = _dequantize_before(node.input[0], makers), makers.get(node.input[1])
-        if data is None or weight is None or weight.op_type != "DequantizeLinear" or weight.input[0] not in constants:
+        data, weight = (_dequantize_before(name, makers) for name in node.input[:2])
+        if data is None or weight is None or weight.input[0] not in constants:
             continue
         signed = numpy_helper.to_array(constants[data.input[2]]).any()
         codes = numpy_helper.to_array(constants[weight.input[0]])

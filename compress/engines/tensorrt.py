@@ -167,7 +167,7 @@ def _build_plan(bindings: ModuleType, logger: Any, onnx_path: Path, spec: BuildS
     network = builder.create_network(1 << int(bindings.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = bindings.OnnxParser(network, logger)
     if not parser.parse_from_file(str(onnx_path)):
-        reasons = "; ".join(parser.get_error(index).desc() for index in range(parser.num_errors))
+        reasons = "; ".join(dict.fromkeys(parser.get_error(index).desc() for index in range(parser.num_errors)))
         raise HandoffError(f"{bindings.__name__} cannot read {onnx_path.name}: {reasons}")
     config = builder.create_builder_config()
     config.profiling_verbosity = bindings.ProfilingVerbosity.DETAILED

@@ -119,7 +119,7 @@ def _bar(name: str, share: float, before: str | None, after: str | None) -> str:
 
 
 def run_head(status: Status) -> str:
-    begun = f"started {_ago(status.created)} · run <code>{status.job_id[:8]}</code>"
+    begun = f"submitted {_ago(status.created)} · run <code>{status.job_id[:8]}</code>"
     facts = f"{begun} · the address of this page is the link to it"
     title = escape(status.title).replace(" %", "&nbsp;%")
     return f'<div class="run-head"><h1>{title}</h1><p>{_badge(status.state)}<span class="soft">{facts}</span></p></div>'
