@@ -51,8 +51,7 @@ def quiet() -> Iterator[None]:
     try:
         for name in _LOGGERS:
             logging.getLogger(name).setLevel(_SILENT)
-        with (_pytree_kept(), random_state_kept(), warnings.catch_warnings(),
-              contextlib.redirect_stdout(io.StringIO())):
+        with _pytree_kept(), random_state_kept(), warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
@@ -80,8 +79,7 @@ def _pytree_kept() -> Iterator[None]:
     """Put back the pytree registrations that NNI overwrites (torch.fx's immutable list and dict)."""
     # torch registers these two while it imports this module: without that, NNI's would count as the first.
     importlib.import_module("torch.fx.immutable_collections")
-    registries = (_pytree.SUPPORTED_NODES, _pytree.SUPPORTED_SERIALIZED_TYPES,
-                  _pytree.SERIALIZED_TYPE_TO_PYTHON_TYPE)
+    registries = (_pytree.SUPPORTED_NODES, _pytree.SUPPORTED_SERIALIZED_TYPES, _pytree.SERIALIZED_TYPE_TO_PYTHON_TYPE)
     before = [dict(registry) for registry in registries]
     try:
         yield

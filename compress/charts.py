@@ -131,6 +131,7 @@ def _accuracy(report: Report) -> go.Figure | None:
         )
     )
     kind = "agreement with the original" if report.data.kind != "labelled" else "top-1 accuracy"
+    figure.update_traces(cliponaxis=False)
     figure.update_yaxes(title=f"{kind}, %  (95 % interval)")
     return figure.update_layout(height=340)
 

@@ -52,8 +52,9 @@ def export(work: Run, source: Source) -> Facts:
     if work.request.quantizes:
         work.progress("export", 0.6, "quantized, both flavours")
         files = _export_quantized(work, source)
-        expected = _reference_logits(work, source, "quantized", images)
-        handoffs += [_quantized_handoff(path, expected, _compare_file(path, source, images)) for path in files.values()]
+        for flavour, path in files.items():
+            expected = _reference_logits(work, source, "quantized", images, flavour)
+            handoffs.append(_quantized_handoff(path, expected, _compare_file(path, source, images)))
         variants["quantized"] = [path.name for path in files.values()]
     write_text(work.artifacts / "infer.py", INFER_SCRIPT.read_text(encoding="utf-8"))
     names = [f"artifacts/{name}" for files in variants.values() for name in files]
@@ -73,7 +74,7 @@ def build_engines(work: Run, source: Source) -> Facts:
     variants = work.facts("export")["variants"]
     last = list(variants)[-1]
     images = _compared_images(source)
-    expected = _reference_logits(work, source, last, images)
+    references = {flavour: _reference_logits(work, source, last, images, flavour) for flavour in quantization.FLAVOURS}
     engines, handoffs, files, parents, agreeing, notes = [], [], [], {}, [], []
     for number, runtime in enumerate(RUNTIMES.values()):
         if reason := runtime.missing():
@@ -93,7 +94,9 @@ def build_engines(work: Run, source: Source) -> Facts:
             parents |= dict.fromkeys(files[-2:], f"artifacts/{onnx_path.name}")
         layers = built.passport.get("layers", [])
         if runtime.runs_here:
-            row, layers = _compare_running(work, runtime, built.path or onnx_path, last, expected, images)
+            row, layers = _compare_running(
+                work, runtime, built.path or onnx_path, last, references[runtime.flavour], images
+            )
             handoffs.append(row)
             if row["passed"]:
                 agreeing.append(runtime.name)
@@ -183,9 +186,12 @@ def _compared_count(source: Source) -> int:
     return COMPARED_IMAGES if source.preprocessing.input_size <= 96 else COMPARED_IMAGES // 4
 
 
-def _reference_logits(work: Run, source: Source, variant: str, images: Sequence[Tensor]) -> np.ndarray:
+def _reference_logits(
+    work: Run, source: Source, variant: str, images: Sequence[Tensor], flavour: quantization.Flavour | None = None
+) -> np.ndarray:
+    """Answers of the torch model that a file was made from; a quantized one on the grid that the flavour holds."""
     if variant == "quantized":
-        model = quantization.fake_quantized(stages.load_quantized(work, source))
+        model = quantization.fake_quantized(stages.load_quantized(work, source), flavour)
     else:
         model = stages.load_model(work, source, _float_variants(work)[variant])
     return evaluation.logits(evaluation.torch_answer(model), images)

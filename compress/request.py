@@ -100,7 +100,7 @@ class Request(BaseModel):
     )
     # ---- training ---------------------------------------------------------------------------------------------
     finetune_epochs: float = _field(
-        2,
+        4,
         "passes over the training images after pruning; a fraction is allowed",
         "a number from 0 to 1000",
         ge=0,
@@ -120,6 +120,13 @@ class Request(BaseModel):
     distillation_temperature: float = _field(
         4.0, "softening of the original model's answers", "a number from 1 to 20", ge=1, le=20
     )
+    feature_weight: float = _field(
+        5.0,
+        "weight of following the original model's inner feature maps in the kept channels; 0 is off",
+        "a number from 0 to 1000",
+        ge=0,
+        le=1000,
+    )
     label_smoothing: float = _field(
         0.0, "label smoothing of the cross-entropy part", "a fraction from 0 to below 0.5", ge=0, lt=0.5
     )
@@ -135,7 +142,7 @@ class Request(BaseModel):
         8, "bits per activation: 2 to 8, 16 (half precision) or 32 (none)", "a whole number from 2 to 8, or 16, or 32"
     )
     qat_epochs: float = _field(
-        1,
+        0.25,
         "passes over the training images with simulated quantization; 0 only calibrates",
         "a number from 0 to 1000",
         ge=0,
@@ -145,7 +152,7 @@ class Request(BaseModel):
         0.004, "peak learning rate of quantization-aware training", "a number above 0 and at most 10", gt=0, le=10
     )
     calibration_images: int = _field(
-        512, "training images that set the first activation ranges", "a whole number from 1 to 100000", ge=1, le=100_000
+        256, "training images that set the first activation ranges", "a whole number from 1 to 100000", ge=1, le=100_000
     )
     # ---- deployment -------------------------------------------------------------------------------------------
     runtime: RuntimeName = _field(

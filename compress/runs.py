@@ -43,6 +43,7 @@ class Run:
     created: bool = False
     """The folder did not exist before."""
     _redo: bool = False
+    _last_message: str = ""
     _started: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -85,7 +86,9 @@ class Run:
             "seconds_left": None if left is None else round(left, 1),
         }
         self.record(event)
-        log.info("%s: %s", stage, message)
+        if message != self._last_message:  # the log is read by people; events.jsonl has every step
+            self._last_message = message
+            log.info("%s: %s", stage, message)
 
     def record(self, event: dict[str, Any]) -> None:
         try:

@@ -13,21 +13,25 @@ report    report.json, report.html, README.md
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from compress import baseline as baseline_gate
 from compress import counting, data, evaluation, models, pruning, quantization, training
+from compress.files import atomic
 from compress.pruning.equality import TOLERANCE
 from compress.runs import Run
 from compress.sources import Source
 
 Facts = dict[str, Any]
 
+KEPT = "stages/kept.safetensors"
 TEST_BATCH = 128
 SYNTHETIC_TEST_IMAGES = 256
 BATCHNORM_IMAGES = 1024
@@ -73,7 +77,7 @@ def prune_and_shrink(work: Run, source: Source) -> Facts:
     if source.dataset.kind != "none":
         images = data.calibration_images(source.dataset, BATCHNORM_IMAGES, source.preprocessing, request.seed)
         training.reestimate_batchnorm(shrunk.model, images.split(TEST_BATCH))
-    files = _save_model(work, source, shrunk.model, "stages/shrunk")
+    files = _save_model(work, source, shrunk.model, "stages/shrunk") + [_save_kept(work, shrunk)]
     hop = _torch_hop(work, source, "pruned, before fine-tuning", shrunk.model)
     equal = handoff(
         "masked",
@@ -99,7 +103,8 @@ def fine_tune(work: Run, source: Source) -> Facts:
         reason = "0 epochs, as asked"
     else:
         recipe = _recipe(work, source, request.finetune_epochs, request.learning_rate)
-        curve = _train(work, source, "finetune", model, recipe)
+        recipe = replace(recipe, feature_weight=request.feature_weight)
+        curve = _train(work, source, "finetune", model, recipe, features=load_file(work.folder / KEPT))
     files = _save_model(work, source, model, "artifacts")
     hop = _torch_hop(work, source, "fine-tuned", model)
     return {
@@ -227,10 +232,27 @@ def _recipe(work: Run, source: Source, epochs: int, learning_rate: float) -> tra
     return training.Recipe(epochs, learning_rate, weight, request.distillation_temperature, request.label_smoothing)
 
 
-def _train(work: Run, source: Source, stage: str, model: nn.Module, recipe: training.Recipe) -> list[Facts]:
+def _save_kept(work: Run, shrunk: pruning.Shrunk) -> str:
+    """Which channels the last layer of each group kept; fine-tuning compares them with the original's."""
+    order = {name: position for position, (name, _) in enumerate(shrunk.model.named_modules())}
+    last = [max(group.layers, key=order.__getitem__) for group in shrunk.plan.groups]
+    with atomic(work.folder / KEPT) as partial_path:
+        save_file({layer: shrunk.kept[layer] for layer in last}, partial_path)
+    return KEPT
+
+
+def _train(
+    work: Run,
+    source: Source,
+    stage: str,
+    model: nn.Module,
+    recipe: training.Recipe,
+    features: dict[str, Tensor] | None = None,
+) -> list[Facts]:
     request, dataset = work.request, source.dataset
     held_out, trained = data.split_held_out(dataset.train, min(HELD_OUT, len(dataset.train) // 20), request.seed)
-    teacher = load_model(work, source, "stages/baseline") if recipe.distillation_weight > 0 else None
+    follows = recipe.distillation_weight > 0 or recipe.feature_weight > 0
+    teacher = load_model(work, source, "stages/baseline") if follows else None
 
     def batches(epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         return data.batches(
@@ -258,6 +280,7 @@ def _train(work: Run, source: Source, stage: str, model: nn.Module, recipe: trai
         len(trained) // request.train_batch_size,
         recipe,
         teacher=teacher,
+        features=features,
         score=score if dataset.kind == "labelled" and len(held_out) else None,
         progress=partial(work.progress, stage),
     )

@@ -4,8 +4,14 @@ SGD with Nesterov momentum under one cosine cycle. With a teacher, the loss is
 
     (1 - w) * cross-entropy(labels) + w * T^2 * KL(teacher / T || student / T)          (Hinton et al. 2015)
 
-Teacher and student see the same augmented image, so the student matches the teacher's function rather than a fixed
-table of answers (Beyer et al. 2022, "A good teacher is patient and consistent").
+and, while fine-tuning a pruned model, v times the mean over some layers of
+
+    ||student's output - teacher's output in the kept channels||^2 / ||teacher's output in the kept channels||^2
+
+A pruned layer still computes some of the dense layer's channels, so their outputs can be compared directly, without the
+adapters that feature distillation needs elsewhere (Romero et al. 2015, "FitNets"). Teacher and student see the same
+augmented image, so the student matches the teacher's function rather than a fixed table of answers (Beyer et al. 2022,
+"A good teacher is patient and consistent").
 """
 
 from __future__ import annotations
@@ -13,7 +19,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from types import MethodType
@@ -47,6 +53,8 @@ class Recipe:
     """w of the module's formula, 0..1; ignored without a teacher."""
     temperature: float
     label_smoothing: float = 0.0
+    feature_weight: float = 0.0
+    """Of the distance between the student's and the teacher's inner feature maps."""
 
 
 @dataclass(frozen=True)
@@ -76,12 +84,14 @@ def fit(
     recipe: Recipe,
     *,
     teacher: nn.Module | None = None,
+    features: Mapping[str, Tensor] | None = None,
     score: Callable[[nn.Module], float] | None = None,
     progress: Progress = lambda fraction, message: None,
 ) -> list[dict[str, Any]]:
     """Trains `model` in place, on the device it ends up on, and returns one record per epoch.
 
     Args:
+        features: layer -> the teacher's output channels that the student kept, bool [channels]; needs a teacher.
         score: called in eval mode after each epoch; its value is recorded, nothing is chosen by it.
 
     Raises:
@@ -104,6 +114,7 @@ def fit(
     def step(images: Tensor, labels: Tensor) -> Tensor:
         images = images.to(place).contiguous(memory_format=layout.memory_format)
         loss = _loss(model, teacher, images, labels.to(place), recipe, layout)
+        loss = loss + recipe.feature_weight * matching.distance()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
@@ -111,7 +122,8 @@ def fit(
         return loss.detach()
 
     records = []
-    with single_pixels_multiplied(model), single_pixels_multiplied(teacher):
+    matching = FeatureMatching(features if teacher is not None and recipe.feature_weight else None)
+    with single_pixels_multiplied(model), single_pixels_multiplied(teacher), matching.watching(model, teacher):
         for epoch in range(math.ceil(total / steps_per_epoch)):
             start, before = time.perf_counter(), epoch * steps_per_epoch
             model.train()
@@ -151,6 +163,43 @@ def _epoch(
         if seen % 10 == 0:
             progress(seen, f"epoch {epoch + 1} of {recipe.epochs:g}, loss {loss_sum / seen:.3f}")
     return loss_sum / max(seen, 1)
+
+
+class FeatureMatching:
+    """Remembers what the watched layers of student and teacher put out, and tells how far they are apart."""
+
+    def __init__(self, kept: Mapping[str, Tensor] | None) -> None:
+        self._kept = {layer: mask.nonzero().flatten() for layer, mask in (kept or {}).items()}
+        self._outputs: dict[tuple[str, bool], Tensor] = {}
+
+    @contextmanager
+    def watching(self, student: nn.Module, teacher: nn.Module | None) -> Iterator[None]:
+        handles = [
+            model.get_submodule(layer).register_forward_hook(self._remember(layer, model is student))
+            for model in (student, teacher)
+            for layer in self._kept
+            if model is not None
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _remember(self, layer: str, is_student: bool) -> Callable[[nn.Module, Any, Tensor], None]:
+        def hook(module: nn.Module, inputs: Any, output: Tensor) -> None:
+            self._outputs[layer, is_student] = output.float()
+
+        return hook
+
+    def distance(self) -> Tensor | float:
+        """Mean over the layers of the squared distance, relative to the teacher's; 0 when nothing is watched."""
+        distances = []
+        for layer, kept in self._kept.items():
+            student, teacher = self._outputs[layer, True], self._outputs[layer, False]
+            wanted = teacher.index_select(1 if teacher.ndim == 4 else -1, kept.to(teacher.device))
+            distances.append((student - wanted).square().mean() / wanted.square().mean().clamp_min(1e-12))
+        return torch.stack(distances).mean() if distances else 0.0
 
 
 @contextmanager

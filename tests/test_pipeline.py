@@ -96,7 +96,9 @@ def test_a_module_of_ones_own_with_a_zip_of_labelled_images(trained, folder, tmp
             file.write(path, path.relative_to(folder.parent))
     before = {name: value.clone() for name, value in trained.state_dict().items()}
     report = compress.run(ask(data=str(archive)), model=trained, out=tmp_path / "run")
-    assert all(torch.equal(before[name], value) for name, value in trained.state_dict().items()), "the caller's model is untouched"
+    assert all(torch.equal(before[name], value) for name, value in trained.state_dict().items()), (
+        "the caller's model is untouched"
+    )
     assert report.data.kind == "labelled" and report.data.class_names == ("a red", "b green", "c blue")
     assert report.variant("baseline").accuracy > 0.9 and report.variant("quantized").accuracy > 0.8
     pruned = {layer.name: (layer.channels_before, layer.channels_after) for layer in report.layers}
@@ -121,7 +123,10 @@ def test_unlabelled_images_train_by_distillation_and_report_agreement(trained, f
 def test_without_images_nothing_is_trained_and_the_report_says_so(trained, tmp_path):
     report = compress.run(ask(), model=trained, out=tmp_path / "run")
     assert report.curves == () and report.data.kind == "none"
-    assert next(stage for stage in report.stages if stage.name == "finetune").skipped == "no images were given, so nothing was trained"
+    assert (
+        next(stage for stage in report.stages if stage.name == "finetune").skipped
+        == "no images were given, so nothing was trained"
+    )
     assert any(note.startswith("No images were given") for note in report.notes)
 
 
@@ -135,7 +140,9 @@ def test_half_precision_is_read_back_and_rebuilt(trained, tmp_path):
 
 def test_quantizing_without_pruning_and_pruning_without_quantizing(trained, folder, tmp_path):
     only_bits = compress.run(ask(pruner="none", data=str(folder)), model=trained, out=tmp_path / "bits")
-    assert [v.name for v in only_bits.variants] == ["baseline", "quantized"] and only_bits.variants[1].parent == "baseline"
+    assert [v.name for v in only_bits.variants] == ["baseline", "quantized"] and only_bits.variants[
+        1
+    ].parent == "baseline"
     assert only_bits.variants[0].parameters == only_bits.variants[1].parameters
     assert {s.name: s.skipped for s in only_bits.stages}["prune"] == "not pruned, as asked"
     only_pruned = compress.run(ask(quantizer="none", data=str(folder)), model=trained, out=tmp_path / "channels")
@@ -160,7 +167,10 @@ def test_a_wrong_hand_off_ends_the_run_with_both_numbers(trained, tmp_path, monk
         model.fc.weight.data[0] -= 1.0
 
     monkeypatch.setattr(onnx_export, "export", damaged)
-    with pytest.raises(HandoffError, match=r"baseline, torch and baseline.onnx answer differently: the logits differ by up to .* of .* allowed"):
+    with pytest.raises(
+        HandoffError,
+        match=r"baseline, torch and baseline.onnx answer differently: the logits differ by up to .* of .* allowed",
+    ):
         compress.run(ask(), model=trained, out=tmp_path / "run")
     assert not (tmp_path / "run" / "manifest.json").exists()
     last = json.loads((tmp_path / "run" / "events.jsonl").read_text().splitlines()[-1])

@@ -1,8 +1,8 @@
 """The runtimes behind one small interface. Only the module of a runtime imports that runtime, and only when used.
 
-    runtime = RUNTIMES["onnxruntime"]
-    with runtime.load(path, BuildSpec(input_size=224, threads=1)) as session:
-        logits, kernels = session.run(images), session.kernels()
+runtime = RUNTIMES["onnxruntime"]
+with runtime.load(path, BuildSpec(input_size=224, threads=1)) as session:
+    logits, kernels = session.run(images), session.kernels()
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -40,6 +41,7 @@ class Shrunk:
         plan: what was removed.
         max_abs_diff: largest absolute difference to the masked model, over the outputs on the example images.
         reference_scale: largest absolute output of the masked model.
+        kept: layer -> which of its output channels stay, bool [channels before].
         seconds: wall time of masking, shrinking and checking.
     """
 
@@ -47,6 +49,7 @@ class Shrunk:
     plan: Plan
     max_abs_diff: float
     reference_scale: float
+    kept: Mapping[str, torch.Tensor]
     seconds: float
 
 
@@ -58,15 +61,33 @@ def _registry(*pruners: Pruner) -> dict[str, Pruner]:
 
 
 PRUNERS: dict[str, Pruner] = _registry(
-    Pruner("l1-norm", "L1 norm", "Removes the channels whose weights have the smallest sum of absolute values.",
-           "nothing", "under a second", "Li et al., Pruning Filters for Efficient ConvNets, arXiv:1608.08710",
-           "L1NormPruner"),
-    Pruner("l2-norm", "L2 norm", "Removes the channels whose weights have the smallest Euclidean norm.",
-           "nothing", "under a second", "Li et al., Pruning Filters for Efficient ConvNets, arXiv:1608.08710",
-           "L2NormPruner"),
-    Pruner("fpgm", "Geometric median", "Removes the channels nearest to all others, which the others can replace.",
-           "nothing", "seconds for wide layers",
-           "He et al., Filter Pruning via Geometric Median, CVPR 2019, arXiv:1811.00250", "FPGMPruner"),
+    Pruner(
+        "l1-norm",
+        "L1 norm",
+        "Removes the channels whose weights have the smallest sum of absolute values.",
+        "nothing",
+        "under a second",
+        "Li et al., Pruning Filters for Efficient ConvNets, arXiv:1608.08710",
+        "L1NormPruner",
+    ),
+    Pruner(
+        "l2-norm",
+        "L2 norm",
+        "Removes the channels whose weights have the smallest Euclidean norm.",
+        "nothing",
+        "under a second",
+        "Li et al., Pruning Filters for Efficient ConvNets, arXiv:1608.08710",
+        "L2NormPruner",
+    ),
+    Pruner(
+        "fpgm",
+        "Geometric median",
+        "Removes the channels nearest to all others, which the others can replace.",
+        "nothing",
+        "seconds for wide layers",
+        "He et al., Filter Pruning via Geometric Median, CVPR 2019, arXiv:1811.00250",
+        "FPGMPruner",
+    ),
 )
 
 

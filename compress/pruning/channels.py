@@ -192,8 +192,13 @@ class Channels:
             return self._along_dim_one(node, source, self._where(node, name))
         if name in RESHAPES:
             return self._reshape(node, source)
-        moved = {"permute": self._permute, "transpose": self._transpose, "mean": self._reduce, "sum": self._reduce,
-                 "getitem": self._index}.get(name)
+        moved = {
+            "permute": self._permute,
+            "transpose": self._transpose,
+            "mean": self._reduce,
+            "sum": self._reduce,
+            "getitem": self._index,
+        }.get(name)
         axis = moved(node, source) if moved else None
         return axis or self._opaque(node, f"its channels go through {self._where(node, name)}")
 
@@ -209,8 +214,9 @@ class Channels:
         plain = {item for item in inputs if self.axes[item] is None and sizes[item] > 1}
         spread = [item for item, _ in tracked if sizes[item] != shape[max(dims)]]
         if len(dims) > 1 or not wide or (name in ADDITIVE and spread):
-            return self._opaque(node, self._fixed_reason(axis for _, axis in tracked)
-                                or f"meets a tensor of another shape in {where}")
+            return self._opaque(
+                node, self._fixed_reason(axis for _, axis in tracked) or f"meets a tensor of another shape in {where}"
+            )
         if plain:
             return self._opaque(node, f"meets the parameter {_attribute(plain)} in {where}, which stays as it is")
         if name in ("div", "truediv", "div_") and len(tracked) > 1 and self.axes[inputs[-1]] in wide:

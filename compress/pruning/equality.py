@@ -29,8 +29,13 @@ class Difference:
     reference_scale: float
 
 
-def check_equal(graph_module: fx.GraphModule, channels: Channels, kept: Mapping[str, torch.Tensor],
-                result: nn.Module, images: torch.Tensor) -> Difference:
+def check_equal(
+    graph_module: fx.GraphModule,
+    channels: Channels,
+    kept: Mapping[str, torch.Tensor],
+    result: nn.Module,
+    images: torch.Tensor,
+) -> Difference:
     """Compare `result` with the masked model on `images`: the outputs, and what the answering layers read.
 
     The second matters where the answer is constant, such as under a head that is all zero.
@@ -55,8 +60,10 @@ def check_equal(graph_module: fx.GraphModule, channels: Channels, kept: Mapping[
         try:
             got = _tensors(subject(images))
         except Exception as error:
-            raise HandoffError(f"The shrunk model does not run: {error}. This is a fault of the pruning plan; exclude "
-                               "the layers named in it to go on without them.") from error
+            raise HandoffError(
+                f"The shrunk model does not run: {error}. This is a fault of the pruning plan; exclude "
+                "the layers named in it to go on without them."
+            ) from error
     answer = _compare("outputs", expected, got)
     for name in channels.answers:
         _compare(f"inputs of {name}", masked.read[name], read[name])
@@ -87,10 +94,12 @@ class _Masked(fx.Interpreter):
         roots = [self._channels.sets.root(part.set_id) for part in axis.parts]
         if not any(root in self._kept for root in roots):
             return None
-        return torch.cat([
-            self._kept.get(root, torch.ones(part.channels, dtype=torch.bool)).cpu().repeat_interleave(part.span)
-            for root, part in zip(roots, axis.parts, strict=True)
-        ])
+        return torch.cat(
+            [
+                self._kept.get(root, torch.ones(part.channels, dtype=torch.bool)).cpu().repeat_interleave(part.span)
+                for root, part in zip(roots, axis.parts, strict=True)
+            ]
+        )
 
     def _zeroed(self, tensor: torch.Tensor, axis: Axis | None) -> torch.Tensor:
         rows = self._rows(axis)
@@ -108,11 +117,13 @@ class _Masked(fx.Interpreter):
 def _compare(what: str, expected: list[torch.Tensor], got: list[torch.Tensor]) -> Difference:
     shapes = [tuple(one.shape) for one in expected], [tuple(one.shape) for one in got]
     if shapes[0] != shapes[1]:
-        raise HandoffError(f"The {what} of the shrunk model have shapes {shapes[1]}, those of the masked model "
-                           f"{shapes[0]}.")
+        raise HandoffError(
+            f"The {what} of the shrunk model have shapes {shapes[1]}, those of the masked model {shapes[0]}."
+        )
     scale = max((float(one.abs().max()) for one in expected if one.numel()), default=0.0)
-    worst = max((float((one - two).abs().max()) for one, two in zip(expected, got, strict=True) if one.numel()),
-                default=0.0)
+    worst = max(
+        (float((one - two).abs().max()) for one, two in zip(expected, got, strict=True) if one.numel()), default=0.0
+    )
     if not worst <= TOLERANCE * scale:
         raise HandoffError(
             f"The {what} of the shrunk model differ from the masked model's by {worst:.3g} where their scale is "

@@ -29,8 +29,9 @@ class Host:
     inputs: torch.Tensor
 
 
-def find_hosts(model: nn.Module, graph_module: fx.GraphModule, channels: Channels, plan: Plan,
-               images: torch.Tensor) -> list[Host]:
+def find_hosts(
+    model: nn.Module, graph_module: fx.GraphModule, channels: Channels, plan: Plan, images: torch.Tensor
+) -> list[Host]:
     """Split `plan` over parts of `model` that can be shrunk alone; the whole model where one group needs it.
 
     Args:

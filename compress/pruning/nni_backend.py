@@ -59,8 +59,10 @@ def kept_channels(model: nn.Module, plan: Plan, nni_class: str) -> dict[str, tor
     for group in plan.groups:
         for layer in group.layers[1:]:
             if not torch.equal(kept[layer], kept[group.layers[0]]):
-                raise PruningError(f"NNI removed different channels in {group.layers[0]} and {layer}, which share "
-                                   "theirs; exclude one of them to go on without the group.")
+                raise PruningError(
+                    f"NNI removed different channels in {group.layers[0]} and {layer}, which share "
+                    "theirs; exclude one of them to go on without the group."
+                )
     return kept
 
 
@@ -86,8 +88,10 @@ def _check_fits(model: nn.Module, plan: Plan) -> None:
         weight = getattr(modules.get(layer), "weight", None)
         if weight is None or weight.shape[0] != group.channels_before:
             got = "no such layer" if weight is None else f"{weight.shape[0]} channels"
-            raise PruningError(f"The plan was made for another model: it expects {group.channels_before} output "
-                               f"channels in {layer} and finds {got}; call plan() on this model.")
+            raise PruningError(
+                f"The plan was made for another model: it expects {group.channels_before} output "
+                f"channels in {layer} and finds {got}; call plan() on this model."
+            )
 
 
 def _kept_rows(layer: str, group: Group, mask: torch.Tensor) -> torch.Tensor:
@@ -95,8 +99,10 @@ def _kept_rows(layer: str, group: Group, mask: torch.Tensor) -> torch.Tensor:
     rows = mask.flatten(1)
     kept = rows.amax(1) > 0
     if int(kept.sum()) != group.channels_after or not torch.equal(kept, rows.amin(1) > 0):
-        raise PruningError(f"NNI kept {int(kept.sum())} of {group.channels_before} channels in {layer} where "
-                           f"{group.channels_after} were planned; exclude the layer to go on without it.")
+        raise PruningError(
+            f"NNI kept {int(kept.sum())} of {group.channels_before} channels in {layer} where "
+            f"{group.channels_after} were planned; exclude the layer to go on without it."
+        )
     return kept
 
 

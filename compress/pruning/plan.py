@@ -97,8 +97,10 @@ def plan(
     groups, left_out = _decide(channels, model, target)
     if not groups:
         example_reason = f": {left_out[0].layer} {left_out[0].reason}" if left_out else ""
-        raise PruningError(f"Nothing in {type(model).__name__} can be pruned at sparsity {sparsity:g}; all of its "
-                           f"{len(left_out)} Conv2d and Linear layers stay{example_reason}.")
+        raise PruningError(
+            f"Nothing in {type(model).__name__} can be pruned at sparsity {sparsity:g}; all of its "
+            f"{len(left_out)} Conv2d and Linear layers stay{example_reason}."
+        )
     return Plan(groups, left_out)
 
 
@@ -135,8 +137,10 @@ def check_example(model: nn.Module, example: torch.Tensor) -> None:
         raise RequestError("example", tuple(example.shape), "float32 images of shape [N, C, H, W]")
     kinds = {str(parameter.dtype) for parameter in model.parameters() if parameter.dtype != torch.float32}
     if kinds:
-        raise PruningError(f"{type(model).__name__} has {', '.join(sorted(kinds))} weights, and pruning works in "
-                           "float32; call model.float() first.")
+        raise PruningError(
+            f"{type(model).__name__} has {', '.join(sorted(kinds))} weights, and pruning works in "
+            "float32; call model.float() first."
+        )
 
 
 def _excluded_layers(model: nn.Module, layers: list[str], exclude: Sequence[str]) -> list[str]:
@@ -160,12 +164,16 @@ def _settle_grouped(sets: ChannelSets, conv: GroupedConv, target: _Target) -> No
     free = source is not None and source.kept is None and result.kept is None
     if free and source.channels == result.channels:
         width = result.channels // conv.groups
-        whole = target.kept(result.channels, math.lcm(width, source.unit, result.unit),
-                            math.lcm(source.blocks, result.blocks))
+        whole = target.kept(
+            result.channels, math.lcm(width, source.unit, result.unit), math.lcm(source.blocks, result.blocks)
+        )
         even = target.kept(result.channels, 1, conv.groups)
         if target.miss(result.channels, whole) <= target.miss(result.channels, even):
-            sets.join(conv.source, conv.result, f"{conv.layer} is a grouped convolution that loses whole groups of "
-                                                f"{width} channels")
+            sets.join(
+                conv.source,
+                conv.result,
+                f"{conv.layer} is a grouped convolution that loses whole groups of {width} channels",
+            )
             joined = sets[conv.result]
             joined.unit = math.lcm(joined.unit, width)
             return

@@ -51,7 +51,9 @@ def shrink(model: nn.Module, example: torch.Tensor, plan: Plan, pruner: Pruner) 
             _shrink_host(result, host, kept)
         _own_tensors(result, model)
         difference = check_equal(graph_module, channels, kept, result, _check_images(example))
-    return Shrunk(result, plan, difference.max_abs_diff, difference.reference_scale, time.perf_counter() - started)
+    return Shrunk(
+        result, plan, difference.max_abs_diff, difference.reference_scale, kept, time.perf_counter() - started
+    )
 
 
 @contextlib.contextmanager
@@ -86,8 +88,10 @@ def _shrink_host(result: nn.Module, host: Host, kept: dict[str, torch.Tensor]) -
         raise
     except Exception as error:
         where = host.name or "the network"
-        raise PruningError(f"NNI could not shrink {where}: {type(error).__name__}: {error}. Exclude the layers in it "
-                           "to go on without them.") from error
+        raise PruningError(
+            f"NNI could not shrink {where}: {type(error).__name__}: {error}. Exclude the layers in it "
+            "to go on without them."
+        ) from error
 
 
 def _masks(layer: nn.Module, kept: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -129,8 +133,9 @@ def _speedup_class() -> type:
             if node.op != "call_module":
                 return False
             info, module = model_speedup.node_infos[node], model_speedup.fetch_attr(node.target)
-            whole = {name: torch.ones((), device=value.device).expand_as(value)
-                     for name, value in module.named_parameters()}
+            whole = {
+                name: torch.ones((), device=value.device).expand_as(value) for name, value in module.named_parameters()
+            }
             info.module, info.param_masks = module, whole | model_speedup.masks.get(node.target, {})
             return True
 
@@ -138,14 +143,25 @@ def _speedup_class() -> type:
         indirect_update_process = updaters.DefaultMaskUpdater.indirect_update_process
 
     class Speedup(base):  # type: ignore[misc, valid-type]
-        def __init__(self, target: nn.Module, graph_module: fx.GraphModule, inputs: torch.Tensor,
-                     masks: dict[str, dict[str, torch.Tensor]]) -> None:
+        def __init__(
+            self,
+            target: nn.Module,
+            graph_module: fx.GraphModule,
+            inputs: torch.Tensor,
+            masks: dict[str, dict[str, torch.Tensor]],
+        ) -> None:
             functions = (torch.relu, torch.relu_, torch.sigmoid, torch.tanh, nn.functional.dropout)
             super().__init__(
-                target, inputs, masks, batch_size=_INFERENCE_BATCH, graph_module=graph_module, logger=_SILENT,
+                target,
+                inputs,
+                masks,
+                batch_size=_INFERENCE_BATCH,
+                graph_module=graph_module,
+                logger=_SILENT,
                 customized_mask_updaters=[
                     updaters.NoChangeMaskUpdater(customized_no_change_act_func=functions),
-                    updaters.NoMaskUpdater(), ParameterFree(),
+                    updaters.NoMaskUpdater(),
+                    ParameterFree(),
                 ],
             )
             self.replacers = [replacer()]

@@ -47,8 +47,10 @@ def structure_copy(model: nn.Module) -> nn.Module:
     try:
         return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
     except Exception as error:
-        raise PruningError(f"{type(model).__name__} cannot be copied: {_first_sentence(error)}. Pruning works on "
-                           "a copy, so copy.deepcopy(model) has to work.") from error
+        raise PruningError(
+            f"{type(model).__name__} cannot be copied: {_first_sentence(error)}. Pruning works on "
+            "a copy, so copy.deepcopy(model) has to work."
+        ) from error
 
 
 def traced_copy(model: nn.Module) -> fx.GraphModule:

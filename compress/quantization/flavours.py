@@ -60,7 +60,7 @@ def apply_flavour(neutral: ir.Model, points: Mapping[str, QPoint], ranges: Range
 
 
 def _edit_for_tensorrt(model: ir.Model, quantize: ir.Node, point: QPoint, grid: ActivationGrid) -> None:
-    (dequantize, _), = quantize.outputs[0].uses()
+    ((dequantize, _),) = quantize.outputs[0].uses()
     if point.only_onnxruntime:
         ir.convenience.replace_all_uses_with(dequantize.outputs[0], quantize.inputs[0])
         model.graph.remove([dequantize, quantize], safe=True)
@@ -72,7 +72,7 @@ def _edit_for_tensorrt(model: ir.Model, quantize: ir.Node, point: QPoint, grid: 
 
 
 def _edit_for_onnxruntime(model: ir.Model, quantize: ir.Node, point: QPoint, grid: ActivationGrid) -> None:
-    (dequantize, _), = quantize.outputs[0].uses()
+    ((dequantize, _),) = quantize.outputs[0].uses()
     zero = zero_point(point, "onnxruntime")
     value = constant(model, f"{point.name}.zero_point.uint8", np.array(zero, dtype=np.uint8))
     quantize.replace_input_with(2, value)

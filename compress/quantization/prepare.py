@@ -312,4 +312,3 @@ def _mark_fused_by_tensorrt(graph_module: fx.GraphModule, points: dict[fx.Node, 
         elif len(users) == 1 and _kind(users[0], graph_module) == "add" and users[0] not in taken:
             point.only_onnxruntime = True
             taken.add(users[0])
-
