@@ -71,7 +71,8 @@ def _what_was_done(report: Report) -> str:
 
 
 def shell_command(request: dict[str, Any]) -> str:
-    """The shell command that makes the same request; fields at their default are left out."""
+    """The shell command that makes the same request; fields at their default are left out,
+    but for the model and the data."""
     import shlex
 
     from compress.request import Request
@@ -79,7 +80,11 @@ def shell_command(request: dict[str, Any]) -> str:
     words = ["python", "-m", "compress", "run"]
     for name, field in Request.model_fields.items():
         value = request[name]
-        if value == field.default or (isinstance(value, list | tuple) and tuple(value) == field.default):
+        if (
+            name not in ("model", "data")
+            and value == field.default
+            or (isinstance(value, list | tuple) and tuple(value) == field.default)
+        ):
             continue
         option = "--" + name.replace("_", "-")
         if isinstance(value, bool):

@@ -21,6 +21,7 @@ LOSS_COLOURS = {"finetune": "#3b82f6", "quantize": "#10a37f"}
 INK = {False: "#1f2937", True: "#e5e7eb"}
 GRID = "rgba(128,128,128,.22)"
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif"
+TICKS = [mantissa * 10**power for power in range(-3, 5) for mantissa in (1, 2, 5)]
 MAX_POINTS = 400
 """Samples drawn per box; the report keeps all."""
 
@@ -55,12 +56,17 @@ def smallest_file(variant: Variant) -> int | None:
     return min(variant.file_bytes.values(), default=None)
 
 
-def fastest(report: Report, variant: str, *, batch_size: int = 1, precision: str | None = None) -> Measurement | None:
-    """The quickest measurement of a variant, of one precision where given."""
+def fastest(
+    report: Report, variant: str, *, batch_size: int = 1, precision: str | None = None, runtime: str | None = None
+) -> Measurement | None:
+    """The quickest measurement of a variant, of one precision or through one runtime where given."""
     rows = [
         m
         for m in report.measurements
-        if m.variant == variant and m.batch_size == batch_size and precision in (None, m.precision)
+        if m.variant == variant
+        and m.batch_size == batch_size
+        and precision in (None, m.precision)
+        and runtime in (None, m.runtime)
     ]
     return min(rows, key=lambda m: m.p50_ms, default=None)
 
@@ -107,7 +113,12 @@ def _latency(report: Report) -> go.Figure | None:
             line_width=1.6,
             hoverinfo="x+name",
         )
-    figure.update_xaxes(title="milliseconds per image, batch 1 (log scale)", type="log", dtick="D2")
+    figure.update_xaxes(
+        title="milliseconds per image, batch 1 (log scale)",
+        type="log",
+        tickvals=TICKS,
+        ticktext=[f"{tick:g}" for tick in TICKS],
+    )
     return figure.update_layout(showlegend=False, height=110 + 36 * len(rows), margin_l=10, yaxis_automargin=True)
 
 
@@ -221,7 +232,8 @@ def _summary_table(report: Report) -> Table:
     reference = fastest(report, dense.name, precision="fp32")
     rows = []
     for variant in report.variants:
-        quickest, file = fastest(report, variant.name), smallest_file(variant)
+        through = report.verdict.runtime if variant is report.variants[-1] else None
+        quickest, file = fastest(report, variant.name, runtime=through), smallest_file(variant)
         rows.append(
             (
                 variant.name,

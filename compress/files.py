@@ -6,9 +6,10 @@ import errno
 import hashlib
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from compress.errors import StorageError
 
@@ -39,6 +40,19 @@ def atomic(path: Path) -> Iterator[Path]:
 def write_text(path: Path, text: str) -> None:
     with atomic(path) as partial:
         partial.write_text(text, encoding="utf-8")
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Any]) -> None:
+    """`tensors` (contiguous, on the CPU) as one safetensors file. Raises `StorageError`."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    with atomic(path) as partial:
+        try:
+            save_file(dict(tensors), partial)
+        except SafetensorError as error:  # it wraps the system's error, and keeps the number only in its text
+            number = errno.ENOSPC if "os error 28" in str(error) else errno.EIO
+            raise storage_error(path, OSError(number, str(error))) from error
 
 
 def sha256(path: Path) -> str:

@@ -7,7 +7,6 @@ sizes (the rebuild recipe), `model.safetensors` the weights, so rebuilding needs
 from __future__ import annotations
 
 import copy
-import errno
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -15,9 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from compress import files
@@ -84,12 +81,7 @@ def save(
         name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
         for name, tensor in model.state_dict().items()
     }
-    with files.atomic(folder / WEIGHTS) as partial:
-        try:
-            save_file(tensors, partial)
-        except SafetensorError as error:
-            full = errno.ENOSPC if "os error 28" in str(error) else errno.EIO
-            raise files.storage_error(folder / WEIGHTS, OSError(full, str(error))) from error
+    files.write_tensors(folder / WEIGHTS, tensors)
     recipe = Recipe(
         architecture,
         _class_of(model),

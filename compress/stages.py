@@ -19,12 +19,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from compress import baseline as baseline_gate
 from compress import counting, data, evaluation, models, pruning, quantization, training
-from compress.files import atomic
+from compress.files import write_tensors
 from compress.pruning.equality import TOLERANCE
 from compress.runs import Run
 from compress.sources import Source
@@ -236,8 +236,7 @@ def _save_kept(work: Run, shrunk: pruning.Shrunk) -> str:
     """Which channels the last layer of each group kept; fine-tuning compares them with the original's."""
     order = {name: position for position, (name, _) in enumerate(shrunk.model.named_modules())}
     last = [max(group.layers, key=order.__getitem__) for group in shrunk.plan.groups]
-    with atomic(work.folder / KEPT) as partial_path:
-        save_file({layer: shrunk.kept[layer] for layer in last}, partial_path)
+    write_tensors(work.folder / KEPT, {layer: shrunk.kept[layer] for layer in last})
     return KEPT
 
 

@@ -27,6 +27,8 @@ from compress.runs import STAGES, Run
 from compress.sources import Source
 
 Facts = dict[str, Any]
+LAST_STAGE = {"baseline": "baseline", "pruned": "finetune", "half": "finetune", "quantized": "quantize"}
+"""The stage that made a variant's weights."""
 PARENT = {"baseline": None, "pruned": "baseline", "half": "pruned", "quantized": "pruned"}
 
 
@@ -136,13 +138,17 @@ def _accuracy_words(dense: Variant, last: Variant, drop: float, kind: str) -> st
 
 
 def _variants(facts: Facts, measurements: tuple[Measurement, ...], source: Source) -> tuple[Variant, ...]:
-    """Accuracy is that of the deployed file where it ran, else torch's."""
+    """Accuracy is that of the deployed file, through the runtime that the result is for where it ran, else torch's."""
+    chosen = facts["measure"]["runtime"]
     sizes = {"baseline": facts["baseline"]}
     rows = []
     for name, files in facts["export"]["variants"].items():
         size = sizes.get(name, facts["finetune"])
-        deployed = next((m for m in measurements if m.variant == name and m.accuracy is not None), None)
-        hop = next(h for h in (facts["baseline"] if name == "baseline" else facts["finetune"])["ledger"])
+        scored = sorted(
+            (m for m in measurements if m.variant == name and m.accuracy is not None), key=lambda m: m.runtime != chosen
+        )
+        deployed = scored[0] if scored else None
+        hop = facts[LAST_STAGE[name]]["ledger"][-1]
         rows.append(
             Variant(
                 name=name,

@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from torch import Tensor, fx
 
 from compress.errors import QuantizationError
+from compress.files import write_tensors, write_text
 
 _VERSION = 1
 RANGES_FILE, WEIGHTS_FILE = "quantization.json", "quantized.safetensors"
@@ -121,8 +122,8 @@ def save(quantized: Quantized, folder: Path) -> tuple[Path, Path]:
     ranges, weights = folder / RANGES_FILE, folder / WEIGHTS_FILE
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().contiguous().clone() for name, tensor in quantized.model.state_dict().items()}
-    safetensors.torch.save_file(tensors, weights)
-    ranges.write_text(quantized.ranges.to_json(), encoding="utf-8")
+    write_tensors(weights, tensors)
+    write_text(ranges, quantized.ranges.to_json())
     return ranges, weights
 
 

@@ -1,0 +1,71 @@
+"""Charts, card, HTML report and verdict: all read one report, and say what it says."""
+
+import pytest
+from example_report import example_report
+
+from compress import card, charts
+from compress.report import Report
+from compress.summary import verdict
+
+KEYS = {"size", "latency", "accuracy", "channels", "training"}
+
+
+@pytest.fixture(scope="module")
+def report() -> Report:
+    return example_report()
+
+
+def test_every_chart_has_a_table_of_its_numbers(report):
+    assert set(charts.figures(report)) == KEYS
+    tables = charts.tables(report)
+    assert set(tables) == KEYS | {"summary"}
+    for headers, rows in tables.values():
+        assert rows and all(len(row) == len(headers) for row in rows)
+
+
+def test_charts_follow_the_page_and_show_every_variant(report):
+    light, dark = charts.figures(report), charts.figures(report, dark=True)
+    for key in KEYS:
+        assert light[key].layout.paper_bgcolor == "rgba(0,0,0,0)"
+        assert light[key].layout.font.color != dark[key].layout.font.color
+    bars = light["size"].data[0]
+    assert list(bars.x) == [variant.name for variant in report.variants]
+    assert list(bars.y) == [variant.parameters / 1e6 for variant in report.variants]
+
+
+def test_json_round_trip_is_exact(report, tmp_path):
+    (tmp_path / "report.json").write_text(report.to_json())
+    assert Report.from_file(tmp_path / "report.json") == report
+
+
+def test_names_are_escaped_in_the_html_report(report):
+    hostile = report.model_copy(update={"architecture": "<img src=x onerror=alert(1)>"})
+    text = card.html_report(hostile)
+    assert "<img src=x" not in text and "&lt;img src=x" in text
+
+
+def test_the_command_makes_the_same_request(report):
+    request = {**report.request, "sparsity": 0.25, "exclude": ["layer1", "fc"], "augment": False, "mean": [0.1, 0.2, 0.3]}
+    words = card.shell_command(request)
+    assert words.startswith("python -m compress run --model resnet18 --data fashion-mnist")
+    for part in ("--sparsity 0.25", "--exclude layer1 --exclude fc", "--no-augment", "--mean 0.1,0.2,0.3"):
+        assert part in words
+
+
+def test_the_verdict_is_against_the_fastest_fp32_and_of_the_chosen_runtime(report):
+    dense = [m for m in report.measurements if m.variant == "baseline" and m.batch_size == 1 and m.precision == "fp32"]
+    last = report.variants[-1].name
+    runtime = next(m.runtime for m in report.measurements if m.variant == last and m.batch_size == 1)
+    found = verdict(report.variants, report.measurements, runtime, "labelled")
+    own = min(m.p50_ms for m in report.measurements if m.variant == last and m.batch_size == 1 and m.runtime == runtime)
+    assert found.speedup_vs_fastest_fp32 == pytest.approx(min(m.p50_ms for m in dense) / own)
+    assert found.runtime == runtime and "smaller" in found.text and "test images" in found.text
+
+
+def test_a_slower_result_and_an_engine_that_did_not_run_are_said_plainly(report):
+    last = report.variants[-1].name
+    slow = tuple(m.model_copy(update={"p50_ms": 1000.0}) if m.variant == last else m for m in report.measurements)
+    runtime = next(m.runtime for m in report.measurements if m.variant == last)
+    assert "SLOWER" in verdict(report.variants, slow, runtime, "labelled").text
+    not_run = verdict(report.variants, report.measurements, None, "labelled")
+    assert not_run.speedup_vs_fastest_fp32 is None and "built, not run" in not_run.text
