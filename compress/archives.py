@@ -45,9 +45,14 @@ def open_files(source: Path) -> Files:
     """Raises DataError when `source` is neither a folder nor a safe zip file."""
     if source.is_dir():
         return Folder(source)
+    refuse_missing(source)
+    return Zip(source)
+
+
+def refuse_missing(source: Path) -> None:
+    """Raises `DataError` when there is neither a folder nor a file."""
     if not source.exists():
         raise DataError(f"There is no data at {source}: give fashion-mnist, a folder, a .zip, or none.")
-    return Zip(source)
 
 
 class Folder:

@@ -45,6 +45,7 @@ def run(
     preflight.require_runtime(request)
     with _opened(out, request, notify, resume) as work:
         source = open_source(request, model)
+        preflight.require_plan(request, source)
 
         work.stage("baseline", lambda: stages.measure_baseline(work, source))
         work.stage("prune", lambda: stages.prune_and_shrink(work, source))

@@ -21,6 +21,11 @@ def require_runtime(request: Request) -> None:
         raise RuntimeUnavailableError(f"runtime: got {request.runtime!r}, which is not available here. {reason}")
 
 
+def require_plan(request: Request, source: Source) -> None:
+    """Raises `CompressError` when the model cannot be pruned as asked: before hours of evaluation, not after them."""
+    _plan(request, source)
+
+
 def check(request: Request, model: nn.Module | None = None) -> dict[str, Any]:
     """The pruning plan, the layers that stay in floating point, the runtimes; nothing is trained and nothing written.
 

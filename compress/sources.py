@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compress import architectures, catalog, checkpoints, data, fashion_mnist
+from compress import architectures, archives, catalog, checkpoints, data, fashion_mnist
 from compress.architectures import Architecture
 from compress.errors import DataError, RequestError
 from compress.images import Preprocessing
@@ -64,6 +64,8 @@ def open_source(request: Request, model: nn.Module | None = None) -> Source:
         RequestError: the model is unknown, or needs something that was not given.
         CheckpointError, DataError: the files cannot be used.
     """
+    if request.data not in (data.FASHION_MNIST, data.NONE):
+        archives.refuse_missing(Path(request.data))  # before weights are downloaded
     loaded = _own_module(request, model) if model is not None else _torchvision_model(request)
     preprocessing = _preprocessing(request, loaded)
     dataset = data.open_data(

@@ -45,7 +45,10 @@ def refused(capsys, monkeypatch, tmp_path):
             "Error: model: got 'resnet19', expected a torchvision classifier; did you mean resnet",
         ),
         (("--runtime", "tensorrt"), "Error: runtime: got 'tensorrt', which is not available here. TensorRT"),
-        (("--data", "no/such/folder"), "Error: no/such/folder"),
+        (
+            ("--data", "no/such/folder"),
+            "Error: There is no data at no/such/folder: give fashion-mnist, a folder, a .zip, or none.",
+        ),
         (("--checkpoint", "no/such/file.pth"), "Error: "),
         (("--request", "no/such.json"), "Error: request: got 'no/such.json', expected a readable JSON file"),
         (("--exclude", "layer9.conv"), "layer9.conv"),

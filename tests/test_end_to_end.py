@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 import compress
-from compress import fashion_mnist, sources
+from compress import fashion_mnist, machine, sources
 from compress.report import Report
 
 pytestmark = pytest.mark.e2e
@@ -154,8 +154,9 @@ def test_the_ledger_goes_from_the_dense_model_to_the_deployed_file(report):
 
 def test_the_html_report_needs_no_network(run):
     text = (run[0] / "report.html").read_text(encoding="utf-8")
-    outside = re.findall(r'(?:src|href)\s*=\s*["\'](?:https?:)?//[^"\']+', text)
-    assert outside == [] and "Plotly.newPlot" in text
+    page = re.sub(r"<script>.*?</script>", "", text, flags=re.DOTALL)  # plotly's own source names map providers
+    outside = re.findall(r'(?:src|href)\s*=\s*["\'](?:https?:)?//[^"\']+', page)
+    assert outside == [] and "<script src" not in text and "Plotly.newPlot" in text
 
 
 def test_the_model_card_reads_its_numbers_from_the_report(run, report):
@@ -201,6 +202,9 @@ def test_infer_classifies_images_where_torch_cannot_be_imported(run, tmp_path, r
         runtime,
     ]
     done = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "PYTHONPATH": ""})
+    if runtime == "openvino" and not machine.has_int8_dot_product():
+        assert done.returncode != 0 and "overflow on this CPU" in done.stderr and "--runtime onnxruntime" in done.stderr
+        return
     assert done.returncode == 0, done.stderr
     for index, line in enumerate(done.stdout.splitlines()):
         right += fashion_mnist.CLASS_NAMES[images.test_labels[index]] in line.split(": ", 1)[1].split(",")[0]
