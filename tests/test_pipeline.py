@@ -177,7 +177,7 @@ def test_a_wrong_hand_off_ends_the_run_with_both_numbers(trained, tmp_path, monk
     assert last["state"] == "failed" and "answer differently" in last["error"]
 
 
-@pytest.mark.parametrize("target", ["baseline.onnx", "report.html", "ranges.json"])
+@pytest.mark.parametrize("target", ["baseline.onnx", "report.html", "quantization.json"])
 def test_a_full_disk_is_one_sentence_and_the_run_resumes(trained, tmp_path, monkeypatch, target):
     real = files._sync
 

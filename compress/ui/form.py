@@ -28,6 +28,7 @@ SECTIONS = {
         "train_batch_size",
         "distillation_weight",
         "distillation_temperature",
+        "feature_weight",
         "label_smoothing",
         "augment",
     ),
