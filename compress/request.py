@@ -142,7 +142,7 @@ class Request(BaseModel):
         8, "bits per activation: 2 to 8, 16 (half precision) or 32 (none)", "a whole number from 2 to 8, or 16, or 32"
     )
     qat_epochs: float = _field(
-        0.5,
+        0.25,
         "passes over the training images with simulated quantization; 0 only calibrates",
         "a number from 0 to 1000",
         ge=0,
