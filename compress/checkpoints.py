@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
+from safetensors.torch import load as load_safetensors
 from torch import Tensor
 
 from compress import containers
@@ -202,7 +202,7 @@ def _load(path: Path, is_zip: bool) -> Any:
     try:
         if is_zip:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=False)
-        return safetensors.torch.load(path.read_bytes())
+        return load_safetensors(path.read_bytes())
     except Exception as error:  # the loaders raise a dozen types on damaged input, each means the same to the user
         raise CheckpointError(f"{path.name} is damaged: its tensors cannot be read. {RESAVE}") from error
 
