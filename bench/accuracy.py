@@ -38,7 +38,7 @@ def dense_checkpoint(name: str, folder: Path, out: Path) -> Path:
         def batches(epoch: int):
             return data.batches(images.train, 64, shuffle=True, seed=epoch, preprocessing=RECIPE)
 
-        recipe = training.Recipe(DENSE_EPOCHS.get(name, 2.0), 0.1, 0.0, 1.0)
+        recipe = training.Recipe(DENSE_EPOCHS.get(name, 2.0), 0.05, 0.0, 1.0, optimizer="sgd")
         training.fit(
             model,
             batches,

@@ -310,8 +310,8 @@ def _accuracy_table(report: Report) -> Table:
 
 
 def _channels_table(report: Report) -> Table:
-    headers = ("Layer", "Type", "Channels", "Kept", "MACs before", "MACs after", "Weight bits", "SQNR dB", "Why")
-    return headers, [
+    sizes = ("Layer", "Type", "Channels", "Kept", "MACs before", "MACs after")
+    return (*sizes, "Pruned, off by", "Refitted", "Weight bits", "SQNR dB", "Why"), [
         (
             layer.name,
             layer.type,
@@ -319,12 +319,18 @@ def _channels_table(report: Report) -> Table:
             str(layer.channels_after),
             f"{layer.macs_before:,}",
             f"{layer.macs_after:,}",
+            _share(layer.pruned_error),
+            _share(layer.refitted_error),
             str(layer.weight_bits),
             "—" if layer.sqnr_db is None else f"{layer.sqnr_db:.1f}",
             layer.reason,
         )
         for layer in report.layers
     ]
+
+
+def _share(share: float | None) -> str:
+    return "—" if share is None else f"{100 * share:.2g} %"
 
 
 def _training_table(report: Report) -> Table:

@@ -144,6 +144,10 @@ class Layer(_Facts):
     """Layers of one group lose the same channels; null when the layer stays whole."""
     reason: str
     """Why it is pruned together, or why it stays."""
+    pruned_error: float | None
+    """After pruning, of its answers in the kept channels: squared distance to the original's, relative to them."""
+    refitted_error: float | None
+    """The same after the refit by least squares; null when the layer keeps its weights."""
 
 
 class Epoch(_Facts):

@@ -18,6 +18,7 @@ from compress.errors import RequestError
 RuntimeName = Literal["auto", "onnxruntime", "openvino", "tensorrt", "tensorrt-rtx"]
 PrunerName = Literal["l1-norm", "l2-norm", "fpgm", "none"]
 QuantizerName = Literal["qat", "none"]
+OptimizerName = Literal["adamw", "sgd"]
 QUANTIZED_BITS = range(2, 9)
 HALF_PRECISION, FULL_PRECISION = 16, 32
 
@@ -98,7 +99,16 @@ class Request(BaseModel):
     exclude: tuple[str, ...] = _field(
         (), "names of layers that are not pruned", "layer names, as `compress check` prints them"
     )
+    reconstruction_images: int = _field(
+        1024,
+        "training images on which the weights that stay are refitted to the original's feature maps by least "
+        "squares, before any training; 0 is off",
+        "a whole number from 0 to 100000",
+        ge=0,
+        le=100_000,
+    )
     # ---- training ---------------------------------------------------------------------------------------------
+    optimizer: OptimizerName = _field("adamw", "of fine-tuning and quantization-aware training", "one of adamw, sgd")
     finetune_epochs: float = _field(
         4,
         "passes over the training images after pruning; a fraction is allowed",
@@ -107,11 +117,15 @@ class Request(BaseModel):
         le=1000,
     )
     learning_rate: float = _field(
-        0.04, "peak learning rate of fine-tuning (SGD, cosine)", "a number above 0 and at most 10", gt=0, le=10
+        0.001,
+        "peak learning rate of fine-tuning, which rises and falls once; for sgd try 0.02",
+        "a number above 0 and at most 10",
+        gt=0,
+        le=10,
     )
     train_batch_size: int = _field(64, "images per training step", "a whole number from 2 to 4096", ge=2, le=4096)
     distillation_weight: float = _field(
-        0.9,
+        0.5,
         "share of the loss that follows the original model's answers; 0 is labels only",
         "a fraction from 0 to 1",
         ge=0,
@@ -120,17 +134,14 @@ class Request(BaseModel):
     distillation_temperature: float = _field(
         4.0, "softening of the original model's answers", "a number from 1 to 20", ge=1, le=20
     )
-    feature_weight: float = _field(
-        5.0,
-        "weight of following the original model's inner feature maps in the kept channels; 0 is off",
-        "a number from 0 to 1000",
-        ge=0,
-        le=1000,
-    )
     label_smoothing: float = _field(
         0.0, "label smoothing of the cross-entropy part", "a fraction from 0 to below 0.5", ge=0, lt=0.5
     )
-    augment: bool = _field(True, "random shift and horizontal flip while training", "true or false")
+    augment: bool = _field(
+        False,
+        "random shifts and flips from left to right while training: for many epochs, of a model that was trained so",
+        "true or false",
+    )
     # ---- quantization -----------------------------------------------------------------------------------------
     quantizer: QuantizerName = _field(
         "qat", "NNI quantization-aware training; `none` keeps floating point", "one of qat, none"
@@ -149,7 +160,7 @@ class Request(BaseModel):
         le=1000,
     )
     qat_learning_rate: float = _field(
-        0.004, "peak learning rate of quantization-aware training", "a number above 0 and at most 10", gt=0, le=10
+        0.0001, "peak learning rate of quantization-aware training", "a number above 0 and at most 10", gt=0, le=10
     )
     calibration_images: int = _field(
         256, "training images that set the first activation ranges", "a whole number from 1 to 100000", ge=1, le=100_000

@@ -13,28 +13,25 @@ report    report.json, report.html, README.md
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from compress import baseline as baseline_gate
 from compress import counting, data, evaluation, models, pruning, quantization, training
-from compress.files import write_tensors
+from compress.pruning import reconstruction
 from compress.pruning.equality import TOLERANCE
 from compress.runs import Run
 from compress.sources import Source
 
 Facts = dict[str, Any]
 
-KEPT = "stages/kept.safetensors"
 TEST_BATCH = 128
 SYNTHETIC_TEST_IMAGES = 256
-BATCHNORM_IMAGES = 1024
 HELD_OUT = 500
 """At most this many training images score the epochs; they are not trained on."""
 
@@ -55,7 +52,7 @@ def measure_baseline(work: Run, source: Source) -> Facts:
 
 
 def prune_and_shrink(work: Run, source: Source) -> Facts:
-    """Channels chosen by NNI, removed by NNI, proved equal to the masked model; BatchNorm re-estimated."""
+    """Channels chosen by NNI, removed by NNI, proved equal to the masked model; then what stays is refitted."""
     request = work.request
     model = load_model(work, source, "stages/baseline")
     if not request.prunes:
@@ -67,6 +64,7 @@ def prune_and_shrink(work: Run, source: Source) -> Facts:
             "handoffs": [],
             "groups": [],
             "left_out": [],
+            "refits": [],
         }
     plan = pruning.plan(
         model, source.example, sparsity=request.sparsity, multiple=request.channel_multiple, exclude=request.exclude
@@ -74,11 +72,9 @@ def prune_and_shrink(work: Run, source: Source) -> Facts:
     work.progress("prune", 0.2, f"{len(plan.groups)} groups of layers to prune")
     shrunk = pruning.prune(model, source.example, plan, request.pruner)
     work.progress("prune", 0.8, "shrunk, equal to the masked model")
-    if source.dataset.kind != "none":
-        images = data.calibration_images(source.dataset, BATCHNORM_IMAGES, source.preprocessing, request.seed)
-        training.reestimate_batchnorm(shrunk.model, images.split(TEST_BATCH))
-    files = _save_model(work, source, shrunk.model, "stages/shrunk") + [_save_kept(work, shrunk)]
-    hop = _torch_hop(work, source, "pruned, before fine-tuning", shrunk.model)
+    refits = _reconstruct(work, source, model, shrunk)
+    files = _save_model(work, source, shrunk.model, "stages/shrunk")
+    hop = _torch_hop(work, source, "pruned and refitted" if refits else "pruned", shrunk.model)
     equal = handoff(
         "masked",
         "shrunk",
@@ -87,7 +83,14 @@ def prune_and_shrink(work: Run, source: Source) -> Facts:
         f"{TOLERANCE:g} of the largest logit",
         True,
     )
-    return {**plan.as_dict(), "handoffs": [equal], "ledger": [hop], "files": files + [hop["answers"]], "skipped": None}
+    return {
+        **plan.as_dict(),
+        "handoffs": [equal],
+        "ledger": [hop],
+        "files": files + [hop["answers"]],
+        "refits": [asdict(refit) for refit in refits],
+        "skipped": None,
+    }
 
 
 def fine_tune(work: Run, source: Source) -> Facts:
@@ -103,8 +106,7 @@ def fine_tune(work: Run, source: Source) -> Facts:
         reason = "0 epochs, as asked"
     else:
         recipe = _recipe(work, source, request.finetune_epochs, request.learning_rate)
-        recipe = replace(recipe, feature_weight=request.feature_weight)
-        curve = _train(work, source, "finetune", model, recipe, features=load_file(work.folder / KEPT))
+        curve = _train(work, source, "finetune", model, recipe)
     files = _save_model(work, source, model, "artifacts")
     hop = _torch_hop(work, source, "fine-tuned", model)
     return {
@@ -229,15 +231,25 @@ def handoff(
 def _recipe(work: Run, source: Source, epochs: int, learning_rate: float) -> training.Recipe:
     request = work.request
     weight = 1.0 if source.dataset.kind == "unlabelled" else request.distillation_weight
-    return training.Recipe(epochs, learning_rate, weight, request.distillation_temperature, request.label_smoothing)
+    return training.Recipe(
+        epochs,
+        learning_rate,
+        weight,
+        request.distillation_temperature,
+        request.label_smoothing,
+        request.optimizer,
+    )
 
 
-def _save_kept(work: Run, shrunk: pruning.Shrunk) -> str:
-    """Which channels the last layer of each group kept; fine-tuning compares them with the original's."""
-    order = {name: position for position, (name, _) in enumerate(shrunk.model.named_modules())}
-    last = [max(group.layers, key=order.__getitem__) for group in shrunk.plan.groups]
-    write_tensors(work.folder / KEPT, {layer: shrunk.kept[layer] for layer in last})
-    return KEPT
+def _reconstruct(
+    work: Run, source: Source, model: nn.Module, shrunk: pruning.Shrunk
+) -> tuple[reconstruction.Refit, ...]:
+    """Refits what stays to the dense model's feature maps; synthetic images do not show which matter."""
+    count = work.request.reconstruction_images
+    if count == 0 or source.dataset.kind == "none":
+        return ()
+    images = data.calibration_images(source.dataset, count, source.preprocessing, work.request.seed)
+    return reconstruction.reconstruct(shrunk.model, model, shrunk.kept, images)
 
 
 def _train(
@@ -246,12 +258,10 @@ def _train(
     stage: str,
     model: nn.Module,
     recipe: training.Recipe,
-    features: dict[str, Tensor] | None = None,
 ) -> list[Facts]:
     request, dataset = work.request, source.dataset
     held_out, trained = data.split_held_out(dataset.train, min(HELD_OUT, len(dataset.train) // 20), request.seed)
-    follows = recipe.distillation_weight > 0 or recipe.feature_weight > 0
-    teacher = load_model(work, source, "stages/baseline") if follows else None
+    teacher = load_model(work, source, "stages/baseline") if recipe.distillation_weight > 0 else None
 
     def batches(epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         return data.batches(
@@ -279,7 +289,6 @@ def _train(
         len(trained) // request.train_batch_size,
         recipe,
         teacher=teacher,
-        features=features,
         score=score if dataset.kind == "labelled" and len(held_out) else None,
         progress=partial(work.progress, stage),
     )

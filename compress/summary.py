@@ -191,6 +191,7 @@ def _layers(facts: Facts, work: Run) -> tuple[Layer, ...]:
     }
     stays = {row["layer"]: row["reason"] for row in facts["prune"]["left_out"]}
     quantized = facts["quantize"]["sqnr_db"]
+    refits = {row["layer"]: row for row in facts["prune"]["refits"]}
     rows = []
     for layer in facts["baseline"]["layers"]:
         name = layer["name"]
@@ -208,6 +209,8 @@ def _layers(facts: Facts, work: Run) -> tuple[Layer, ...]:
                 sqnr_db=quantized.get(name),
                 group=group,
                 reason=reason,
+                pruned_error=refits.get(name, {}).get("error_before"),
+                refitted_error=refits.get(name, {}).get("error_after"),
             )
         )
     return tuple(rows)

@@ -1,17 +1,11 @@
 """The one training loop: fine-tuning, distillation and quantization-aware training all run through `fit`.
 
-SGD with Nesterov momentum under one cosine cycle. With a teacher, the loss is
+AdamW, or SGD with Nesterov momentum, under one cosine cycle. With a teacher, the loss is
 
     (1 - w) * cross-entropy(labels) + w * T^2 * KL(teacher / T || student / T)          (Hinton et al. 2015)
 
-and, while fine-tuning a pruned model, v times the mean over some layers of
-
-    ||student's output - teacher's output in the kept channels||^2 / ||teacher's output in the kept channels||^2
-
-A pruned layer still computes some of the dense layer's channels, so their outputs can be compared directly, without the
-adapters that feature distillation needs elsewhere (Romero et al. 2015, "FitNets"). Teacher and student see the same
-augmented image, so the student matches the teacher's function rather than a fixed table of answers (Beyer et al. 2022,
-"A good teacher is patient and consistent").
+Teacher and student see the same augmented image, so the student matches the teacher's function rather than a fixed
+table of answers (Beyer et al. 2022, "A good teacher is patient and consistent").
 """
 
 from __future__ import annotations
@@ -19,7 +13,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from types import MethodType
@@ -38,7 +32,8 @@ Progress = Callable[[float, str], None]
 
 WARM_UP = 0.15
 """Share of the steps in which the learning rate rises."""
-MOMENTUM, WEIGHT_DECAY = 0.9, 5e-4
+MOMENTUM = 0.9
+WEIGHT_DECAY = {"adamw": 0.01, "sgd": 5e-4}
 
 
 @dataclass(frozen=True)
@@ -53,8 +48,8 @@ class Recipe:
     """w of the module's formula, 0..1; ignored without a teacher."""
     temperature: float
     label_smoothing: float = 0.0
-    feature_weight: float = 0.0
-    """Of the distance between the student's and the teacher's inner feature maps."""
+    optimizer: str = "adamw"
+    """Or "sgd"."""
 
 
 @dataclass(frozen=True)
@@ -84,14 +79,12 @@ def fit(
     recipe: Recipe,
     *,
     teacher: nn.Module | None = None,
-    features: Mapping[str, Tensor] | None = None,
     score: Callable[[nn.Module], float] | None = None,
     progress: Progress = lambda fraction, message: None,
 ) -> list[dict[str, Any]]:
     """Trains `model` in place, on the device it ends up on, and returns one record per epoch.
 
     Args:
-        features: layer -> the teacher's output channels that the student kept, bool [channels]; needs a teacher.
         score: called in eval mode after each epoch; its value is recorded, nothing is chosen by it.
 
     Raises:
@@ -105,7 +98,7 @@ def fit(
     model.to(place)
     if teacher is not None:
         teacher = copy.deepcopy(teacher).eval().requires_grad_(False).to(place)
-    optimizer = torch.optim.SGD(_parameter_groups(model), lr=recipe.learning_rate, momentum=MOMENTUM, nesterov=True)
+    optimizer = _optimizer(model, recipe)
     layout = fastest_format(model, next(iter(batches(0)))[0].to(place))
     model.to(memory_format=layout.memory_format)
     total = max(1, round(recipe.epochs * steps_per_epoch))
@@ -114,7 +107,6 @@ def fit(
     def step(images: Tensor, labels: Tensor) -> Tensor:
         images = images.to(place).contiguous(memory_format=layout.memory_format)
         loss = _loss(model, teacher, images, labels.to(place), recipe, layout)
-        loss = loss + recipe.feature_weight * matching.distance()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
@@ -122,8 +114,7 @@ def fit(
         return loss.detach()
 
     records = []
-    matching = FeatureMatching(features if teacher is not None and recipe.feature_weight else None)
-    with single_pixels_multiplied(model), single_pixels_multiplied(teacher), matching.watching(model, teacher):
+    with single_pixels_multiplied(model), single_pixels_multiplied(teacher):
         for epoch in range(math.ceil(total / steps_per_epoch)):
             start, before = time.perf_counter(), epoch * steps_per_epoch
             model.train()
@@ -163,43 +154,6 @@ def _epoch(
         if seen % 10 == 0:
             progress(seen, f"epoch {epoch + 1} of {recipe.epochs:g}, loss {loss_sum / seen:.3f}")
     return loss_sum / max(seen, 1)
-
-
-class FeatureMatching:
-    """Remembers what the watched layers of student and teacher put out, and tells how far they are apart."""
-
-    def __init__(self, kept: Mapping[str, Tensor] | None) -> None:
-        self._kept = {layer: mask.nonzero().flatten() for layer, mask in (kept or {}).items()}
-        self._outputs: dict[tuple[str, bool], Tensor] = {}
-
-    @contextmanager
-    def watching(self, student: nn.Module, teacher: nn.Module | None) -> Iterator[None]:
-        handles = [
-            model.get_submodule(layer).register_forward_hook(self._remember(layer, model is student))
-            for model in (student, teacher)
-            for layer in self._kept
-            if model is not None
-        ]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def _remember(self, layer: str, is_student: bool) -> Callable[[nn.Module, Any, Tensor], None]:
-        def hook(module: nn.Module, inputs: Any, output: Tensor) -> None:
-            self._outputs[layer, is_student] = output.float()
-
-        return hook
-
-    def distance(self) -> Tensor | float:
-        """Mean over the layers of the squared distance, relative to the teacher's; 0 when nothing is watched."""
-        distances = []
-        for layer, kept in self._kept.items():
-            student, teacher = self._outputs[layer, True], self._outputs[layer, False]
-            wanted = teacher.index_select(1 if teacher.ndim == 4 else -1, kept.to(teacher.device))
-            distances.append((student - wanted).square().mean() / wanted.square().mean().clamp_min(1e-12))
-        return torch.stack(distances).mean() if distances else 0.0
 
 
 @contextmanager
@@ -248,28 +202,6 @@ def one_cycle(done: float) -> float:
     if done < WARM_UP:
         return 0.1 + 0.9 * done / WARM_UP
     return 0.5 * (1 + math.cos(math.pi * min(1.0, (done - WARM_UP) / (1 - WARM_UP))))
-
-
-def reestimate_batchnorm(model: nn.Module, images: Iterable[Tensor]) -> None:
-    """Replaces the running statistics of every BatchNorm by those of `images` (float32 [N, 3, H, W] batches), in place.
-
-    Removing channels shifts what the following layers see; the statistics of the dense model no longer fit.
-    """
-    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-    momenta = [norm.momentum for norm in norms]
-    was_training = {module: module.training for module in model.modules()}
-    model.eval()
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # a cumulative average over all batches
-        norm.train()
-    with torch.no_grad():
-        for batch in images:
-            model(batch)
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
-    for module, training in was_training.items():
-        module.training = training
 
 
 def fastest_format(model: nn.Module, images: Tensor) -> Format:
@@ -332,17 +264,20 @@ def _finite(loss: Tensor, epoch: int, step: int, recipe: Recipe) -> float:
     return value
 
 
-def _parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
-    """Weight decay for weights of convolutions and linear layers only; decaying biases and norms costs accuracy."""
+def _optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+    """Weight decay is for the weights of convolutions and linear layers; decaying biases and norms costs accuracy."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not trained:
         raise TrainingError(
             "Every parameter of the model is frozen. Unfreeze some, or set --finetune-epochs and --qat-epochs to 0."
         )
-    return [
-        {"params": [p for p in trained if p.ndim > 1], "weight_decay": WEIGHT_DECAY},
+    groups = [
+        {"params": [p for p in trained if p.ndim > 1], "weight_decay": WEIGHT_DECAY[recipe.optimizer]},
         {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
     ]
+    if recipe.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=recipe.learning_rate, momentum=MOMENTUM, nesterov=True)
+    return torch.optim.AdamW(groups, lr=recipe.learning_rate)
 
 
 def _first(batches: Iterable[Batch], count: int) -> Iterator[Batch]:

@@ -112,6 +112,8 @@ def example_report() -> Report:
                 sqnr_db=38.0,
                 group="a",
                 reason="feeds the same <sum>",
+                pruned_error=0.2,
+                refitted_error=0.001,
             )
             for number in range(1, 9)
         ),

@@ -144,7 +144,7 @@ def test_the_ledger_goes_from_the_dense_model_to_the_deployed_file(report):
     names = [(hop.name, hop.through) for hop in report.ledger]
     assert names[:4] == [
         ("baseline", "torch"),
-        ("pruned, before fine-tuning", "torch"),
+        ("pruned and refitted", "torch"),
         ("fine-tuned", "torch"),
         ("fake-quantized", "torch"),
     ]

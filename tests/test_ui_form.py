@@ -57,7 +57,7 @@ def test_every_field_of_a_request_is_in_the_form() -> None:
         ({"mean": "0.1 0.2, 0.3", "std": "1,1,1"}, "mean", (0.1, 0.2, 0.3)),
         ({"input_size": "64"}, "input_size", 64),
         ({"exclude": "layer1.0.conv1, fc"}, "exclude", ("layer1.0.conv1", "fc")),
-        ({"augment": False}, "augment", False),
+        ({"augment": True}, "augment", True),
         ({"pruner": "fpgm"}, "pruner", "fpgm"),
     ],
 )

@@ -21,14 +21,14 @@ UPLOAD = "upload"
 CHECKPOINT_TYPES = [".safetensors", ".pth", ".pt"]
 SECTIONS = {
     "Images": ("input_size", "mean", "std", "class_map", "test_fraction"),
-    "Pruning": ("pruner", "channel_multiple", "exclude"),
+    "Pruning": ("pruner", "channel_multiple", "exclude", "reconstruction_images"),
     "Training": (
         "finetune_epochs",
+        "optimizer",
         "learning_rate",
         "train_batch_size",
         "distillation_weight",
         "distillation_temperature",
-        "feature_weight",
         "label_smoothing",
         "augment",
     ),

@@ -1,0 +1,239 @@
+"""Least-squares reconstruction: the weights that stay take over from those that went, before anything is trained.
+
+Each layer of the shrunk model is refitted, in the order of the forward pass, so that on a few hundred training images
+its outputs come as near as they can to the dense model's outputs in the kept channels:
+
+    minimise over W:  ||Y - X W||^2 + damping * ||(W - W_pruned) diag(X'X)^(1/2)||^2
+
+X is what the layer reads in the shrunk model, with all layers before it refitted already; Y is what the dense layer
+answers. This is the reconstruction of He et al. 2017 ("Channel Pruning for Accelerating Very Deep Neural Networks",
+section 3) and Luo et al. 2017 ("ThiNet"), with a ridge towards the pruned weights. How strong the ridge is gets decided
+per layer on images that the fit has not seen, and a layer that no fit brings nearer keeps its weights. Every BatchNorm
+takes the statistics of what it reads now. No label is used.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from .trace import call_counts, structure_copy, trace
+
+CHUNK = 32
+"""Images that go through a layer at once."""
+MEMORY = 2**30
+"""Bytes that the activations of all images may take; fewer images are used when they would take more."""
+POSITIONS = 32_768
+"""Answers of a layer that it is fitted to, over all images; many more cost time and change nothing."""
+NUMBERS = 2**26
+"""What is read at those positions is at most this many numbers."""
+MOST_INPUTS = 4608
+"""A layer that reads more numbers per answer keeps its weights: the normal equations would take minutes."""
+DAMPINGS = (1e-3, 1e-2, 1e-1, 1.0)
+HELD_OUT = 0.2
+"""Share of the images that choose the damping."""
+
+
+@dataclass(frozen=True)
+class Refit:
+    """How far one layer's answers were from the dense layer's, and are now, where the fit has not looked.
+
+    Errors are sums of squares relative to those of the dense layer's answers.
+    """
+
+    layer: str
+    error_before: float
+    error_after: float
+
+
+def reconstruct(shrunk: nn.Module, dense: nn.Module, kept: Mapping[str, Tensor], images: Tensor) -> tuple[Refit, ...]:
+    """Refits `shrunk` in place to `dense`, and re-estimates its BatchNorm statistics on the way.
+
+    Args:
+        shrunk: the pruned model, on the CPU; only the values of weights, biases and running statistics change.
+        dense: the model that it was made from; only read.
+        kept: layer -> which of the dense layer's output channels the shrunk one has, bool [channels].
+        images: float32 [N, 3, H, W] training images, normalised; the first ones, where all would take too much memory.
+
+    Returns: one entry per layer that was refitted, in the order of the forward pass.
+    """
+    target, source = (trace(structure_copy(model).eval()) for model in (shrunk, dense))
+    nodes = list(zip(target.graph.nodes, source.graph.nodes, strict=True))
+    called = call_counts(target)
+    with torch.no_grad():
+        chunks = images[: affordable(target, source, images)].split(CHUNK)
+        students, teachers = ([_Walk(graph, chunk) for chunk in chunks] for graph in (target, source))
+        refits = []
+        for node, same in nodes:
+            for walk in teachers:
+                walk.step(same)
+            layer = target.get_submodule(str(node.target)) if node.op == "call_module" else None
+            if isinstance(layer, nn.modules.batchnorm._BatchNorm) and layer.running_mean is not None:
+                _take_statistics(layer, [walk.read(node) for walk in students])
+            elif type(layer) in (nn.Conv2d, nn.Linear) and called[str(node.target)] == 1:
+                wanted = [_kept(walk.env[same], layer, kept.get(str(node.target))) for walk in teachers]
+                errors = _refit(layer, [walk.read(node) for walk in students], wanted)
+                refits += [Refit(str(node.target), *errors)] if errors else []
+            for walk in students:
+                walk.step(node)
+            for walk, done in itertools.chain(((w, node) for w in students), ((w, same) for w in teachers)):
+                walk.forget(done)
+    return tuple(refits)
+
+
+def affordable(target: fx.GraphModule, source: fx.GraphModule, images: Tensor) -> int:
+    """How many images' activations fit into MEMORY, seen on one of them; at least one chunk."""
+    most = 0
+    walks = [(_Walk(graph, images[:1]), list(graph.graph.nodes)) for graph in (target, source)]
+    for nodes in zip(*(nodes for _, nodes in walks), strict=True):
+        for (walk, _), node in zip(walks, nodes, strict=True):
+            walk.step(node)
+        most = max(most, sum(walk.bytes() for walk, _ in walks))
+        for (walk, _), node in zip(walks, nodes, strict=True):
+            walk.forget(node)
+    return max(CHUNK, MEMORY // max(most, 1))
+
+
+class _Walk(fx.Interpreter):
+    """One chunk of images on its way through a graph, node by node."""
+
+    def __init__(self, graph_module: fx.GraphModule, images: Tensor) -> None:
+        super().__init__(graph_module)
+        self.env = {}
+        self.args_iter = iter([images])
+
+    def step(self, node: fx.Node) -> None:
+        self.env[node] = self.run_node(node)
+
+    def read(self, node: fx.Node) -> Tensor:
+        """What a module with one input reads."""
+        (value, *_), _ = self.fetch_args_kwargs_from_env(node)
+        return value
+
+    def forget(self, node: fx.Node) -> None:
+        """Let go of what no later node reads."""
+        for dead in self.user_to_last_uses.get(node, []):
+            del self.env[dead]
+
+    def bytes(self) -> int:
+        return sum(value.nbytes for value in self.env.values() if isinstance(value, Tensor))
+
+
+def _kept(answers: Tensor, layer: nn.Conv2d | nn.Linear, channels: Tensor | None) -> Tensor:
+    """The dense layer's answers in the kept channels, channels last: [..., channels]."""
+    answers = answers.movedim(1, -1) if isinstance(layer, nn.Conv2d) else answers
+    return answers if channels is None else answers[..., channels.to(answers.device)]
+
+
+def _take_statistics(norm: nn.modules.batchnorm._BatchNorm, read: list[Tensor]) -> None:
+    values = torch.cat([chunk.movedim(1, 0).flatten(1) for chunk in read], 1)
+    norm.running_mean.copy_(values.mean(1))
+    norm.running_var.copy_(values.var(1))
+
+
+# ---- one layer ----------------------------------------------------------------------------------------------------
+
+
+def _refit(layer: nn.Conv2d | nn.Linear, read: list[Tensor], wanted: list[Tensor]) -> tuple[float, float] | None:
+    """Moves the layer's weights to where its answers come nearest to `wanted`; relative errors before and after.
+
+    None when the layer keeps its weights: frozen, too wide, padded in an uncommon way, or right as it is.
+    """
+    inputs = layer.weight[0].numel() + (layer.bias is not None)
+    padding = getattr(layer, "padding_mode", "zeros"), getattr(layer, "padding", ())
+    if not layer.weight.requires_grad or inputs > MOST_INPUTS or padding[0] != "zeros" or isinstance(padding[1], str):
+        return None
+    fit, held_out = _equations(layer, read, wanted, inputs)
+    scale = float(held_out.answers.square().sum())
+    before = float(held_out.residual(0).square().sum())
+    if before <= 1e-9 * scale:
+        return None
+    candidates = [(before, torch.zeros(()))]
+    for change in _solutions(fit):
+        candidates.append((float(held_out.residual(change).square().sum()), change))
+    after, change = min(candidates, key=lambda candidate: candidate[0])
+    _add(layer, change)
+    return before / scale, after / scale
+
+
+@dataclass(frozen=True)
+class _Equations:
+    """`inputs` @ (`weights` + change) should be `answers`, for each group of a grouped convolution."""
+
+    inputs: Tensor
+    """[groups, positions, inputs], with a column of ones when the layer has a bias."""
+    weights: Tensor
+    """[groups, inputs, outputs]"""
+    answers: Tensor
+    """[groups, positions, outputs]"""
+
+    def residual(self, change: Tensor | int) -> Tensor:
+        return self.answers - self.inputs @ (self.weights + change)
+
+
+def _equations(
+    layer: nn.Conv2d | nn.Linear, read: list[Tensor], wanted: list[Tensor], inputs: int
+) -> tuple[_Equations, _Equations]:
+    """What the layer reads and should answer at randomly chosen positions: to fit on, and from other images to judge."""
+    images = sum(len(chunk) for chunk in read)
+    per_image = max(1, min(POSITIONS, NUMBERS // inputs) // images)
+    generator = torch.Generator().manual_seed(0)
+    xs, ys = [], []
+    for chunk, answers in zip(read, wanted, strict=True):
+        places = torch.randperm(answers[0, ..., 0].numel(), generator=generator)[:per_image]
+        conv = isinstance(layer, nn.Conv2d)
+        xs.append(_patches(layer, chunk, places, answers.shape[2]) if conv else _at(chunk, places))
+        ys.append(_at(answers, places))
+    groups = layer.groups if isinstance(layer, nn.Conv2d) else 1
+    x, y = torch.cat(xs), torch.cat(ys)  # [images, positions, groups * inputs], [images, positions, outputs]
+    x, y = (values.unflatten(-1, (groups, -1)).permute(2, 0, 1, 3) for values in (x, y))
+    weights = layer.weight.detach().flatten(1).unflatten(0, (groups, -1)).transpose(1, 2)
+    if layer.bias is not None:
+        x = torch.cat([x, torch.ones_like(x[..., :1])], -1)
+        weights = torch.cat([weights, layer.bias.detach().view(groups, 1, -1)], 1)
+    judged = max(1, int(images * HELD_OUT))
+    return tuple(
+        _Equations(one.flatten(1, 2), weights, two.flatten(1, 2))
+        for one, two in ((x[:, judged:], y[:, judged:]), (x[:, :judged], y[:, :judged]))
+    )
+
+
+def _patches(layer: nn.Conv2d, maps: Tensor, places: Tensor, width: int) -> Tensor:
+    """What a convolution reads at `places` of its output: [N, places, channels * kernel]."""
+    (down, right), (high, wide) = layer.stride, layer.dilation
+    rows, columns = places // width * down, places % width * right
+    padded = F.pad(maps, (layer.padding[1],) * 2 + (layer.padding[0],) * 2)
+    taps = itertools.product(range(layer.kernel_size[0]), range(layer.kernel_size[1]))
+    read = torch.stack([padded[:, :, rows + i * high, columns + j * wide] for i, j in taps], 2)
+    return read.flatten(1, 2).transpose(1, 2)
+
+
+def _at(values: Tensor, places: Tensor) -> Tensor:
+    """[N, ..., channels] at `places` of the dimensions between: [N, places, channels]."""
+    return values.reshape(len(values), -1, values.shape[-1])[:, places]
+
+
+def _solutions(equations: _Equations) -> Iterator[Tensor]:
+    """The best change of the weights for each damping: [groups, inputs, outputs]."""
+    x = equations.inputs.transpose(1, 2)
+    gram, right = (x @ equations.inputs).double(), (x @ equations.residual(0)).double()
+    sizes = gram.diagonal(dim1=1, dim2=2).sqrt()
+    sizes = sizes.clamp_min(1e-6 * float(sizes.max()) + 1e-30)
+    gram = gram / sizes[:, :, None] / sizes[:, None, :]
+    for damping in DAMPINGS:
+        factor = torch.linalg.cholesky(gram + damping * torch.eye(gram.shape[1], dtype=gram.dtype))
+        yield (torch.cholesky_solve(right / sizes[:, :, None], factor) / sizes[:, :, None]).float()
+
+
+def _add(layer: nn.Conv2d | nn.Linear, change: Tensor) -> None:
+    if change.ndim == 0:
+        return
+    if layer.bias is not None:
+        layer.bias.add_(change[:, -1].flatten())
+        change = change[:, :-1]
+    layer.weight.add_(change.transpose(1, 2).reshape(layer.weight.shape))
