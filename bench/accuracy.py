@@ -22,28 +22,21 @@ from compress.images import Preprocessing
 
 RECIPE = Preprocessing(32, (0.286, 0.286, 0.286), (0.353, 0.353, 0.353))
 DENSE_EPOCHS = {"resnet18": 2.5, "mobilenet_v2": 1.5}
-TRAIN_IMAGES = 60_000
 QAT_SHARE = 1 / 6
 """Of the budget; the rest is fine-tuning."""
 
 
-def dense_checkpoint(name: str, folder: Path, out: Path) -> Path:
+def dense_checkpoint(name: str, images: data.Split, out: Path, *, epochs: float) -> Path:
     """Trains the dense model once, with labels only."""
     path = out / f"{name}.safetensors"
     if not path.exists():
-        images = data.open_data(str(folder), RECIPE, num_classes=10)
         torch.manual_seed(0)
-        model = architectures.build(architectures.fresh(name, 10, 32))
-
-        def batches(epoch: int):
-            return data.batches(images.train, 64, shuffle=True, seed=epoch, preprocessing=RECIPE)
-
-        recipe = training.Recipe(DENSE_EPOCHS.get(name, 2.0), 0.05, 0.0, 1.0, optimizer="sgd")
+        model = architectures.build(architectures.fresh(name, 10, RECIPE.input_size))
         training.fit(
             model,
-            batches,
-            len(images.train) // 64,
-            recipe,
+            lambda epoch: data.batches(images, 64, shuffle=True, seed=epoch, preprocessing=RECIPE),
+            len(images) // 64,
+            training.Recipe(epochs, 0.05, 0.0, 1.0, optimizer="sgd"),
             progress=lambda done, text: print(f"\r{name}: {text}   ", end=""),
         )
         out.mkdir(parents=True, exist_ok=True)
@@ -60,10 +53,11 @@ def main() -> None:
     parser.add_argument("--pruner", default="l1-norm")
     parser.add_argument("--out", type=Path, default=Path("runs/bench-accuracy"))
     options = parser.parse_args()
+    images = data.open_data(str(options.folder), RECIPE, num_classes=10).train
     for name in options.models:
-        checkpoint = dense_checkpoint(name, options.folder, options.out)
+        checkpoint = dense_checkpoint(name, images, options.out, epochs=DENSE_EPOCHS.get(name, 2.0))
         for count in options.images:
-            epochs = count / TRAIN_IMAGES
+            epochs = count / len(images)
             request = compress.Request(
                 model=name,
                 checkpoint=str(checkpoint),
