@@ -39,6 +39,7 @@ Progress = Callable[[float, str], None]
 WARM_UP = 0.15
 """Share of the steps in which the learning rate rises."""
 MOMENTUM, WEIGHT_DECAY = 0.9, 5e-4
+TOO_FEW_IMAGES = "There are too few training images for one batch. Add images or lower --train-batch-size."
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,7 @@ def fit(
     *,
     teacher: nn.Module | None = None,
     features: Mapping[str, Tensor] | None = None,
+    keep_zeros: bool = False,
     score: Callable[[nn.Module], float] | None = None,
     progress: Progress = lambda fraction, message: None,
 ) -> list[dict[str, Any]]:
@@ -92,6 +94,7 @@ def fit(
 
     Args:
         features: layer -> the teacher's output channels that the student kept, bool [channels]; needs a teacher.
+        keep_zeros: weights of convolutions and linear layers that are zero at the start are zero after every step.
         score: called in eval mode after each epoch; its value is recorded, nothing is chosen by it.
 
     Raises:
@@ -100,14 +103,15 @@ def fit(
     if recipe.epochs == 0:
         return []
     if steps_per_epoch == 0:
-        raise TrainingError("There are too few training images for one batch. Add images or lower --train-batch-size.")
+        raise TrainingError(TOO_FEW_IMAGES)
     place = device()
     model.to(place)
     if teacher is not None:
         teacher = copy.deepcopy(teacher).eval().requires_grad_(False).to(place)
-    optimizer = torch.optim.SGD(_parameter_groups(model), lr=recipe.learning_rate, momentum=MOMENTUM, nesterov=True)
+    optimizer = torch.optim.SGD(parameter_groups(model), lr=recipe.learning_rate, momentum=MOMENTUM, nesterov=True)
     layout = fastest_format(model, next(iter(batches(0)))[0].to(place))
     model.to(memory_format=layout.memory_format)
+    zeros = _zeros(model) if keep_zeros else []
     total = max(1, round(recipe.epochs * steps_per_epoch))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: one_cycle(step / total))
 
@@ -118,6 +122,7 @@ def fit(
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
+        _clear(zeros)
         schedule.step()
         return loss.detach()
 
@@ -146,6 +151,29 @@ def fit(
             )
     model.to("cpu", memory_format=torch.contiguous_format)
     return records
+
+
+def loss_function(recipe: Recipe, teacher: nn.Module | None) -> Callable[[nn.Module, Tensor, Tensor], Tensor]:
+    """loss(model, images, labels) of the module's formula, without feature maps, in fp32; `teacher` is copied.
+
+    For training loops other than `fit`, which bring model, images and labels to `device()` themselves.
+    """
+    if teacher is not None:
+        teacher = copy.deepcopy(teacher).eval().requires_grad_(False).to(device())
+    layout = Format(channels_last=False, autocast=None)
+    return lambda model, images, labels: _loss(model, teacher, images, labels, recipe, layout)
+
+
+def _zeros(model: nn.Module) -> list[tuple[nn.Parameter, Tensor]]:
+    """The parameters of two dimensions or more that contain zeros, and where: bool of the parameter's shape."""
+    found = [(parameter, parameter.detach() == 0) for parameter in model.parameters() if parameter.ndim > 1]
+    return [(parameter, zero) for parameter, zero in found if zero.any()]
+
+
+def _clear(zeros: list[tuple[nn.Parameter, Tensor]]) -> None:
+    with torch.no_grad():
+        for parameter, zero in zeros:
+            parameter.masked_fill_(zero, 0.0)
 
 
 def _epoch(
@@ -332,7 +360,7 @@ def _finite(loss: Tensor, epoch: int, step: int, recipe: Recipe) -> float:
     return value
 
 
-def _parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
+def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
     """Weight decay for weights of convolutions and linear layers only; decaying biases and norms costs accuracy."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not trained:
