@@ -21,7 +21,7 @@ UPLOAD = "upload"
 CHECKPOINT_TYPES = [".safetensors", ".pth", ".pt"]
 SECTIONS = {
     "Images": ("input_size", "mean", "std", "class_map", "test_fraction"),
-    "Pruning": ("pruner", "channel_multiple", "exclude"),
+    "Pruning": ("pruner", "channel_multiple", "exclude", "pruning_epochs", "pruning_steps"),
     "Training": (
         "finetune_epochs",
         "learning_rate",
