@@ -65,10 +65,9 @@ def slim(model: nn.Module, example: Tensor, plan: Plan, how: Training) -> Masks:
     """
     groups = normalised_groups(model, example, plan)
     norms = sorted({name for group in groups for name, _ in group})
-    push = how.learning_rate / (1 - MOMENTUM) * sum(one_cycle(step / how.steps) for step in range(how.steps))
     config = [{"op_names": norms, "target_names": ["weight"], "sparse_ratio": 0.5}]  # its masks are not used
     evaluator = training_evaluator(model, how)
-    pruner = _slim_class()(model, config, evaluator, how.steps, SLIM_REACH / push * len(norms))
+    pruner = _slim_class()(model, config, evaluator, how.steps, _penalty(how) * len(norms))
     pruner.compress()
     factors = {name: pruner.scaling_factors[name]["weight"].detach() for name in norms}
     pruner.unwrap_model()
@@ -76,6 +75,15 @@ def slim(model: nn.Module, example: Tensor, plan: Plan, how: Training) -> Masks:
         for name, factor in factors.items():
             model.get_submodule(name).weight.copy_(factor)
     return masks_by_score(model, plan, factor_scores(groups, factors, lambda group: _l1_norm(model, plan, group)))
+
+
+def _penalty(how: Training) -> float:
+    """What moves a factor by SLIM_REACH: a gradient of 1 moves it by the sum of all rates, each times Nesterov's momentum."""
+    push = sum(
+        how.learning_rate * one_cycle(step / how.steps) * (1 - MOMENTUM ** (step + 2)) / (1 - MOMENTUM)
+        for step in range(how.steps)
+    )
+    return SLIM_REACH / push
 
 
 def _run(pruner: Any, plan: Plan, *steps: int) -> Masks:
