@@ -328,6 +328,20 @@ def test_a_lottery_ticket_goes_back_to_the_original_weights():
     assert original == [True, False, False, True, False, False]
 
 
+def test_a_lottery_ticket_never_takes_a_channel_back():
+    """4 * (1 - 0.375^(1/2)) = 1.5 and 4 * (1 - 0.375) = 2.5 channels go in two rounds, rounded down."""
+    model = nn.Sequential(nn.Linear(1, 4), nn.Linear(4, 2))
+    model[0].weight.data.copy_(torch.tensor([[4.0], [3.0], [2.0], [1.0]]))
+    wanted = config_list(model, Plan((Group(("0",), 4, 2, ""),), ()))
+    with _nni.quiet():
+        pruner = dropped._on_nni(dropped.LotteryTicket, dropped._SCHEDULED)(model, wanted, None, 2)
+        for times, masked in ((1, [3]), (2, [2, 3])):
+            pruner.update_sparse_goals(times)
+            pruner.update_masks(pruner.generate_masks())
+            assert (pruner.get_masks()["0"]["weight"].flatten() == 0).nonzero().flatten().tolist() == masked
+            pruner._target_spaces["0"]["weight"].target.data[3] = 100.0
+
+
 def test_movement_masks_while_it_trains():
     masked, originals, kept = masks_seen("movement", 1, 12)
     assert masked[:4] == [0, 0, 0, 0] and masked == sorted(masked) and masked[-1] == 16 == int(kept.sum())

@@ -28,12 +28,16 @@ def training_evaluator(model: nn.Module, how: Training) -> Any:
         TrainingError: the loss is not finite, or there is not one batch.
     """
 
+    before = 0
+
     def train(wrapped: nn.Module, optimizer: Any, step: Any, schedule: None, max_steps: int, epochs: None) -> None:
+        nonlocal before
         wrapped.train()
-        for done, batch in enumerate(first_batches(how, max_steps)):
+        for done, batch in enumerate(first_batches(how, max_steps, before)):
             for group in optimizer.param_groups:
                 group["lr"] = how.learning_rate * training.one_cycle(done / max_steps)
             _step(step, batch, wrapped, optimizer, f"step {done + 1} at a peak learning rate of {how.learning_rate:g}")
+        before += max_steps
 
     def loss(batch: tuple[Tensor, Tensor], wrapped: nn.Module) -> Tensor:
         return how.loss(wrapped, *batch)
@@ -61,23 +65,23 @@ def looking_evaluator(model: nn.Module, how: Training) -> Any:
     return _evaluator(look, loss, model, 0.0)
 
 
-def first_batches(how: Training, count: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """`count` batches on the device that trains, epoch after epoch.
+def first_batches(how: Training, count: int, before: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+    """`count` batches on the device that trains, epoch after epoch; progress counts from `before`.
 
     Raises:
         TrainingError: an epoch has no batch.
     """
     place, seen = training.device(), 0
     for epoch in itertools.count():
-        before = seen
+        seen_before = seen
         for images, labels in how.batches(epoch):
             if seen % 10 == 0:
-                how.progress(seen / count, f"batch {seen + 1} of {count} for the pruner")
+                how.progress((before + seen) / how.steps, f"batch {before + seen + 1} of {how.steps} for the pruner")
             seen += 1
             yield images.to(place), labels.to(place)
             if seen == count:
                 return
-        if seen == before:
+        if seen == seen_before:
             raise TrainingError(training.TOO_FEW_IMAGES)
 
 
