@@ -161,7 +161,12 @@ def loss_function(recipe: Recipe, teacher: nn.Module | None) -> Callable[[nn.Mod
     if teacher is not None:
         teacher = copy.deepcopy(teacher).eval().requires_grad_(False).to(device())
     layout = Format(channels_last=False, autocast=None)
-    return lambda model, images, labels: _loss(model, teacher, images, labels, recipe, layout)
+
+    def loss(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+        with single_pixels_multiplied(teacher):
+            return _loss(model, teacher, images, labels, recipe, layout)
+
+    return loss
 
 
 def _zeros(model: nn.Module) -> list[tuple[nn.Parameter, Tensor]]:

@@ -38,7 +38,7 @@ def choose(model: nn.Module, example: torch.Tensor, plan: Plan, pruner: Pruner, 
         return Choice(kept_channels(model, plan, pruner.nni_class), model)
     _check_fits(model, plan)
     subject = copy.deepcopy(structure_copy(model)).to(training.device())
-    with _nni.quiet(), torch.enable_grad():
+    with _nni.quiet(), torch.enable_grad(), training.single_pixels_multiplied(subject):
         torch.manual_seed(0)
         masks = _WITH_IMAGES[pruner.name](subject, example.to(training.device()), plan, how)
     return Choice(_kept(plan, masks), _with_tensors_of(subject, model) if pruner.leaves_trained else model)
