@@ -84,8 +84,8 @@ def table(rows: list[Row], dense: float, request: compress.Request, images: int)
     lines = [
         "# Pruners",
         "",
-        f"{request.model} on {request.data}, {100 * request.sparsity:g} % removed, then {request.finetune_epochs:g} epochs "
-        f"of {images:,} training images; pruners that look at images or train had {request.pruning_epochs:g} epochs for it. "
+        f"{request.model} on {request.data}, {100 * request.sparsity:g} % removed, then fine-tuning for {request.finetune_epochs:g} x "
+        f"{images:,} training images; pruners that look at images or train had {request.pruning_epochs:g} x as many for it. "
         f"Accuracy is on {HELD_OUT:,} held-out training images (about {half:.1f} points either way, one seed); the dense "
         f"model reaches {100 * dense:.1f} %, and was itself trained on these images. Made by `python -m bench.pruners` "
         f"on {made}.",
