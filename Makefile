@@ -5,10 +5,10 @@ PY := $(VENV)/bin/python
 OUT ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help setup setup-dev demo app test test-gpu lint bench assets clean
+.PHONY: help setup setup-dev demo app test test-gpu lint bench pruners-table assets clean
 
 help:  ## this list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-14s %s\n", $$1, $$2}'
 
 setup: $(VENV)/.ready  ## a virtual environment with everything that runs on this machine
 
@@ -42,6 +42,9 @@ lint: setup-dev
 bench: setup  ## the figures of the README's table; see bench/README.md
 	$(PY) -m bench.latency
 	$(PY) -m bench.accuracy
+
+pruners-table: setup  ## docs/pruners.md: every pruner on the bundled model, the better part of an hour
+	$(PY) -m bench.pruners
 
 clean:  ## removes the environment and all runs
 	rm -rf $(VENV) runs

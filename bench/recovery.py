@@ -14,7 +14,6 @@ import copy
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from unittest import mock
 
 import torch
 from torch import nn
@@ -22,7 +21,7 @@ from torch import nn
 from bench.accuracy import RECIPE, dense_checkpoint
 from compress import architectures, data, pruning, training
 from compress.checkpoints import read
-from compress.pruning import reconstruction
+from compress.pruning.reconstruction import reconstruct
 
 HELD_OUT = 10_000
 
@@ -59,8 +58,7 @@ def accuracy(model: nn.Module, split: data.Split) -> float:
 def recovered(trial: Trial, dense: nn.Module, shrunk: pruning.Shrunk, images: data.Split, count: int) -> nn.Module:
     model = copy.deepcopy(shrunk.model)
     shown = data.normalise(images.take(torch.arange(1024), RECIPE), RECIPE)
-    with mock.patch.object(reconstruction, "MOST_INPUTS", reconstruction.MOST_INPUTS if trial.refit else 0):
-        reconstruction.reconstruct(model, dense, shrunk.kept, shown)
+    reconstruct(model, dense, shrunk.kept, shown, weights=trial.refit)
     if trial.train:
         training.fit(
             model,

@@ -9,6 +9,7 @@ from plotly.offline import get_plotlyjs
 
 from compress import charts
 from compress.report import Report
+from compress.request import FINE_GRAINED_PRUNER
 
 CHART_TITLES = {
     "size": "Size",
@@ -62,7 +63,8 @@ def _facts(report: Report) -> dict[str, Any]:
 def _what_was_done(report: Report) -> str:
     request, done = report.request, []
     if request["pruner"] != "none":
-        done.append(f"{100 * request['sparsity']:.0f} % of the channels pruned ({request['pruner']})")
+        what = "weights set to zero" if request["pruner"] == FINE_GRAINED_PRUNER else "channels pruned"
+        done.append(f"{100 * request['sparsity']:.0f} % of the {what} ({request['pruner']})")
     if any(layer.weight_bits < 16 for layer in report.layers):
         done.append(f"{request['weight_bits']}-bit weights, {request['activation_bits']}-bit activations")
     elif any(layer.weight_bits == 16 for layer in report.layers):

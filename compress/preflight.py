@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from compress import counting, pruning, quantization, runs
+from compress import counting, pruning, quantization, recipes, runs
 from compress.engines import RUNTIMES
 from compress.errors import CompressError, RuntimeUnavailableError
 from compress.report import Report
@@ -22,7 +22,10 @@ def require_runtime(request: Request) -> None:
 
 
 def require_plan(request: Request, source: Source) -> None:
-    """Raises `CompressError` when the model cannot be pruned as asked: before hours of evaluation, not after them."""
+    """Raises `CompressError` when the model cannot be pruned as asked, or the pruner needs images and there are none.
+
+    Before hours of evaluation, not after them.
+    """
     _plan(request, source)
 
 
@@ -37,7 +40,7 @@ def check(request: Request, model: nn.Module | None = None) -> dict[str, Any]:
     """
     source = open_source(request, model)
     problems: list[str] = []
-    plan = _attempt(problems, lambda: _plan(request, source)) or {"groups": [], "left_out": []}
+    plan = _attempt(problems, lambda: _plan(request, source)) or {"groups": [], "left_out": [], "thinned": ()}
     floats = _attempt(problems, lambda: _float_layers(request, source)) or []
     _attempt(problems, lambda: require_runtime(request))
     size = source.preprocessing.input_size
@@ -74,13 +77,10 @@ def verify(folder: Path) -> list[str]:
 def _plan(request: Request, source: Source) -> dict[str, Any] | None:
     if not request.prunes:
         return None
-    return pruning.plan(
-        source.model,
-        source.example,
-        sparsity=request.sparsity,
-        multiple=request.channel_multiple,
-        exclude=request.exclude,
-    ).as_dict()
+    plan = recipes.pruning_plan(request, source.model, source.example)
+    has_images = source.dataset.kind != "none"
+    pruning.require_usable(source.model, source.example, plan, request.pruner, has_images=has_images)
+    return plan.as_dict()
 
 
 def _float_layers(request: Request, source: Source) -> list[dict[str, str]]:
@@ -101,8 +101,10 @@ def _text(source: Source, facts: dict[str, int], plan: dict[str, Any], problems:
     if problems:
         return "This cannot work as asked: " + " ".join(problems)
     layers = sum(len(group["layers"]) for group in plan["groups"])
+    pruned = f"{layers} layers can be pruned in {len(plan['groups'])} groups, {len(plan['left_out'])} stay whole"
+    if plan["thinned"]:
+        pruned = f"{len(plan['thinned'])} layers get zeros among their weights, and every layer keeps its shape"
     return (
-        f"{source.name}: {facts['parameters'] / 1e6:.2f} M parameters, {facts['macs'] / 1e6:.0f} M MACs; "
-        f"{layers} layers can be pruned in {len(plan['groups'])} groups, {len(plan['left_out'])} stay whole. "
+        f"{source.name}: {facts['parameters'] / 1e6:.2f} M parameters, {facts['macs'] / 1e6:.0f} M MACs; {pruned}. "
         f"Weights: {source.weights}. Images: {source.dataset.source}."
     )

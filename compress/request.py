@@ -9,14 +9,31 @@ from __future__ import annotations
 import json
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from compress.errors import RequestError
 
 RuntimeName = Literal["auto", "onnxruntime", "openvino", "tensorrt", "tensorrt-rtx"]
-PrunerName = Literal["l1-norm", "l2-norm", "fpgm", "none"]
+PrunerName = Literal[
+    "l1-norm",
+    "l2-norm",
+    "fpgm",
+    "level",
+    "taylor",
+    "activation-apoz",
+    "activation-mean",
+    "slim",
+    "linear",
+    "agp",
+    "movement",
+    "admm",
+    "lottery-ticket",
+    "none",
+]
+SEARCHING_PRUNERS = ("simulated-annealing", "auto-compress", "amc")
+FINE_GRAINED_PRUNER = "level"
 QuantizerName = Literal["qat", "none"]
 OptimizerName = Literal["adamw", "sgd"]
 QUANTIZED_BITS = range(2, 9)
@@ -83,12 +100,15 @@ class Request(BaseModel):
     )
     # ---- pruning ----------------------------------------------------------------------------------------------
     pruner: PrunerName = _field(
-        "l1-norm", "how the channels to remove are chosen; `none` prunes nothing", "one of l1-norm, l2-norm, fpgm, none"
+        "l1-norm",
+        "how the channels to remove are chosen, see `compress pruners`; `level` sets single weights to zero and shrinks "
+        "nothing; `none` prunes nothing",
+        f"one of {', '.join(get_args(PrunerName))}",
     )
     sparsity: float = _field(
         0.5,
         "fraction of output channels removed from each layer that can be pruned; 0 < x < 1 "
-        "(0.5 leaves about 1/4 of the parameters)",
+        "(0.5 leaves about 1/4 of the parameters); with `level` the fraction of single weights",
         "a fraction strictly between 0 and 1",
         gt=0,
         lt=1,
@@ -106,6 +126,28 @@ class Request(BaseModel):
         "a whole number from 0 to 100000",
         ge=0,
         le=100_000,
+    )
+    pruning_epochs: float = _field(
+        0.5,
+        "passes over the training images while choosing what to remove, for pruners that look at images or train; at "
+        "least one batch for each of pruning_steps",
+        "a number above 0 and at most 1000",
+        gt=0,
+        le=1000,
+    )
+    pruning_learning_rate: float = _field(
+        0.02,
+        "peak learning rate of pruners that train (SGD, which NNI drives)",
+        "a number above 0 and at most 10",
+        gt=0,
+        le=10,
+    )
+    pruning_steps: int = _field(
+        5,
+        "rounds of gradual pruning (train, prune, train again) of linear, agp, admm and lottery-ticket",
+        "a whole number from 1 to 1000",
+        ge=1,
+        le=1000,
     )
     # ---- training ---------------------------------------------------------------------------------------------
     optimizer: OptimizerName = _field("adamw", "of fine-tuning and quantization-aware training", "one of adamw, sgd")
@@ -212,6 +254,11 @@ class Request(BaseModel):
         return self.pruner != "none"
 
     @property
+    def shrinks(self) -> bool:
+        """True when layers lose channels."""
+        return self.prunes and self.pruner != FINE_GRAINED_PRUNER
+
+    @property
     def quantizes(self) -> bool:
         """True when the result runs on integers (2 to 8 bits)."""
         return self.quantizer != "none" and self.weight_bits in QUANTIZED_BITS
@@ -254,6 +301,11 @@ def _allowed(name: str) -> str:
 def _first_refusal(error: ValidationError, values: dict[str, Any]) -> RequestError:
     first = error.errors(include_url=False, include_context=False)[0]
     name = str(first["loc"][0]) if first["loc"] else "request"
+    if name == "pruner" and values["pruner"] in SEARCHING_PRUNERS:
+        reason = (
+            "because this one searches a ratio for each layer and belongs to the target search, which is not there yet"
+        )
+        return RequestError(name, values["pruner"], f"{_allowed(name)}, {reason}")
     if name in Request.model_fields:
         return RequestError(name, values.get(name), _allowed(name))
     close = get_close_matches(name, Request.model_fields, n=1)

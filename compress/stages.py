@@ -22,18 +22,15 @@ import torch
 from torch import Tensor, nn
 
 from compress import baseline as baseline_gate
-from compress import counting, data, evaluation, models, pruning, quantization, training
-from compress.pruning import reconstruction
+from compress import counting, data, evaluation, models, pruning, quantization, recipes, training
 from compress.pruning.equality import TOLERANCE
+from compress.recipes import TEST_BATCH
 from compress.runs import Run
 from compress.sources import Source
 
 Facts = dict[str, Any]
 
-TEST_BATCH = 128
 SYNTHETIC_TEST_IMAGES = 256
-HELD_OUT = 500
-"""At most this many training images score the epochs; they are not trained on."""
 
 
 def measure_baseline(work: Run, source: Source) -> Facts:
@@ -66,13 +63,16 @@ def prune_and_shrink(work: Run, source: Source) -> Facts:
             "left_out": [],
             "refits": [],
         }
-    plan = pruning.plan(
-        model, source.example, sparsity=request.sparsity, multiple=request.channel_multiple, exclude=request.exclude
-    )
+    plan = recipes.pruning_plan(request, model, source.example)
+    if not request.shrinks:
+        return _zero_weights(work, source, model, plan)
     work.progress("prune", 0.2, f"{len(plan.groups)} groups of layers to prune")
-    shrunk = pruning.prune(model, source.example, plan, request.pruner)
+    how = recipes.pruning_training(
+        request, source, model, lambda done, text: work.progress("prune", 0.2 + 0.6 * done, text)
+    )
+    shrunk = pruning.prune(model, source.example, plan, request.pruner, how)
     work.progress("prune", 0.8, "shrunk, equal to the masked model")
-    refits = _reconstruct(work, source, model, shrunk)
+    refits = recipes.recover(request, source, model, shrunk.model, shrunk.kept)
     files = _save_model(work, source, shrunk.model, "stages/shrunk")
     hop = _torch_hop(work, source, "pruned and refitted" if refits else "pruned", shrunk.model)
     equal = handoff(
@@ -93,6 +93,29 @@ def prune_and_shrink(work: Run, source: Source) -> Facts:
     }
 
 
+def _zero_weights(work: Run, source: Source, model: nn.Module, plan: pruning.Plan) -> Facts:
+    """The fine-grained pruner: every layer keeps its shape, so there is no hand-off to prove."""
+    sparse = pruning.zero_weights(model, plan, work.request.sparsity)
+    recipes.recover(work.request, source, model, sparse.model, {})
+    files = _save_model(work, source, sparse.model, "stages/shrunk")
+    hop = _torch_hop(work, source, "pruned", sparse.model)
+    note = (
+        f"{100 * work.request.sparsity:g} % of the weights in each of {len(sparse.zeros)} layers were set to zero and stay "
+        "zero. Every layer keeps its shape, so no runtime here computes faster; it is good for files that compress better "
+        "(zip, gzip) and for runtimes with sparse kernels."
+    )
+    return {
+        **plan.as_dict(),
+        "zeros": dict(sparse.zeros),
+        "note": note,
+        "refits": [],
+        "handoffs": [],
+        "ledger": [hop],
+        "files": files + [hop["answers"]],
+        "skipped": None,
+    }
+
+
 def fine_tune(work: Run, source: Source) -> Facts:
     """Training after pruning, with the original model as teacher."""
     request = work.request
@@ -105,7 +128,7 @@ def fine_tune(work: Run, source: Source) -> Facts:
     elif request.finetune_epochs == 0:
         reason = "0 epochs, as asked"
     else:
-        recipe = _recipe(work, source, request.finetune_epochs, request.learning_rate)
+        recipe = recipes.recipe_of(request, source, request.finetune_epochs, request.learning_rate)
         curve = _train(work, source, "finetune", model, recipe)
     files = _save_model(work, source, model, "artifacts")
     hop = _torch_hop(work, source, "fine-tuned", model)
@@ -136,7 +159,7 @@ def quantize(work: Run, source: Source) -> Facts:
     curve: list[Facts] = []
 
     def train(wrapped: nn.Module) -> None:
-        recipe = _recipe(work, source, request.qat_epochs, request.qat_learning_rate)
+        recipe = recipes.recipe_of(request, source, request.qat_epochs, request.qat_learning_rate)
         curve.extend(_train(work, source, "quantize", wrapped, recipe))
 
     trains = source.dataset.kind != "none" and request.qat_epochs > 0
@@ -228,30 +251,6 @@ def handoff(
     }
 
 
-def _recipe(work: Run, source: Source, epochs: int, learning_rate: float) -> training.Recipe:
-    request = work.request
-    weight = 1.0 if source.dataset.kind == "unlabelled" else request.distillation_weight
-    return training.Recipe(
-        epochs,
-        learning_rate,
-        weight,
-        request.distillation_temperature,
-        request.label_smoothing,
-        request.optimizer,
-    )
-
-
-def _reconstruct(
-    work: Run, source: Source, model: nn.Module, shrunk: pruning.Shrunk
-) -> tuple[reconstruction.Refit, ...]:
-    """Refits what stays to the dense model's feature maps; synthetic images do not show which matter."""
-    count = work.request.reconstruction_images
-    if count == 0 or source.dataset.kind == "none":
-        return ()
-    images = data.calibration_images(source.dataset, count, source.preprocessing, work.request.seed)
-    return reconstruction.reconstruct(shrunk.model, model, shrunk.kept, images)
-
-
 def _train(
     work: Run,
     source: Source,
@@ -259,37 +258,16 @@ def _train(
     model: nn.Module,
     recipe: training.Recipe,
 ) -> list[Facts]:
-    request, dataset = work.request, source.dataset
-    held_out, trained = data.split_held_out(dataset.train, min(HELD_OUT, len(dataset.train) // 20), request.seed)
-    teacher = load_model(work, source, "stages/baseline") if recipe.distillation_weight > 0 else None
-
-    def batches(epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        return data.batches(
-            trained,
-            request.train_batch_size,
-            shuffle=True,
-            seed=request.seed + epoch,
-            augment=request.augment,
-            preprocessing=source.preprocessing,
-        )
-
-    def score(candidate: nn.Module) -> float:
-        right = total = 0
-        for images, labels in data.batches(
-            held_out, TEST_BATCH, shuffle=False, seed=0, preprocessing=source.preprocessing
-        ):
-            with torch.no_grad():
-                right += int((candidate(images.to(training.device())).argmax(1).cpu() == labels).sum())
-            total += len(labels)
-        return right / total
-
+    request, images = work.request, recipes.training_images(work.request, source)
+    scored = source.dataset.kind == "labelled" and len(images.held_out) > 0
     return training.fit(
         model,
-        batches,
-        len(trained) // request.train_batch_size,
+        images.batches,
+        images.per_epoch,
         recipe,
-        teacher=teacher,
-        score=score if dataset.kind == "labelled" and len(held_out) else None,
+        teacher=load_model(work, source, "stages/baseline") if recipe.distillation_weight > 0 else None,
+        keep_zeros=request.prunes and not request.shrinks,
+        score=recipes.scorer(images.held_out, source) if scored else None,
         progress=partial(work.progress, stage),
     )
 

@@ -34,6 +34,7 @@ WARM_UP = 0.15
 """Share of the steps in which the learning rate rises."""
 MOMENTUM = 0.9
 WEIGHT_DECAY = {"adamw": 0.01, "sgd": 5e-4}
+TOO_FEW_IMAGES = "There are too few training images for one batch. Add images or lower --train-batch-size."
 
 
 @dataclass(frozen=True)
@@ -79,12 +80,14 @@ def fit(
     recipe: Recipe,
     *,
     teacher: nn.Module | None = None,
+    keep_zeros: bool = False,
     score: Callable[[nn.Module], float] | None = None,
     progress: Progress = lambda fraction, message: None,
 ) -> list[dict[str, Any]]:
     """Trains `model` in place, on the device it ends up on, and returns one record per epoch.
 
     Args:
+        keep_zeros: weights of convolutions and linear layers that are zero at the start are zero after every step.
         score: called in eval mode after each epoch; its value is recorded, nothing is chosen by it.
 
     Raises:
@@ -93,7 +96,7 @@ def fit(
     if recipe.epochs == 0:
         return []
     if steps_per_epoch == 0:
-        raise TrainingError("There are too few training images for one batch. Add images or lower --train-batch-size.")
+        raise TrainingError(TOO_FEW_IMAGES)
     place = device()
     model.to(place)
     if teacher is not None:
@@ -101,6 +104,7 @@ def fit(
     optimizer = _optimizer(model, recipe)
     layout = fastest_format(model, next(iter(batches(0)))[0].to(place))
     model.to(memory_format=layout.memory_format)
+    zeros = _zeros(model) if keep_zeros else []
     total = max(1, round(recipe.epochs * steps_per_epoch))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: one_cycle(step / total))
 
@@ -110,6 +114,7 @@ def fit(
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
+        _clear(zeros)
         schedule.step()
         return loss.detach()
 
@@ -137,6 +142,34 @@ def fit(
             )
     model.to("cpu", memory_format=torch.contiguous_format)
     return records
+
+
+def loss_function(recipe: Recipe, teacher: nn.Module | None) -> Callable[[nn.Module, Tensor, Tensor], Tensor]:
+    """loss(model, images, labels) of the module's formula, in fp32; `teacher` is copied.
+
+    For training loops other than `fit`, which bring model, images and labels to `device()` themselves.
+    """
+    if teacher is not None:
+        teacher = copy.deepcopy(teacher).eval().requires_grad_(False).to(device())
+    layout = Format(channels_last=False, autocast=None)
+
+    def loss(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+        with single_pixels_multiplied(teacher):
+            return _loss(model, teacher, images, labels, recipe, layout)
+
+    return loss
+
+
+def _zeros(model: nn.Module) -> list[tuple[nn.Parameter, Tensor]]:
+    """The parameters of two dimensions or more that contain zeros, and where: bool of the parameter's shape."""
+    found = [(parameter, parameter.detach() == 0) for parameter in model.parameters() if parameter.ndim > 1]
+    return [(parameter, zero) for parameter, zero in found if zero.any()]
+
+
+def _clear(zeros: list[tuple[nn.Parameter, Tensor]]) -> None:
+    with torch.no_grad():
+        for parameter, zero in zeros:
+            parameter.masked_fill_(zero, 0.0)
 
 
 def _epoch(
@@ -264,17 +297,21 @@ def _finite(loss: Tensor, epoch: int, step: int, recipe: Recipe) -> float:
     return value
 
 
-def _optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Weight decay is for the weights of convolutions and linear layers; decaying biases and norms costs accuracy."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not trained:
         raise TrainingError(
             "Every parameter of the model is frozen. Unfreeze some, or set --finetune-epochs and --qat-epochs to 0."
         )
-    groups = [
-        {"params": [p for p in trained if p.ndim > 1], "weight_decay": WEIGHT_DECAY[recipe.optimizer]},
+    return [
+        {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
         {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
     ]
+
+
+def _optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+    groups = parameter_groups(model, WEIGHT_DECAY[recipe.optimizer])
     if recipe.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=recipe.learning_rate, momentum=MOMENTUM, nesterov=True)
     return torch.optim.AdamW(groups, lr=recipe.learning_rate)

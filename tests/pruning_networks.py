@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from compress.pruning import Training
+
 
 def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
     """Give BatchNorms, biases and layer scales random values: with fresh ones, wrongly removed channels go unseen."""
@@ -29,6 +31,19 @@ def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
             if name.endswith("layer_scale"):
                 parameter.copy_(around(parameter.numel(), 0.75, 0.25).view_as(parameter))
     return model.eval()
+
+
+def training(size: int, *, steps: int = 8, rounds: int = 2, classes: int = 5, known: bool = True, **changes) -> Training:
+    """Four batches of eight random images with random labels, or unknown ones."""
+    generator = torch.Generator().manual_seed(2)
+    images = torch.randn(32, 3, size, size, generator=generator)
+    labels = torch.randint(0, classes, (32,), generator=generator) if known else torch.full((32,), -1)
+    given = {
+        "batches": lambda epoch: zip(images.split(8), labels.split(8), strict=True),
+        "loss": lambda model, batch, truth: F.cross_entropy(model(batch), truth),
+        "learning_rate": 0.05,
+    }
+    return Training(steps=steps, rounds=rounds, **(given | changes))
 
 
 def conv_bn(inputs: int, outputs: int, **kwargs: int) -> nn.Sequential:

@@ -94,6 +94,9 @@ def test_lists_are_readable_and_json(capsys, monkeypatch):
     for command, expected in (("pruners", "l1-norm"), ("quantizers", "qat"), ("runtimes", "openvino")):
         assert expected in call(capsys, monkeypatch, command)[1]
         assert expected in {row["name"] for row in json.loads(call(capsys, monkeypatch, command, "--json")[1])}
+    rows = {row["name"]: row for row in json.loads(call(capsys, monkeypatch, "pruners", "--json")[1])}
+    assert rows["l1-norm"]["needs"] == "nothing" and rows["agp"]["needs"] == "training images, and trains on them"
+    assert rows["amc"]["needs"] == "not there yet: it belongs to the target search"
     rows = json.loads(call(capsys, monkeypatch, "models", "--json")[1])
     assert len(rows) >= 80 and {"name": "resnet18", "parameters": 11689512, "input_size": 224} in rows
 

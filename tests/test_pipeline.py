@@ -6,13 +6,14 @@ import json
 import zipfile
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from PIL import Image
 from torch import nn
 
 import compress
-from compress import benchmark, files
+from compress import benchmark, files, pipeline
 from compress.errors import HandoffError, RequestError, StorageError
 
 
@@ -118,6 +119,39 @@ def test_unlabelled_images_train_by_distillation_and_report_agreement(trained, f
     assert "agree with the original's" in report.verdict.text
     assert any("no labels" in note for note in report.notes)
     assert {epoch.stage for epoch in report.curves} == {"finetune", "quantize"} and report.curves[0].accuracy is None
+
+
+def zero_share(weights):
+    weights = np.concatenate([np.asarray(weight).reshape(-1) for weight in weights])
+    return float((weights == 0).mean())
+
+
+def test_zeros_of_single_weights_last_through_training_quantization_and_export(trained, folder, tmp_path):
+    report = compress.run(ask(data=str(folder), pruner="level", sparsity=0.6), model=trained, out=tmp_path / "run")
+    loaded = compress.load(tmp_path / "run", model=Own())
+    layers = [module for module in loaded.modules() if isinstance(module, nn.Conv2d | nn.Linear)]
+    assert loaded.fc.weight.shape == trained.fc.weight.shape and not torch.equal(loaded.fc.weight, trained.fc.weight)
+    assert zero_share(layer.weight.detach() for layer in layers) == pytest.approx(0.6, abs=0.01)
+    for name in ("pruned", "quantized.onnxruntime", "quantized.tensorrt"):
+        graph = onnx.load(tmp_path / "run" / "artifacts" / f"{name}.onnx").graph
+        tensors = [onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer]
+        assert zero_share(tensor for tensor in tensors if tensor.ndim > 1) >= 0.59, name
+    assert report.variant("quantized").accuracy > 0.8
+    assert any("stay zero. Every layer keeps its shape, so no runtime here computes faster" in note for note in report.notes)
+    assert all(layer.channels_before == layer.channels_after for layer in report.layers)
+    assert report.layers[0].reason == "keeps its shape: its smallest weights become zero"
+
+
+def test_a_pruner_that_trains_runs_through_and_one_without_images_is_refused(trained, folder, tmp_path):
+    request = ask(data=str(folder), pruner="agp", pruning_epochs=1, pruning_steps=2)
+    report = compress.run(request, model=trained, out=tmp_path / "run")
+    pruned = {layer.name: (layer.channels_before, layer.channels_after) for layer in report.layers}
+    assert pruned["blocks.0.conv1"] == (32, 16) and report.variant("quantized").accuracy > 0.8
+    with pytest.raises(RequestError, match="pruner: got 'agp', expected one that needs no images, because data is `none`"):
+        compress.run(ask(pruner="agp"), model=trained, out=tmp_path / "refused")
+    found = pipeline.check(ask(pruner="slim", data="none"), model=trained)
+    assert not found["possible"] and "l1-norm, l2-norm, fpgm, level" in found["text"]
+    assert "6 layers get zeros" in pipeline.check(ask(pruner="level"), model=trained)["text"]
 
 
 def test_without_images_nothing_is_trained_and_the_report_says_so(trained, tmp_path):

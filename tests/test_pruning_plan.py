@@ -193,9 +193,9 @@ def test_planning_changes_nothing(network):
 
 
 def test_every_pruner_says_what_it_does():
-    assert set(PRUNERS) == {"l1-norm", "l2-norm", "fpgm"}
     for name, pruner in PRUNERS.items():
-        assert pruner.name == name and pruner.summary.endswith(".") and "arXiv" in pruner.paper
+        assert pruner.name == name and pruner.summary.endswith(".")
+        assert "arXiv" in pruner.paper or pruner.paper.startswith("NNI 3.0")
 
 
 _CONTAINED = """

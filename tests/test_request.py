@@ -33,6 +33,14 @@ from compress.request import Request
         ({"mean": (0.5, 0.5, 0.5)}, "std: got None, expected three numbers, because mean was given"),
         ({"mean": (0, 0, 0), "std": (1, 0, 1)}, "std: got (1.0, 0.0, 1.0), expected three numbers above 0."),
         ({"pruner": "none", "quantizer": "none", "weight_bits": 32, "activation_bits": 32}, "expected something to do"),
+        ({"pruning_epochs": 0}, "pruning_epochs: got 0, expected a number above 0 and at most 1000."),
+        ({"pruning_steps": 0}, "pruning_steps: got 0, expected a whole number from 1 to 1000."),
+        (
+            {"pruner": "amc"},
+            "movement, admm, lottery-ticket, none, because this one searches a ratio for each layer and belongs to the "
+            "target search, which is not there yet.",
+        ),
+        ({"pruner": "magic"}, "pruner: got 'magic', expected one of l1-norm, l2-norm, fpgm, level, taylor"),
         ({"seed": -1}, "seed: got -1, expected a whole number from 0 to 4294967295."),
     ],
 )

@@ -13,6 +13,7 @@ from compress.training import (
     Recipe,
     fastest_format,
     fit,
+    loss_function,
     one_cycle,
     single_pixels_multiplied,
 )
@@ -165,3 +166,25 @@ def test_single_pixels_multiplied_gives_the_same_answers_and_gradients(kernel, s
         assert torch.allclose(got, expected, atol=1e-5) and torch.allclose(layer.weight.grad, gradient, atol=1e-4)
         layer.zero_grad()
     assert "forward" not in vars(layer)
+
+
+def test_zeros_are_kept_only_where_asked():
+    model = network()
+    with torch.no_grad():
+        model[0].weight[:, 1] = 0
+        model[0].bias.zero_()
+    zero = model[0].weight == 0
+    free = copy.deepcopy(model)
+    fit(model, batches, 8, recipe(epochs=1), keep_zeros=True)
+    fit(free, batches, 8, recipe(epochs=1))
+    assert torch.equal(model[0].weight == 0, zero) and bool((model[0].bias != 0).all())
+    assert not (free[0].weight == 0).any()
+
+
+def test_the_loss_for_other_loops_is_the_loss_of_fit(teacher):
+    model, (images, labels) = network(), next(iter(batches(0)))
+    loss = loss_function(recipe(distillation_weight=0.25, temperature=2.0), teacher)(model, images, labels)
+    logits, target = model(images), teacher(images)
+    entropy = nn.functional.cross_entropy(logits, labels)
+    divergence = (target / 2).softmax(1) * ((target / 2).log_softmax(1) - (logits / 2).log_softmax(1))
+    assert loss.item() == pytest.approx((0.75 * entropy + 0.25 * 4 * divergence.sum(1).mean()).item(), rel=1e-5)

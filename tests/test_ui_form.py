@@ -96,6 +96,7 @@ def test_what_cannot_work_is_refused(untouched: dict[str, Any], changed: dict[st
             "about 56 % of the parameters stay. 4-bit weights are trained on their grid and kept in 8-bit",
         ),
         ({"pruner": "none"}, "No channels are removed."),
+        ({"pruner": "level"}, "50 % of the weights become zero; no layer gets smaller or faster."),
         ({"quantizer": "none", "weight_bits": 32, "activation_bits": 32}, "Numbers keep their 32 bits."),
     ],
 )

@@ -2,34 +2,60 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from ..errors import RequestError
-from .plan import Group, LeftOut, Plan, plan
+from .plan import Group, LeftOut, Plan, plan, plan_without_shrinking
+from .registry import PRUNERS, SEARCHES, Pruner
 from .trace import trace
 
-__all__ = ["PRUNERS", "Group", "LeftOut", "Plan", "Pruner", "Shrunk", "plan", "prune", "trace"]
+__all__ = [
+    "PRUNERS",
+    "SEARCHES",
+    "Group",
+    "LeftOut",
+    "Plan",
+    "Pruner",
+    "Shrunk",
+    "Sparse",
+    "Training",
+    "plan",
+    "plan_without_shrinking",
+    "prune",
+    "require_usable",
+    "trace",
+    "zero_weights",
+]
 
 
 @dataclass(frozen=True)
-class Pruner:
-    """A way to choose which channels go."""
+class Training:
+    """How a pruner looks at images and trains.
 
-    name: str
-    """Key into PRUNERS, as written in a request."""
-    title: str
-    summary: str
-    """What it does, in one line."""
-    needs_data: str
-    """What it looks at besides the weights: "nothing", or which images."""
-    cost: str
-    paper: str
-    nni_class: str
-    """Name of the class in nni.compression.pruning."""
+    Attributes:
+        batches: epoch number -> batches of (images float32 [N, C, H, W], labels int64 [N]; -1 where unknown), all of
+            one size; never test images.
+        loss: loss(model, images, labels) -> scalar to train by.
+        steps: batches to look at, or optimizer steps to make, over all rounds; at least `rounds`.
+        learning_rate: peak of the cycle (SGD).
+        rounds: of gradual pruning: train, prune, train again.
+        progress: called with the fraction done and a text.
+    """
+
+    batches: Callable[[int], Iterable[tuple[torch.Tensor, torch.Tensor]]]
+    loss: Callable[[nn.Module, torch.Tensor, torch.Tensor], torch.Tensor]
+    steps: int
+    learning_rate: float
+    rounds: int = 5
+    progress: Callable[[float, str], None] = lambda fraction, text: None
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.rounds <= self.steps:
+            raise RequestError("rounds", self.rounds, f"a whole number from 1 to the {self.steps} training steps")
 
 
 @dataclass(frozen=True)
@@ -42,7 +68,7 @@ class Shrunk:
         max_abs_diff: largest absolute difference to the masked model, over the outputs on the example images.
         reference_scale: largest absolute output of the masked model.
         kept: layer -> which of its output channels stay, bool [channels before].
-        seconds: wall time of masking, shrinking and checking.
+        seconds: wall time of choosing, shrinking and checking.
     """
 
     model: nn.Module
@@ -53,64 +79,75 @@ class Shrunk:
     seconds: float
 
 
-def _registry(*pruners: Pruner) -> dict[str, Pruner]:
-    names = [pruner.name for pruner in pruners]
-    if len(set(names)) != len(names):
-        raise ValueError(f"two pruners share a name: {names}")
-    return {pruner.name: pruner for pruner in pruners}
+@dataclass(frozen=True)
+class Sparse:
+    """A model of the original shape with single weights at zero.
+
+    Attributes:
+        model: a copy of the original; modes and requires_grad as there.
+        zeros: layer -> share of its weights that are zero.
+    """
+
+    model: nn.Module
+    zeros: Mapping[str, float]
 
 
-PRUNERS: dict[str, Pruner] = _registry(
-    Pruner(
-        "l1-norm",
-        "L1 norm",
-        "Removes the channels whose weights have the smallest sum of absolute values.",
-        "nothing",
-        "under a second",
-        "Li et al., Pruning Filters for Efficient ConvNets, arXiv:1608.08710",
-        "L1NormPruner",
-    ),
-    Pruner(
-        "l2-norm",
-        "L2 norm",
-        "Removes the channels whose weights have the smallest Euclidean norm.",
-        "nothing",
-        "under a second",
-        "Li et al., Pruning Filters for Efficient ConvNets, arXiv:1608.08710",
-        "L2NormPruner",
-    ),
-    Pruner(
-        "fpgm",
-        "Geometric median",
-        "Removes the channels nearest to all others, which the others can replace.",
-        "nothing",
-        "seconds for wide layers",
-        "He et al., Filter Pruning via Geometric Median, CVPR 2019, arXiv:1811.00250",
-        "FPGMPruner",
-    ),
-)
-
-
-def prune(model: nn.Module, example: torch.Tensor, plan: Plan, pruner: str) -> Shrunk:
+def prune(model: nn.Module, example: torch.Tensor, plan: Plan, pruner: str, training: Training | None = None) -> Shrunk:
     """Remove from a copy of `model` what `plan` says, choosing the channels with `pruner`.
 
     The input model (weights, gradients, requires_grad, train/eval flags) and the random generators are left untouched,
-    also when this fails.
+    also when this fails. The result carries the weights trained on the way where the pruner says `leaves_trained`.
 
     Args:
         model: the module that the plan was made for.
         example: float32 images [N, C, H, W] on the model's device; the first one and noise of its shape are the
             images of the equality check.
         plan: from `plan(model, ...)`.
-        pruner: key into PRUNERS.
+        pruner: key into PRUNERS, not a fine-grained one.
+        training: for the pruners that need images.
 
     Raises:
-        RequestError: no such pruner.
+        RequestError: no such pruner, or it needs images and got none.
         PruningError: the plan was made for another model, or NNI cannot shrink a module.
+        TrainingError: the training diverged, or there is not one batch.
         HandoffError: the shrunk model is not equal to the masked model within 1e-4 of its scale, in float32.
     """
-    if pruner not in PRUNERS:
-        raise RequestError("pruner", pruner, f"one of {', '.join(PRUNERS)}")
+    if pruner not in PRUNERS or PRUNERS[pruner].fine_grained:
+        known = ", ".join(name for name, one in PRUNERS.items() if not one.fine_grained)
+        raise RequestError("pruner", pruner, f"one of {known}")
+    if PRUNERS[pruner].needs_images and training is None:
+        raise RequestError("pruner", pruner, f"one that needs no images, because none were given: {_without_images()}")
     from . import speedup  # imports NNI
 
-    return speedup.shrink(model, example, plan, PRUNERS[pruner])
+    return speedup.shrink(model, example, plan, PRUNERS[pruner], training)
+
+
+def zero_weights(model: nn.Module, plan: Plan, sparsity: float) -> Sparse:
+    """Set the fraction `sparsity` of smallest weights to zero in a copy of `model`, in each layer of `plan.thinned`.
+
+    Args:
+        plan: from `plan_without_shrinking(model, ...)`.
+        sparsity: 0 < sparsity < 1; int(sparsity * weights) of each layer go.
+    """
+    from . import nni_backend
+
+    return nni_backend.zero_weights(model, plan, sparsity)
+
+
+def require_usable(model: nn.Module, example: torch.Tensor, plan: Plan, pruner: str, *, has_images: bool) -> None:
+    """Refuse a pruner that cannot work on this model or without images, before anything is spent.
+
+    Raises:
+        RequestError: it needs images and there are none, or BatchNorm factors and no planned layer has any.
+    """
+    if PRUNERS[pruner].needs_images and not has_images:
+        allowed = f"one that needs no images, because data is `none`: {_without_images()}"
+        raise RequestError("pruner", pruner, allowed)
+    if pruner == "slim":
+        from .observe import normalised_groups
+
+        normalised_groups(model, example, plan)
+
+
+def _without_images() -> str:
+    return ", ".join(name for name, pruner in PRUNERS.items() if not pruner.needs_images)

@@ -2,39 +2,59 @@
 
 from __future__ import annotations
 
-from typing import Any
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from .. import _nni
+from .. import _nni, training
 from ..errors import PruningError
+from . import Sparse, dropped, trained
+from .nni_config import Masks, config_list, make_comparable
 from .plan import Group, Plan
 from .trace import structure_copy
 
+if TYPE_CHECKING:
+    from . import Pruner, Training
 
-def config_list(model: nn.Module, plan: Plan) -> list[dict[str, Any]]:
-    """Write `plan` as an NNI 3.0 config list: one entry per layer, the layers of a group under one dependency id.
 
-    NNI removes int(blocks_of_units * sparse_ratio) of the smallest metrics in each metric block; half a unit on top of
-    the number wanted makes that count independent of rounding.
-    """
-    entries = []
-    for index, group in enumerate(plan.groups):
-        units = group.channels_before // group.unit // group.blocks
-        removed = (group.channels_before - group.channels_after) // group.unit // group.blocks
-        for layer in group.layers:
-            entry: dict[str, Any] = {
-                "op_names": [layer],
-                "sparse_ratio": (removed + 0.5) / units,
-                "dependency_group_id": f"group {index}",
-                "internal_metric_block": group.blocks,
-            }
-            if group.unit > 1:
-                dims = model.get_submodule(layer).weight.dim()
-                entry["target_settings"] = {"weight": {"granularity": [group.unit] + [-1] * (dims - 1)}}
-            entries.append(entry)
-    return entries
+@dataclass(frozen=True)
+class Choice:
+    """Which channels stay, and the model whose weights the result takes: the input model, or a trained copy."""
+
+    kept: dict[str, torch.Tensor]
+    """layer -> bool [out_channels]."""
+    model: nn.Module
+
+
+def choose(model: nn.Module, example: torch.Tensor, plan: Plan, pruner: Pruner, how: Training | None) -> Choice:
+    """Run `pruner` over a copy of `model`, which is only read; see `compress.pruning.prune` for what it raises."""
+    if how is None or not pruner.needs_images:
+        return Choice(kept_channels(model, plan, pruner.nni_class), model)
+    _check_fits(model, plan)
+    subject = copy.deepcopy(structure_copy(model)).to(training.device())
+    with _nni.quiet(), torch.enable_grad(), training.single_pixels_multiplied(subject):
+        torch.manual_seed(0)
+        masks = _WITH_IMAGES[pruner.name](subject, example.to(training.device()), plan, how)
+    return Choice(_kept(plan, masks), _with_tensors_of(subject, model) if pruner.leaves_trained else model)
+
+
+_WITH_IMAGES: dict[str, Callable[[nn.Module, torch.Tensor, Plan, Training], Masks]] = {
+    "taylor": trained.taylor,
+    "slim": trained.slim,
+    "linear": partial(trained.gradual, "LinearPruner"),
+    "agp": partial(trained.gradual, "AGPPruner"),
+    "movement": trained.movement,
+    "activation-apoz": partial(dropped.by_activation, "activation-apoz"),
+    "activation-mean": partial(dropped.by_activation, "activation-mean"),
+    "admm": dropped.admm,
+    "lottery-ticket": dropped.lottery_ticket,
+}
 
 
 def kept_channels(model: nn.Module, plan: Plan, nni_class: str) -> dict[str, torch.Tensor]:
@@ -51,11 +71,38 @@ def kept_channels(model: nn.Module, plan: Plan, nni_class: str) -> dict[str, tor
     """
     _check_fits(model, plan)
     subject = structure_copy(model)
-    _make_comparable(subject, plan)
     with _nni.quiet(), torch.no_grad():
         pruner = _pruner_class(nni_class)(subject, config_list(subject, plan))
+        make_comparable(pruner, plan)
         _, masks = pruner.compress()
-    kept = {layer: _kept_rows(layer, group, masks[layer]["weight"]) for layer, group in plan.layers.items()}
+    return _kept(plan, masks)
+
+
+def zero_weights(model: nn.Module, plan: Plan, sparsity: float) -> Sparse:
+    """See `compress.pruning.zero_weights`; NNI's LevelPruner chooses."""
+    result = copy.deepcopy(structure_copy(model))
+    config = {"op_names": list(plan.thinned), "target_names": ["weight"], "sparse_ratio": sparsity}
+    with _nni.quiet(), torch.no_grad():
+        _, masks = _pruner_class("LevelPruner")(structure_copy(model), [config]).compress()
+        for layer in plan.thinned:
+            result.get_submodule(layer).weight.masked_fill_(masks[layer]["weight"] == 0, 0.0)
+    zeros = {layer: float((result.get_submodule(layer).weight == 0).float().mean()) for layer in plan.thinned}
+    return Sparse(result, zeros)
+
+
+def _with_tensors_of(trained_copy: nn.Module, model: nn.Module) -> nn.Module:
+    """A copy of `model`, with its modes, requires_grad and ties, that has the tensors of `trained_copy`."""
+    result = copy.deepcopy(structure_copy(model))
+    tensors = {**dict(trained_copy.named_parameters()), **dict(trained_copy.named_buffers())}
+    with torch.no_grad():
+        for name, tensor in chain(result.named_parameters(), result.named_buffers()):
+            tensor.copy_(tensors[name])
+    return result
+
+
+def _kept(plan: Plan, masks: Masks) -> dict[str, torch.Tensor]:
+    """For each planned layer the output channels that its mask keeps, having checked them against the plan."""
+    kept = {layer: _kept_rows(layer, group, masks[layer]["weight"].cpu()) for layer, group in plan.layers.items()}
     for group in plan.groups:
         for layer in group.layers[1:]:
             if not torch.equal(kept[layer], kept[group.layers[0]]):
@@ -64,22 +111,6 @@ def kept_channels(model: nn.Module, plan: Plan, nni_class: str) -> dict[str, tor
                     "theirs; exclude one of them to go on without the group."
                 )
     return kept
-
-
-def _make_comparable(subject: nn.Module, plan: Plan) -> None:
-    """Turn Linear layers that share channels with convolutions, as in a gate, into 1 x 1 convolutions.
-
-    NNI averages the metrics within a group, and refuses metrics of two shapes.
-    """
-    for group in plan.groups:
-        members = {layer: subject.get_submodule(layer) for layer in group.layers}
-        if len({member.weight.dim() for member in members.values()}) == 1:
-            continue
-        for layer, member in members.items():
-            if isinstance(member, nn.Linear):
-                conv = nn.Conv2d(member.in_features, member.out_features, 1, bias=False, device="meta")
-                conv.weight = nn.Parameter(member.weight.detach()[:, :, None, None], requires_grad=False)
-                subject.set_submodule(layer, conv)
 
 
 def _check_fits(model: nn.Module, plan: Plan) -> None:

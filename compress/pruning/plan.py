@@ -50,6 +50,8 @@ class Plan:
 
     groups: tuple[Group, ...]
     left_out: tuple[LeftOut, ...]
+    thinned: tuple[str, ...] = ()
+    """Layers that keep their shape and get zeros among their weights, by a fine-grained pruner."""
 
     def as_dict(self) -> dict[str, Any]:
         """The plan as plain lists, strings and numbers, ready for JSON."""
@@ -102,6 +104,26 @@ def plan(
             f"{len(left_out)} Conv2d and Linear layers stay{example_reason}."
         )
     return Plan(groups, left_out)
+
+
+def plan_without_shrinking(model: nn.Module, *, exclude: Sequence[str] = ()) -> Plan:
+    """The plan of a fine-grained pruner: every Conv2d and Linear keeps its shape and gets zeros, unless excluded.
+
+    Raises:
+        RequestError: `exclude` names no layer of this model.
+        PruningError: no layer is left.
+    """
+    layers = [name for name, module in model.named_modules() if type(module) in LAYERS]
+    excluded = set(_excluded_layers(model, layers, exclude))
+    thinned = tuple(layer for layer in layers if layer not in excluded)
+    if not thinned:
+        raise PruningError(
+            f"Nothing in {type(model).__name__} can be pruned: {len(excluded)} of its {len(layers)} Conv2d and Linear "
+            "layers are excluded; exclude fewer."
+        )
+    reasons = {layer: "keeps its shape: its smallest weights become zero" for layer in thinned}
+    left_out = tuple(LeftOut(layer, reasons.get(layer, "is excluded by you")) for layer in layers)
+    return Plan((), left_out, thinned)
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,9 @@ class Refit:
     error_after: float
 
 
-def reconstruct(shrunk: nn.Module, dense: nn.Module, kept: Mapping[str, Tensor], images: Tensor) -> tuple[Refit, ...]:
+def reconstruct(
+    shrunk: nn.Module, dense: nn.Module, kept: Mapping[str, Tensor], images: Tensor, *, weights: bool = True
+) -> tuple[Refit, ...]:
     """Refits `shrunk` in place to `dense`, and re-estimates its BatchNorm statistics on the way.
 
     Args:
@@ -59,6 +61,7 @@ def reconstruct(shrunk: nn.Module, dense: nn.Module, kept: Mapping[str, Tensor],
         dense: the model that it was made from; only read.
         kept: layer -> which of the dense layer's output channels the shrunk one has, bool [channels].
         images: float32 [N, 3, H, W] training images, normalised; the first ones, where all would take too much memory.
+        weights: False only re-estimates the BatchNorm statistics.
 
     Returns: one entry per layer that was refitted, in the order of the forward pass.
     """
@@ -75,7 +78,7 @@ def reconstruct(shrunk: nn.Module, dense: nn.Module, kept: Mapping[str, Tensor],
             layer = target.get_submodule(str(node.target)) if node.op == "call_module" else None
             if isinstance(layer, nn.modules.batchnorm._BatchNorm) and layer.running_mean is not None:
                 _take_statistics(layer, [walk.read(node) for walk in students])
-            elif type(layer) in (nn.Conv2d, nn.Linear) and called[str(node.target)] == 1:
+            elif weights and type(layer) in (nn.Conv2d, nn.Linear) and called[str(node.target)] == 1:
                 wanted = [_kept(walk.env[same], layer, kept.get(str(node.target))) for walk in teachers]
                 errors = _refit(layer, [walk.read(node) for walk in students], wanted)
                 refits += [Refit(str(node.target), *errors)] if errors else []

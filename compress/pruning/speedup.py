@@ -23,13 +23,13 @@ from .. import _nni
 from ..errors import PruningError
 from . import Shrunk, nni_backend
 from .channels import Channels
-from .equality import check_equal
+from .equality import Difference, check_equal
 from .hosts import Host, find_hosts
 from .plan import Plan, check_example
 from .trace import probe, structure_copy, trace, traced_copy
 
 if TYPE_CHECKING:
-    from . import Pruner
+    from . import Pruner, Training
 
 _SIZES = ("in_channels", "out_channels", "groups", "in_features", "out_features", "num_features", "num_parameters")
 _INFERENCE_BATCH = 3
@@ -37,23 +37,29 @@ _INFERENCE_BATCH = 3
 _SILENT = logging.Logger("nni speedup", logging.CRITICAL + 1)
 
 
-def shrink(model: nn.Module, example: torch.Tensor, plan: Plan, pruner: Pruner) -> Shrunk:
-    """Mask, shrink and check a copy of `model`; see `compress.pruning.prune`."""
+def shrink(model: nn.Module, example: torch.Tensor, plan: Plan, pruner: Pruner, how: Training | None) -> Shrunk:
+    """Choose, mask, shrink and check a copy of `model`; see `compress.pruning.prune`."""
     started = time.perf_counter()
     check_example(model, example)
-    with torch.inference_mode(False), torch.enable_grad(), _nni.random_state_kept(), _one_thread():
-        kept = nni_backend.kept_channels(model, plan, pruner.nni_class)
-        graph_module = traced_copy(model)
-        images = probe(graph_module, example)
-        channels = Channels(graph_module)
-        result = structure_copy(model)
-        for host in find_hosts(model, graph_module, channels, plan, images):
-            _shrink_host(result, host, kept)
-        _own_tensors(result, model)
-        difference = check_equal(graph_module, channels, kept, result, _check_images(example))
-    return Shrunk(
-        result, plan, difference.max_abs_diff, difference.reference_scale, kept, time.perf_counter() - started
-    )
+    with torch.inference_mode(False), torch.enable_grad(), _nni.random_state_kept():
+        choice = nni_backend.choose(model, example, plan, pruner, how)
+        with _one_thread():
+            result, difference = _shrunk(choice.model, example, plan, choice.kept)
+    seconds = time.perf_counter() - started
+    return Shrunk(result, plan, difference.max_abs_diff, difference.reference_scale, choice.kept, seconds)
+
+
+def _shrunk(
+    model: nn.Module, example: torch.Tensor, plan: Plan, kept: dict[str, torch.Tensor]
+) -> tuple[nn.Module, Difference]:
+    graph_module = traced_copy(model)
+    images = probe(graph_module, example)
+    channels = Channels(graph_module)
+    result = structure_copy(model)
+    for host in find_hosts(model, graph_module, channels, plan, images):
+        _shrink_host(result, host, kept)
+    _own_tensors(result, model)
+    return result, check_equal(graph_module, channels, kept, result, _check_images(example))
 
 
 @contextlib.contextmanager

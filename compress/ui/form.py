@@ -21,7 +21,15 @@ UPLOAD = "upload"
 CHECKPOINT_TYPES = [".safetensors", ".pth", ".pt"]
 SECTIONS = {
     "Images": ("input_size", "mean", "std", "class_map", "test_fraction"),
-    "Pruning": ("pruner", "channel_multiple", "exclude", "reconstruction_images"),
+    "Pruning": (
+        "pruner",
+        "channel_multiple",
+        "exclude",
+        "reconstruction_images",
+        "pruning_epochs",
+        "pruning_learning_rate",
+        "pruning_steps",
+    ),
     "Training": (
         "finetune_epochs",
         "optimizer",

@@ -62,7 +62,7 @@ def meaning(request: Request, parameters: int | None) -> str:
     Args:
         parameters: of the original model, where known.
     """
-    kept = (1 - request.sparsity) ** 2 if request.prunes else 1.0
+    kept = (1 - request.sparsity) ** 2 if request.shrinks else 1.0
     bits = 8 if request.quantizes else request.weight_bits if request.half_precision else 32
     size = kept * bits / 32
     bars = [("Parameters", kept, None, None), ("File size", size, None, None)]
@@ -78,6 +78,8 @@ def meaning(request: Request, parameters: int | None) -> str:
 def _pruning_meaning(request: Request, kept: float) -> str:
     if not request.prunes:
         return "No channels are removed."
+    if not request.shrinks:
+        return f"{100 * request.sparsity:.0f} % of the weights become zero; no layer gets smaller or faster."
     return f"{100 * request.sparsity:.0f} % of the channels go: about {_share(kept)} of the parameters stay."
 
 

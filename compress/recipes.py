@@ -1,0 +1,125 @@
+"""From a request to what a stage works with: the pruning plan, how to train, and on which images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
+
+import torch
+from torch import Tensor, nn
+
+from compress import data, pruning, training
+from compress.errors import TrainingError
+from compress.pruning.reconstruction import Refit, reconstruct
+from compress.request import Request
+from compress.sources import Source
+
+TEST_BATCH = 128
+BATCHNORM_IMAGES = 1024
+HELD_OUT = 500
+"""At most this many training images score the epochs; they are not trained on."""
+
+
+def pruning_plan(request: Request, model: nn.Module, example: Tensor) -> pruning.Plan:
+    """What the request's pruner will do to `model`; raises what `pruning.plan` raises."""
+    if not request.shrinks:
+        return pruning.plan_without_shrinking(model, exclude=request.exclude)
+    return pruning.plan(
+        model, example, sparsity=request.sparsity, multiple=request.channel_multiple, exclude=request.exclude
+    )
+
+
+def pruning_training(
+    request: Request, source: Source, teacher: nn.Module, progress: training.Progress
+) -> pruning.Training | None:
+    """How the request's pruner looks at training images and trains; None when it needs none.
+
+    Raises:
+        TrainingError: there is not one batch.
+    """
+    if not pruning.PRUNERS[request.pruner].needs_images:
+        return None
+    images = training_images(request, source)
+    if images.per_epoch == 0:
+        raise TrainingError(training.TOO_FEW_IMAGES)
+    recipe = recipe_of(request, source, request.pruning_epochs, request.pruning_learning_rate)
+    return pruning.Training(
+        batches=lambda epoch: islice(images.batches(epoch), images.per_epoch),
+        loss=training.loss_function(recipe, teacher if recipe.distillation_weight > 0 else None),
+        steps=max(request.pruning_steps, round(recipe.epochs * images.per_epoch)),
+        learning_rate=recipe.learning_rate,
+        rounds=request.pruning_steps,
+        progress=progress,
+    )
+
+
+def recipe_of(request: Request, source: Source, epochs: float, learning_rate: float) -> training.Recipe:
+    """With the original model as teacher; images without labels are learnt from the teacher alone."""
+    weight = 1.0 if source.dataset.kind == "unlabelled" else request.distillation_weight
+    return training.Recipe(
+        epochs,
+        learning_rate,
+        weight,
+        request.distillation_temperature,
+        request.label_smoothing,
+        request.optimizer,
+    )
+
+
+@dataclass(frozen=True)
+class TrainingImages:
+    """The training part of a data set, without the images that score the epochs."""
+
+    held_out: data.Split
+    batches: training.Batches
+    """The last batch of an epoch may be smaller."""
+    per_epoch: int
+    """Full batches in an epoch."""
+
+
+def training_images(request: Request, source: Source) -> TrainingImages:
+    train = source.dataset.train
+    held_out, trained = data.split_held_out(train, min(HELD_OUT, len(train) // 20), request.seed)
+
+    def batches(epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        return data.batches(
+            trained,
+            request.train_batch_size,
+            shuffle=True,
+            seed=request.seed + epoch,
+            augment=request.augment,
+            preprocessing=source.preprocessing,
+        )
+
+    return TrainingImages(held_out, batches, len(trained) // request.train_batch_size)
+
+
+def scorer(images: data.Split, source: Source) -> Callable[[nn.Module], float]:
+    """The share of `images` that a model, in eval mode on the training device, gets right."""
+
+    def score(model: nn.Module) -> float:
+        right = 0
+        for batch, labels in data.batches(
+            images, TEST_BATCH, shuffle=False, seed=0, preprocessing=source.preprocessing
+        ):
+            with torch.no_grad():
+                right += int((model(batch.to(training.device())).argmax(1).cpu() == labels).sum())
+        return right / len(images)
+
+    return score
+
+
+def recover(
+    request: Request, source: Source, dense: nn.Module, model: nn.Module, kept: Mapping[str, Tensor]
+) -> tuple[Refit, ...]:
+    """Refits what pruning left of `model`, in place, on training images; synthetic ones do not show what matters.
+
+    With `reconstruction_images` 0, and in a model that lost no channels, only the BatchNorm statistics are taken anew.
+    """
+    if source.dataset.kind == "none":
+        return ()
+    refits = request.shrinks and request.reconstruction_images > 0
+    count = request.reconstruction_images if refits else BATCHNORM_IMAGES
+    images = data.calibration_images(source.dataset, count, source.preprocessing, request.seed)
+    return reconstruct(model, dense, kept, images, weights=refits)
