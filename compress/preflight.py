@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from compress import counting, pruning, quantization, runs
+from compress import counting, quantization, runs, stages
 from compress.engines import RUNTIMES
 from compress.errors import CompressError, RuntimeUnavailableError
 from compress.report import Report
@@ -74,13 +74,7 @@ def verify(folder: Path) -> list[str]:
 def _plan(request: Request, source: Source) -> dict[str, Any] | None:
     if not request.prunes:
         return None
-    return pruning.plan(
-        source.model,
-        source.example,
-        sparsity=request.sparsity,
-        multiple=request.channel_multiple,
-        exclude=request.exclude,
-    ).as_dict()
+    return stages.plan_of(request, source.model, source.example).as_dict()
 
 
 def _float_layers(request: Request, source: Source) -> list[dict[str, str]]:

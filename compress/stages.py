@@ -26,6 +26,7 @@ from compress import baseline as baseline_gate
 from compress import counting, data, evaluation, models, pruning, quantization, training
 from compress.files import write_tensors
 from compress.pruning.equality import TOLERANCE
+from compress.request import Request
 from compress.runs import Run
 from compress.sources import Source
 
@@ -54,6 +55,22 @@ def measure_baseline(work: Run, source: Source) -> Facts:
     }
 
 
+def plan_of(request: Request, model: nn.Module, example: Tensor) -> pruning.Plan:
+    """What `request` removes from `model`. Raises `RequestError` or `PruningError`."""
+    return pruning.plan(
+        model,
+        example,
+        sparsity=request.sparsity,
+        multiple=request.channel_multiple,
+        exclude=request.exclude,
+        layer_sparsity=request.layer_sparsity,
+        ranking=request.ranking,
+        max_layer_sparsity=request.max_layer_sparsity,
+        config_list=request.config_list,
+        pruner=request.pruner,
+    )
+
+
 def prune_and_shrink(work: Run, source: Source) -> Facts:
     """Channels chosen by NNI, removed by NNI, proved equal to the masked model; BatchNorm re-estimated."""
     request = work.request
@@ -68,9 +85,7 @@ def prune_and_shrink(work: Run, source: Source) -> Facts:
             "groups": [],
             "left_out": [],
         }
-    plan = pruning.plan(
-        model, source.example, sparsity=request.sparsity, multiple=request.channel_multiple, exclude=request.exclude
-    )
+    plan = plan_of(request, model, source.example)
     work.progress("prune", 0.2, f"{len(plan.groups)} groups of layers to prune")
     shrunk = pruning.prune(model, source.example, plan, request.pruner)
     work.progress("prune", 0.8, "shrunk, equal to the masked model")
