@@ -5,7 +5,7 @@ PY := $(VENV)/bin/python
 OUT ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help setup setup-dev demo app test test-gpu lint bench assets clean
+.PHONY: help setup setup-dev demo app test test-gpu lint bench coverage assets clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
@@ -42,6 +42,9 @@ lint: setup-dev
 bench: setup  ## the figures of the README's table; see bench/README.md
 	$(PY) -m bench.latency
 	$(PY) -m bench.accuracy
+
+coverage: setup  ## docs/coverage.md: every torchvision classifier, proved; hours
+	$(PY) -m bench.coverage
 
 clean:  ## removes the environment and all runs
 	rm -rf $(VENV) runs
