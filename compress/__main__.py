@@ -319,7 +319,7 @@ def _text_check(found: dict[str, Any]) -> str:
                 ],
             )
         )
-    lines += [f"stays whole: {kept['layer']}, {kept['reason']}" for kept in found["left_out"]]
+    lines += ["", *(f"{line['level']:<5}  {line['module']}: {line['text']}" for line in found["modules"]), ""]
     lines += [f"{row['runtime']}: {row['text']}" for row in found["runtimes"]]
     return "\n".join(lines)
 
