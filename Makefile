@@ -5,7 +5,7 @@ PY := $(VENV)/bin/python
 OUT ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help setup setup-dev demo app test test-gpu lint bench pruners-table assets clean
+.PHONY: help setup setup-dev demo app test test-gpu lint bench pruners-table coverage assets clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-14s %s\n", $$1, $$2}'
@@ -45,6 +45,9 @@ bench: setup  ## the figures of the README's table; see bench/README.md
 
 pruners-table: setup  ## docs/pruners.md: every pruner on the bundled model, the better part of an hour
 	$(PY) -m bench.pruners
+
+coverage: setup  ## docs/coverage.md: every torchvision classifier, proved; hours
+	$(PY) -m bench.coverage
 
 clean:  ## removes the environment and all runs
 	rm -rf $(VENV) runs

@@ -38,6 +38,8 @@ Json = Annotated[bool, typer.Option("--json", help="Print the machine-readable f
 RunFolder = Annotated[Path, typer.Argument(help="Folder of a run.", show_default=False)]
 JobId = Annotated[str, typer.Argument(help="Id of a run, as `jobs list` prints it.", show_default=False)]
 CANCELLED, FAILED, MISUSED = 143, 1, 2
+REPEATABLE = ("exclude", "layer_sparsity")
+"""Options that may be given several times."""
 
 
 class Cancelled(BaseException):
@@ -49,10 +51,10 @@ def _with_request_options(command: Any) -> Any:
     signature = inspect.signature(command, eval_str=True)
     options = []
     for name, field in Request.model_fields.items():
-        kind: Any = bool if isinstance(field.default, bool) else list[str] if name == "exclude" else str
+        kind: Any = bool if isinstance(field.default, bool) else list[str] if name in REPEATABLE else str
         flag = "--" + name.replace("_", "-")
         declared = f"{flag}/--no-{flag[2:]}" if kind is bool else flag
-        shown = False if field.default in (None, ()) else str(field.default)
+        shown = False if field.default in (None, (), {}) else str(field.default)
         option = typer.Option(declared, help=field.description, show_default=shown)
         options.append(
             inspect.Parameter(
@@ -249,6 +251,8 @@ def _request(values: dict[str, Any], file: Path | None) -> Request:
     for name in ("mean", "std"):
         if name in given:
             given[name] = given[name].replace(",", " ").split()
+    if not given.get("config_list", "[").lstrip().startswith("["):
+        given["config_list"] = _config_list(Path(given["config_list"]))
     if file is None:
         return Request(**given)
     if given:
@@ -256,6 +260,13 @@ def _request(values: dict[str, Any], file: Path | None) -> Request:
             next(iter(given)), next(iter(given.values())), "nothing beside --request: the file holds the whole request"
         )
     return Request.from_file(file)
+
+
+def _config_list(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RequestError("config_list", str(path), f"a readable JSON file, or JSON itself ({error})") from None
 
 
 def _show_progress(event: dict[str, Any]) -> None:
@@ -304,7 +315,7 @@ def _text_check(found: dict[str, Any]) -> str:
                 ],
             )
         )
-    lines += [f"stays whole: {kept['layer']}, {kept['reason']}" for kept in found["left_out"]]
+    lines += ["", *(f"{line['level']:<5}  {line['module']}: {line['text']}" for line in found["modules"]), ""]
     lines += [f"{row['runtime']}: {row['text']}" for row in found["runtimes"]]
     return "\n".join(lines)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import jinja2
@@ -64,7 +65,8 @@ def _what_was_done(report: Report) -> str:
     request, done = report.request, []
     if request["pruner"] != "none":
         what = "weights set to zero" if request["pruner"] == FINE_GRAINED_PRUNER else "channels pruned"
-        done.append(f"{100 * request['sparsity']:.0f} % of the {what} ({request['pruner']})")
+        share = f"{100 * request['sparsity']:.0f} % of the {what} ({request['pruner']})"
+        done.append(f"Channels pruned ({request['pruner']}, NNI config list)" if request.get("config_list") else share)
     if any(layer.weight_bits < 16 for layer in report.layers):
         done.append(f"{request['weight_bits']}-bit weights, {request['activation_bits']}-bit activations")
     elif any(layer.weight_bits == 16 for layer in report.layers):
@@ -91,6 +93,11 @@ def shell_command(request: dict[str, Any]) -> str:
         option = "--" + name.replace("_", "-")
         if isinstance(value, bool):
             words.append(option if value else "--no-" + option[2:])
+        elif isinstance(value, dict):
+            for key, item in value.items():
+                words += [option, f"{key}={item}"]
+        elif name == "config_list":
+            words += [option, json.dumps(value)]
         elif isinstance(value, list | tuple):
             for item in value if name == "exclude" else [",".join(map(str, value))]:
                 words += [option, str(item)]

@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import nn
 
-from compress import counting, pruning, quantization, recipes, runs
+from compress import counting, recipes, rehearsal, runs
 from compress.engines import RUNTIMES
-from compress.errors import CompressError, RuntimeUnavailableError
+from compress.errors import RuntimeUnavailableError
 from compress.report import Report
 from compress.request import Request
 from compress.sources import Source, open_source
@@ -26,35 +26,39 @@ def require_plan(request: Request, source: Source) -> None:
 
     Before hours of evaluation, not after them.
     """
-    _plan(request, source)
+    if request.prunes:
+        recipes.usable_plan(request, source)
 
 
 def check(request: Request, model: nn.Module | None = None) -> dict[str, Any]:
-    """The pruning plan, the layers that stay in floating point, the runtimes; nothing is trained and nothing written.
+    """A dry run on a few images: plan, shrinking with proof, calibration, export, a build for each runtime; no training.
 
     Returns:
-        possible, text, problems, groups, left_out, float_layers, runtimes, parameters, macs: JSON-safe.
+        possible, text, problems, groups, left_out, float_layers, modules, runtimes, parameters, macs: JSON-safe.
+        `modules` has a line (module, level green, amber or red, text) for each layer.
 
     Raises:
         CompressError: the model, its weights or its images cannot be opened at all.
     """
     source = open_source(request, model)
-    problems: list[str] = []
-    plan = _attempt(problems, lambda: _plan(request, source)) or {"groups": [], "left_out": [], "thinned": ()}
-    floats = _attempt(problems, lambda: _float_layers(request, source)) or []
-    _attempt(problems, lambda: require_runtime(request))
+    found = rehearsal.rehearse(request, source)
+    found.attempt(lambda: require_runtime(request))
     size = source.preprocessing.input_size
     facts = {"parameters": counting.count_parameters(source.model), "macs": counting.count_macs(source.model, size)}
     return {
-        "possible": not problems,
-        "problems": problems,
-        "text": _text(source, facts, plan, problems),
+        "possible": not found.problems,
+        "problems": found.problems,
+        "text": _text(source, facts, found.plan, found.problems),
         **facts,
-        **plan,
-        "float_layers": floats,
+        **found.plan,
+        "float_layers": found.float_layers,
+        "modules": rehearsal.modules(request, source, found),
         "runtimes": [
-            {"runtime": r.name, "text": r.missing() or ("runs here" if r.runs_here else "builds here, cannot run here")}
-            for r in RUNTIMES.values()
+            {
+                "runtime": name,
+                "text": found.runtimes.get(name) or runtime.missing() or "not tried, for the problem above",
+            }
+            for name, runtime in RUNTIMES.items()
         ],
     }
 
@@ -72,29 +76,6 @@ def verify(folder: Path) -> list[str]:
                 f"{row.source} to {row.target} is out of tolerance: {row.max_abs_diff:.3g} of {row.reference_scale:.3g}"
             )
     return problems
-
-
-def _plan(request: Request, source: Source) -> dict[str, Any] | None:
-    if not request.prunes:
-        return None
-    plan = recipes.pruning_plan(request, source.model, source.example)
-    has_images = source.dataset.kind != "none"
-    pruning.require_usable(source.model, source.example, plan, request.pruner, has_images=has_images)
-    return plan.as_dict()
-
-
-def _float_layers(request: Request, source: Source) -> list[dict[str, str]]:
-    if not request.quantizes:
-        return []
-    return quantization.left_float(quantization.prepare(source.model))
-
-
-def _attempt(problems: list[str], step: Any) -> Any:
-    try:
-        return step()
-    except CompressError as error:
-        problems.append(str(error))
-        return None
 
 
 def _text(source: Source, facts: dict[str, int], plan: dict[str, Any], problems: list[str]) -> str:

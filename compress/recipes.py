@@ -26,8 +26,25 @@ def pruning_plan(request: Request, model: nn.Module, example: Tensor) -> pruning
     if not request.shrinks:
         return pruning.plan_without_shrinking(model, exclude=request.exclude)
     return pruning.plan(
-        model, example, sparsity=request.sparsity, multiple=request.channel_multiple, exclude=request.exclude
+        model,
+        example,
+        sparsity=request.sparsity,
+        multiple=request.channel_multiple,
+        exclude=request.exclude,
+        layer_sparsity=request.layer_sparsity,
+        ranking=request.ranking,
+        max_layer_sparsity=request.max_layer_sparsity,
+        config_list=request.config_list,
+        pruner=request.pruner,
     )
+
+
+def usable_plan(request: Request, source: Source) -> pruning.Plan:
+    """The plan, when the pruner can carry it out on this model and these images; raises `CompressError` otherwise."""
+    plan = pruning_plan(request, source.model, source.example)
+    has_images = source.dataset.kind != "none"
+    pruning.require_usable(source.model, source.example, plan, request.pruner, has_images=has_images)
+    return plan
 
 
 def pruning_training(

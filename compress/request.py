@@ -11,7 +11,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from compress.errors import RequestError
 
@@ -34,8 +34,10 @@ PrunerName = Literal[
 ]
 SEARCHING_PRUNERS = ("simulated-annealing", "auto-compress", "amc")
 FINE_GRAINED_PRUNER = "level"
+RankingName = Literal["per-group", "global"]
 QuantizerName = Literal["qat", "none"]
 OptimizerName = Literal["adamw", "sgd"]
+_PLAN_FIELDS = ("sparsity", "exclude", "layer_sparsity", "ranking", "max_layer_sparsity", "config_list")
 QUANTIZED_BITS = range(2, 9)
 HALF_PRECISION, FULL_PRECISION = 16, 32
 
@@ -44,6 +46,28 @@ def _field(default: Any, help: str, allowed: str, **limits: Any) -> Any:
     return Field(default, description=help, json_schema_extra={"allowed": allowed}, **limits)
 
 
+def _ratios_from_text(value: Any) -> Any:
+    """`layer1=0.3 layer2.0.conv1=0.5` (shell and form; or a list of such words) and JSON text become a dictionary."""
+    if isinstance(value, list | tuple):
+        value = " ".join(map(str, value))
+    if not isinstance(value, str):
+        return value
+    if value.lstrip().startswith("{"):
+        return json.loads(value)
+    pairs = [word.partition("=") for word in value.replace(",", " ").split()]
+    names = [name for name, _, _ in pairs]
+    if len(set(names)) != len(names):
+        raise ValueError("a name is given twice")
+    return {name: ratio for name, _, ratio in pairs}
+
+
+def _entries_from_text(value: Any) -> Any:
+    return json.loads(value) if isinstance(value, str) else value
+
+
+Ratio = Annotated[float, Field(ge=0, lt=1)]
+LayerRatios = Annotated[dict[str, Ratio], BeforeValidator(_ratios_from_text)]
+ConfigList = Annotated[tuple[dict[str, Any], ...], BeforeValidator(_entries_from_text)]
 Fraction3 = Annotated[tuple[float, float, float] | None, Field()]
 
 
@@ -118,6 +142,32 @@ class Request(BaseModel):
     )
     exclude: tuple[str, ...] = _field(
         (), "names of layers that are not pruned", "layer names, as `compress check` prints them"
+    )
+    layer_sparsity: LayerRatios = _field(
+        {},
+        "sparsity of single layers or modules instead of the general one, such as `layer1.0.conv1=0.3`; layers that "
+        "share channels share it, the longer of two names wins, 0 keeps a layer whole",
+        "layer or module names with fractions from 0 to below 1, such as layer1.0.conv1=0.3",
+    )
+    ranking: RankingName = _field(
+        "per-group",
+        "`per-group` removes the sparsity from every group of layers alike; `global` lets the groups compete, so that "
+        "less important ones lose more",
+        "one of per-group, global",
+    )
+    max_layer_sparsity: float | None = _field(
+        None,
+        "with global ranking, no layer loses more than this fraction of its channels; default: one multiple stays",
+        "a fraction strictly between 0 and 1",
+        gt=0,
+        lt=1,
+    )
+    config_list: ConfigList | None = _field(
+        None,
+        "an NNI config list (JSON; in the shell a file) in the keys of NNI 3.0 or 2.x, instead of sparsity, exclude, "
+        "layer_sparsity, ranking and max_layer_sparsity",
+        "a JSON list of objects, as in NNI's tutorials",
+        min_length=1,
     )
     reconstruction_images: int = _field(
         1024,
@@ -246,8 +296,33 @@ class Request(BaseModel):
             raise RequestError(
                 missing, None, f"three numbers, because {given} was given and both belong to one normalisation"
             )
+        self._refuse_contradictory_plan()
         if self.pruner == "none" and not self.quantizes and self.weight_bits == FULL_PRECISION:
             raise RequestError("quantizer", self.quantizer, "something to do: choose a pruner, a quantizer, or 16 bits")
+
+    def _refuse_contradictory_plan(self) -> None:
+        changed = {name for name in _PLAN_FIELDS if getattr(self, name) != type(self).model_fields[name].default}
+        if self.config_list is not None and changed - {"config_list"}:
+            name = next(name for name in _PLAN_FIELDS if name in changed)
+            raise RequestError(
+                name, getattr(self, name), "nothing, because config_list is given and says what is removed where"
+            )
+        if self.pruner == "none" and changed - {"sparsity"}:
+            name = next(name for name in _PLAN_FIELDS[1:] if name in changed)
+            raise RequestError(name, getattr(self, name), "nothing, because the pruner is none: choose a pruner")
+        if self.pruner == FINE_GRAINED_PRUNER and changed - {"sparsity", "exclude"}:
+            name = next(name for name in _PLAN_FIELDS[2:] if name in changed)
+            raise RequestError(
+                name, getattr(self, name), "nothing, because level treats the layers alike: take another"
+            )
+        if self.max_layer_sparsity is not None and self.ranking != "global":
+            raise RequestError(
+                "max_layer_sparsity", self.max_layer_sparsity, "nothing, because it limits global ranking: ask for that"
+            )
+        if self.max_layer_sparsity is not None and self.max_layer_sparsity < self.sparsity:
+            raise RequestError(
+                "max_layer_sparsity", self.max_layer_sparsity, f"at least the sparsity, which is {self.sparsity:g}"
+            )
 
     @property
     def prunes(self) -> bool:

@@ -6,34 +6,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from bench.randomised import randomise
 from compress.pruning import Training
 
-
-def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Give BatchNorms, biases and layer scales random values: with fresh ones, wrongly removed channels go unseen."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def around(size: int, centre: float, spread: float) -> Tensor:
-        return centre + spread * (2 * torch.rand(size, generator=generator) - 1)
-
-    with torch.no_grad():
-        for module in model.modules():
-            if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
-                size = module.num_features
-                module.running_mean.copy_(around(size, 0.0, 0.5))
-                module.running_var.copy_(around(size, 1.0, 0.5))
-                if module.affine:
-                    module.weight.copy_(around(size, 1.0, 0.5))
-                    module.bias.copy_(around(size, 0.0, 0.5))
-            elif isinstance(module, nn.Conv2d | nn.Linear) and module.bias is not None:
-                module.bias.copy_(around(module.bias.numel(), 0.0, 0.2))
-        for name, parameter in model.named_parameters():
-            if name.endswith("layer_scale"):
-                parameter.copy_(around(parameter.numel(), 0.75, 0.25).view_as(parameter))
-    return model.eval()
+__all__ = ["ODD_NETWORKS", "conv_bn", "randomise"]
 
 
-def training(size: int, *, steps: int = 8, rounds: int = 2, classes: int = 5, known: bool = True, **changes) -> Training:
+def training(
+    size: int, *, steps: int = 8, rounds: int = 2, classes: int = 5, known: bool = True, **changes
+) -> Training:
     """Four batches of eight random images with random labels, or unknown ones."""
     generator = torch.Generator().manual_seed(2)
     images = torch.randn(32, 3, size, size, generator=generator)
@@ -47,8 +28,9 @@ def training(size: int, *, steps: int = 8, rounds: int = 2, classes: int = 5, kn
 
 
 def conv_bn(inputs: int, outputs: int, **kwargs: int) -> nn.Sequential:
-    return nn.Sequential(nn.Conv2d(inputs, outputs, 3, padding=1, bias=False, **kwargs), nn.BatchNorm2d(outputs),
-                         nn.ReLU())
+    return nn.Sequential(
+        nn.Conv2d(inputs, outputs, 3, padding=1, bias=False, **kwargs), nn.BatchNorm2d(outputs), nn.ReLU()
+    )
 
 
 class FlattenByView(nn.Module):
@@ -184,5 +166,14 @@ class TwoHeads(nn.Module):
         return self.left(x), self.right(x)
 
 
-ODD_NETWORKS = (FlattenByView, SqueezeExcitation, SpatialGate, Concatenations, UnevenConcatenation, ByHand, Grouped,
-                SharedAndTied, TwoHeads)
+ODD_NETWORKS = (
+    FlattenByView,
+    SqueezeExcitation,
+    SpatialGate,
+    Concatenations,
+    UnevenConcatenation,
+    ByHand,
+    Grouped,
+    SharedAndTied,
+    TwoHeads,
+)

@@ -148,3 +148,28 @@ def test_every_field_of_the_request_is_an_option(capsys, monkeypatch):
     for name in Request.model_fields:
         assert "--" + name.replace("_", "-") in help_text
     torch.manual_seed(0)
+
+
+def test_fractions_and_config_lists_come_from_the_shell(capsys, monkeypatch, tmp_path):
+    given = []
+    monkeypatch.setattr("compress.pipeline.check", lambda request: given.append(request) or {"possible": True})
+    call(capsys, monkeypatch, "check", "--layer-sparsity", "layer1=0.3", "--layer-sparsity", "conv1=0", "--json")
+    entries = [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}]
+    (tmp_path / "list.json").write_text(json.dumps(entries))
+    call(capsys, monkeypatch, "check", "--config-list", tmp_path / "list.json", "--json")
+    call(capsys, monkeypatch, "check", "--config-list", json.dumps(entries), "--json")
+    assert given[0].layer_sparsity == {"layer1": 0.3, "conv1": 0.0}
+    assert given[1].config_list == given[2].config_list == tuple(entries)
+    error = call(capsys, monkeypatch, "check", "--config-list", "no/list.json")[2]
+    assert "config_list: got 'no/list.json', expected a readable JSON file, or JSON itself" in error
+
+
+def test_the_reports_command_repeats_the_plan():
+    from compress.card import shell_command
+    from compress.request import Request
+
+    ratios = Request(layer_sparsity="layer1=0.3 conv1=0").model_dump(mode="json")
+    assert shell_command(ratios).endswith("--layer-sparsity layer1=0.3 --layer-sparsity conv1=0.0")
+    entries = '[{"op_types": ["Conv2d"], "sparse_ratio": 0.5}]'
+    command = shell_command(Request(config_list=entries).model_dump(mode="json"))
+    assert command.endswith(f"--config-list '{entries}'")

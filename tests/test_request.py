@@ -41,6 +41,35 @@ from compress.request import Request
             "target search, which is not there yet.",
         ),
         ({"pruner": "magic"}, "pruner: got 'magic', expected one of l1-norm, l2-norm, fpgm, level, taylor"),
+        ({"layer_sparsity": "conv1=1"}, "layer_sparsity: got 'conv1=1', expected layer or module names with fractions"),
+        ({"layer_sparsity": "a=0.1 a=0.2"}, "layer_sparsity: got 'a=0.1 a=0.2', expected layer or module names"),
+        ({"ranking": "best"}, "ranking: got 'best', expected one of per-group, global."),
+        (
+            {"max_layer_sparsity": 0.7},
+            "max_layer_sparsity: got 0.7, expected nothing, because it limits global ranking: ask for that.",
+        ),
+        (
+            {"max_layer_sparsity": 0.4, "ranking": "global"},
+            "max_layer_sparsity: got 0.4, expected at least the sparsity, which is 0.5.",
+        ),
+        ({"config_list": "[{]"}, "config_list: got '[{]', expected a JSON list of objects, as in NNI's tutorials."),
+        ({"config_list": "[]"}, "config_list: got '[]', expected a JSON list of objects, as in NNI's tutorials."),
+        (
+            {"config_list": '[{"op_types": ["Conv2d"], "sparse_ratio": 0.5}]', "sparsity": 0.3},
+            "sparsity: got 0.3, expected nothing, because config_list is given and says what is removed where.",
+        ),
+        (
+            {"config_list": '[{"op_types": ["Conv2d"], "sparse_ratio": 0.5}]', "layer_sparsity": "conv1=0.3"},
+            "layer_sparsity: got {'conv1': 0.3}, expected nothing, because config_list is given",
+        ),
+        (
+            {"pruner": "none", "layer_sparsity": {"conv1": 0.3}},
+            "layer_sparsity: got {'conv1': 0.3}, expected nothing, because the pruner is none: choose a pruner.",
+        ),
+        (
+            {"pruner": "level", "ranking": "global"},
+            "ranking: got 'global', expected nothing, because level treats the layers alike: take another.",
+        ),
         ({"seed": -1}, "seed: got -1, expected a whole number from 0 to 4294967295."),
     ],
 )
@@ -59,6 +88,15 @@ def test_refusals_say_what_is_allowed(values, sentence):
 def test_json_round_trip_is_exact(sparsity, bits, seed, exclude):
     request = Request(sparsity=sparsity, weight_bits=bits, seed=seed, exclude=tuple(exclude))
     assert Request.from_json(request.to_json()) == request
+
+
+def test_ratios_and_config_lists_are_read_from_text_and_survive_json():
+    entries = '[{"op_types": ["Conv2d"], "sparse_ratio": 0.5}]'
+    for text in ("layer1=0.3, conv1=0", ["layer1=0.3", "conv1=0"], '{"layer1": 0.3, "conv1": 0}'):
+        assert Request(layer_sparsity=text).layer_sparsity == {"layer1": 0.3, "conv1": 0.0}
+    for request in (Request(layer_sparsity="layer1=0.3", ranking="global"), Request(config_list=entries)):
+        assert Request.from_json(request.to_json()) == request
+    assert Request(config_list=entries).config_list == ({"op_types": ["Conv2d"], "sparse_ratio": 0.5},)
 
 
 def test_a_request_is_frozen():

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import difflib
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..errors import PruningError, RequestError
+from . import config_list as config_lists
+from . import ranking as rankings
 from .channels import LAYERS, Channels, GroupedConv
 from .sets import ChannelSet, ChannelSets
 from .trace import probe, traced_copy
+from .wishes import Ranking, Wishes, by_name, layers_inside
 
 DEFAULT_MULTIPLE = 8
 
@@ -70,6 +72,11 @@ def plan(
     sparsity: float,
     multiple: int = DEFAULT_MULTIPLE,
     exclude: Sequence[str] = (),
+    layer_sparsity: Mapping[str, float] | None = None,
+    ranking: Ranking = "per-group",
+    max_layer_sparsity: float | None = None,
+    config_list: Sequence[Mapping[str, Any]] | None = None,
+    pruner: str = "l1-norm",
 ) -> Plan:
     """Decide what to remove from `model`; nothing is changed.
 
@@ -82,21 +89,37 @@ def plan(
         sparsity: fraction of output channels to remove from each layer; 0 < sparsity < 1.
         multiple: kept channels are multiples of this.
         exclude: layers that stay, or modules whose layers all stay; what goes together with them stays too.
+        layer_sparsity: layer or module -> fraction in place of `sparsity`, for its whole group; 0 keeps it whole.
+        ranking: `global` lets the groups without a fraction of their own compete; see `ranking.kept_counts`.
+        max_layer_sparsity: with global ranking, the largest fraction that any layer loses.
+        config_list: NNI's way to say all of that, in place of the five arguments before; see `config_list.translate`.
+        pruner: whose metric ranks globally.
 
     Raises:
-        RequestError: an argument is out of range, or `exclude` names no layer of this model.
+        RequestError: an argument is out of range, names no layer of this model, or asks for what cannot be.
         PruningError: the model cannot be traced, or nothing in it can be removed.
     """
     _check_arguments(model, example, sparsity, multiple)
+    if max_layer_sparsity is not None and not sparsity <= max_layer_sparsity < 1:
+        raise RequestError("max_layer_sparsity", max_layer_sparsity, "a fraction from the sparsity to below 1")
     graph_module = traced_copy(model)
     probe(graph_module, example)
     channels = Channels(graph_module)
-    for layer in _excluded_layers(model, channels.layers(), exclude):
-        channels.sets.keep(channels.own_set[layer], "is excluded by you", [layer])
-    target = _Target(sparsity, multiple)
+    if config_list is not None:
+        wishes = config_lists.translate(model, channels.layers(), config_list)
+    else:
+        wishes = by_name(
+            channels.layers(), sparsity, exclude, layer_sparsity or {}, ranking=ranking, cap=max_layer_sparsity
+        )
+    if wishes.ranking == "global":
+        rankings.require_metric(pruner)
+    _keep_as_asked(channels, wishes)
     for conv in channels.grouped:
-        _settle_grouped(channels.sets, conv, target)
-    groups, left_out = _decide(channels, model, target)
+        _settle_grouped(channels.sets, conv, wishes, multiple)
+    groups, left_out = _decide(channels, model, wishes, multiple)
+    if wishes.ranking == "global":
+        groups, unchanged = _rank(model, groups, wishes, multiple, pruner)
+        left_out += unchanged
     if not groups:
         example_reason = f": {left_out[0].layer} {left_out[0].reason}" if left_out else ""
         raise PruningError(
@@ -114,7 +137,7 @@ def plan_without_shrinking(model: nn.Module, *, exclude: Sequence[str] = ()) -> 
         PruningError: no layer is left.
     """
     layers = [name for name, module in model.named_modules() if type(module) in LAYERS]
-    excluded = set(_excluded_layers(model, layers, exclude))
+    excluded = {layer for name in exclude for layer in layers_inside(layers, name, "exclude")}
     thinned = tuple(layer for layer in layers if layer not in excluded)
     if not thinned:
         raise PruningError(
@@ -124,6 +147,39 @@ def plan_without_shrinking(model: nn.Module, *, exclude: Sequence[str] = ()) -> 
     reasons = {layer: "keeps its shape: its smallest weights become zero" for layer in thinned}
     left_out = tuple(LeftOut(layer, reasons.get(layer, "is excluded by you")) for layer in layers)
     return Plan((), left_out, thinned)
+
+
+def _keep_as_asked(channels: Channels, wishes: Wishes) -> None:
+    """Rule out what the user excludes, keeps whole, or does not select."""
+    sets = channels.sets
+    for layer in wishes.excluded:
+        sets.keep(channels.own_set[layer], "is excluded by you", [layer])
+    for root in sets.roots():
+        layers = sets[root].layers
+        ratio = wishes.ratio(layers)
+        if ratio == 0:
+            sets.keep(root, "is kept whole by you, with a sparsity of 0")
+        elif ratio is None:
+            sets.keep(root, "is not selected by the config list")
+
+
+def _rank(
+    model: nn.Module, groups: tuple[Group, ...], wishes: Wishes, multiple: int, pruner: str
+) -> tuple[tuple[Group, ...], tuple[LeftOut, ...]]:
+    """The groups with what global ranking leaves them; until here they have the fewest channels that are allowed."""
+    rivals = [group for group in groups if wishes.competes(group.layers)]
+    counts = rankings.kept_counts(
+        model,
+        [(group.layers, group.channels_before, group.channels_after, group.unit, group.blocks) for group in rivals],
+        sparsity=wishes.sparsity,
+        multiple=multiple,
+        pruner=pruner,
+    )
+    ranked = {group.layers: replace(group, channels_after=count) for group, count in zip(rivals, counts, strict=True)}
+    groups = tuple(ranked.get(group.layers, group) for group in groups)
+    whole = [layer for group in groups if group.channels_after == group.channels_before for layer in group.layers]
+    reason = "ranks above the others: its channels matter most"
+    return tuple(group for group in groups if group.layers[0] not in whole), tuple(LeftOut(n, reason) for n in whole)
 
 
 @dataclass(frozen=True)
@@ -139,6 +195,13 @@ class _Target:
         wanted = (1 - self.sparsity) * channels
         # Half a step rounds up: the halfway case keeps more. The small number is for products such as 0.3 * 40.
         return min(channels, max(step, step * math.floor(wanted / step + 0.5 + 1e-9)))
+
+    def fewest(self, channels: int, unit: int = 1, blocks: int = 1) -> int:
+        """The smallest number that does not remove more than the target's share; at least one multiple."""
+        if channels % unit or (channels // unit) % blocks:
+            return channels
+        step = math.lcm(self.multiple, unit * blocks)
+        return min(channels, max(step, step * math.ceil((1 - self.sparsity) * channels / step - 1e-9)))
 
     def miss(self, channels: int, kept: int) -> float:
         """How far a number of kept channels is from what was asked."""
@@ -165,26 +228,14 @@ def check_example(model: nn.Module, example: torch.Tensor) -> None:
         )
 
 
-def _excluded_layers(model: nn.Module, layers: list[str], exclude: Sequence[str]) -> list[str]:
-    modules = [name for name, _ in model.named_modules() if name]
-    found = []
-    for name in exclude:
-        inside = [layer for layer in layers if layer == name or layer.startswith(f"{name}.")]
-        if not inside:
-            names = [item for item in modules if any(layer == item or layer.startswith(f"{item}.") for layer in layers)]
-            close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
-            hint = f", such as {', '.join(close)}" if close else f", such as {', '.join(layers[:3])}"
-            raise RequestError("exclude", name, f"the name of a Conv2d or Linear layer, or of a part with some{hint}")
-        found += inside
-    return found
-
-
-def _settle_grouped(sets: ChannelSets, conv: GroupedConv, target: _Target) -> None:
+def _settle_grouped(sets: ChannelSets, conv: GroupedConv, wishes: Wishes, multiple: int) -> None:
     """Choose how the channels around a grouped convolution may go: whole groups, or evenly out of every group."""
     result = sets[conv.result]
     source = None if conv.source is None else sets[conv.source]
     free = source is not None and source.kept is None and result.kept is None
-    if free and source.channels == result.channels:
+    fractions = {wishes.ratio(found.layers) for found in (source, result) if found is not None}
+    if free and source.channels == result.channels and (len(fractions) == 1 or not _have_own(wishes, source, result)):
+        target = _Target(wishes.ratio([*source.layers, *result.layers]) or 0.0, multiple)
         width = result.channels // conv.groups
         whole = target.kept(
             result.channels, math.lcm(width, source.unit, result.unit), math.lcm(source.blocks, result.blocks)
@@ -205,12 +256,20 @@ def _settle_grouped(sets: ChannelSets, conv: GroupedConv, target: _Target) -> No
             found.bonds.append(f"each of the {conv.groups} groups of {conv.layer} keeps the same number")
 
 
-def _decide(channels: Channels, model: nn.Module, target: _Target) -> tuple[tuple[Group, ...], tuple[LeftOut, ...]]:
+def _have_own(wishes: Wishes, *sets: ChannelSet) -> bool:
+    """Whether each of these sets is asked for a fraction of its own, so that they cannot share one."""
+    return all(any(layer in wishes.ratios for layer in found.layers) for found in sets)
+
+
+def _decide(
+    channels: Channels, model: nn.Module, wishes: Wishes, multiple: int
+) -> tuple[tuple[Group, ...], tuple[LeftOut, ...]]:
     groups: list[Group] = []
     reasons: dict[str, str] = {}
     for root in channels.sets.roots():
         found = channels.sets[root]
-        after = target.kept(found.channels, found.unit, found.blocks)
+        target = _Target(wishes.ratio(found.layers) or 0.0, multiple)
+        after = _channels_after(found, wishes, target)
         if found.kept is not None:
             reasons |= {layer: _kept_reason(layer, found) for layer in found.layers}
         elif after >= found.channels:
@@ -223,9 +282,27 @@ def _decide(channels: Channels, model: nn.Module, target: _Target) -> tuple[tupl
     for name, module in model.named_modules():
         if type(module) in LAYERS and name not in channels.own_set:
             reasons[name] = "is not called by the forward pass, or only inside a module that torch.fx does not open"
+    _refuse_named(channels, wishes, reasons)
     order = {layer: index for index, layer in enumerate(channels.layers())}
     left_out = sorted(reasons, key=lambda layer: order.get(layer, len(order)))
     return tuple(groups), tuple(LeftOut(layer, reasons[layer]) for layer in left_out)
+
+
+def _channels_after(found: ChannelSet, wishes: Wishes, target: _Target) -> int:
+    """What is kept; of a group that competes, the fewest that may be."""
+    if not wishes.competes(found.layers):
+        return target.kept(found.channels, found.unit, found.blocks)
+    limit = replace(target, sparsity=1.0 if wishes.cap is None else wishes.cap)
+    return limit.fewest(found.channels, found.unit, found.blocks)
+
+
+def _refuse_named(channels: Channels, wishes: Wishes, reasons: Mapping[str, str]) -> None:
+    """Raise `RequestError` for a fraction asked by name of layers that all must stay whole."""
+    sets = (channels.sets[root] for root in channels.sets.roots())
+    fixed = {*channels.followers, *(layer for found in sets if found.kept for layer in found.layers)}
+    for name, layers in wishes.named.items():
+        if fixed.issuperset(layers):
+            raise RequestError(wishes.where, name, f"a layer that can be pruned, but {layers[0]} {reasons[layers[0]]}")
 
 
 def _kept_reason(layer: str, found: ChannelSet) -> str:

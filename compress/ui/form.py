@@ -25,6 +25,10 @@ SECTIONS = {
         "pruner",
         "channel_multiple",
         "exclude",
+        "layer_sparsity",
+        "ranking",
+        "max_layer_sparsity",
+        "config_list",
         "reconstruction_images",
         "pruning_epochs",
         "pruning_learning_rate",
@@ -46,6 +50,11 @@ SECTIONS = {
 """Fields that are folded away, by heading."""
 SET_BY_MAIN_FIELDS = ("model", "checkpoint", "data", "sparsity", "quantizer", "weight_bits")
 SAME = "same as the weights"
+PLACEHOLDERS = {
+    "layer_sparsity": "layer1.0.conv1=0.3",
+    "max_layer_sparsity": "no limit",
+    "config_list": '[{"op_types": ["Conv2d"], "sparse_ratio": 0.5}]',
+}
 
 
 def folded_fields() -> dict[str, tuple[str, ...]]:
@@ -184,7 +193,7 @@ def _component(name: str) -> Component:
         return gr.Checkbox(value=field.default, label=label, info=info)
     if kind in (int, float) and not optional:
         return gr.Number(value=field.default, label=label, info=info, precision=0 if kind is int else None)
-    return gr.Textbox(value="", label=label, info=info, placeholder=_placeholder(kind))
+    return gr.Textbox(value="", label=label, info=info, placeholder=PLACEHOLDERS.get(name) or _placeholder(kind))
 
 
 def _value(name: str, value: Any) -> Any:

@@ -300,11 +300,13 @@ def checked(found: Mapping[str, Any]) -> str:
         for g in found["groups"]
     ]
     kept = [(str(item["layer"]), str(item["reason"])) for item in found["left_out"]]
+    modules = [(line["level"], line["module"], line["text"]) for line in found.get("modules", ())]
     runtimes = [(str(item["runtime"]), str(item["text"])) for item in found["runtimes"]]
     parts = [f'<p class="{"good" if found["possible"] else "bad"}">{escape(str(found["text"]))}</p>']
     for title, headers, rows in (
         ("Layers that shrink", ("Layers", "Channels", "Kept", "Why together"), groups),
         ("Layers that stay whole", ("Layer", "Why"), kept),
+        ("Each layer", ("", "Layer", "What happens to it"), modules),
         ("Runtimes", ("Runtime", "State"), runtimes),
     ):
         if rows:

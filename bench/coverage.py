@@ -1,0 +1,273 @@
+"""Which torchvision classifiers can be pruned, proved for each: `docs/coverage.md` and `.json`.
+
+    python -m bench.coverage [MODELS...] [--out docs] [--again]
+
+Each row is made in a process of its own: 50 % pruned and proved equal to the masked model, saved, rebuilt in a process
+in which nni cannot be imported, exported to ONNX and run by ONNX Runtime. A row that is there already and was made with
+the same versions is kept unless `--again` is given. Weights are random, so that nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torchvision.models.regnet import BlockParams, RegNet
+from torchvision.models.vision_transformer import VisionTransformer
+
+from bench.randomised import randomise
+from compress import catalog, evaluation, machine, models, onnx_export, pruning
+from compress.deployment import FLOAT_TOLERANCE
+from compress.engines import RUNTIMES, BuildSpec
+from compress.files import write_text
+from compress.images import Preprocessing
+from compress.pruning.equality import TOLERANCE
+
+Row = dict[str, Any]
+
+SPARSITY, CLASSES, SEED = 0.5, 10, 0
+AUXILIARY = "+aux"
+WITH_AUXILIARY = ("googlenet", "inception_v3")
+SIZES = {"inception_v3": 96, "maxvit_t": 224, "vit_h_14": 56}
+"""Images in pixels where 64 are too few or do not fit the patches."""
+LIMIT_S = 1800
+_PATH = re.compile(r"\b\w+(\.\w+)+\b")
+
+
+def _one_block_per_stage() -> nn.Module:
+    """regnet_y_128gf (Goyal et al., arXiv:2202.08360) with its widths and groups, one block in each stage."""
+    full = BlockParams.from_init_params(depth=27, w_0=456, w_a=160.83, w_m=2.52, group_width=264, se_ratio=0.25)
+    shallow = BlockParams(
+        [1] * len(full.depths), full.widths, full.group_widths, full.bottleneck_multipliers, full.strides, full.se_ratio
+    )
+    return RegNet(shallow, num_classes=CLASSES)
+
+
+REDUCED = {
+    "vit_h_14": ("2 of 32 blocks", lambda: VisionTransformer(56, 14, 2, 16, 1280, 5120, num_classes=CLASSES)),
+    "regnet_y_128gf": ("1 block per stage", _one_block_per_stage),
+}
+"""Too large for the memory of a small machine in full: what is built of them instead, with their own widths."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A classifier as this table tests it; `architecture` is None for one at reduced depth."""
+
+    name: str
+    architecture: models.Architecture | None
+    input_size: int
+
+    def build(self) -> nn.Module:
+        with torch.random.fork_rng():
+            torch.manual_seed(SEED)
+            model = models.build(self.architecture) if self.architecture else REDUCED[self.name][1]()
+        return randomise(model)
+
+    def images(self) -> Tensor:
+        """[2, 3, size, size], the same in every process."""
+        shape = (2, 3, self.input_size, self.input_size)
+        return torch.randn(shape, generator=torch.Generator().manual_seed(SEED))
+
+
+def names() -> tuple[str, ...]:
+    """Every row of the table, in order."""
+    with_auxiliary = [name + AUXILIARY for name in WITH_AUXILIARY]
+    return tuple(sorted([*catalog.names(), *with_auxiliary]))
+
+
+def subject(name: str) -> Subject:
+    plain = name.removesuffix(AUXILIARY)
+    size = SIZES.get(plain, 64)
+    if plain in REDUCED:
+        return Subject(plain, None, size)
+    architecture = models.fresh(plain, CLASSES, size)
+    if name != plain:
+        kwargs = architecture.kwargs | {"aux_logits": True, "init_weights": False}
+        architecture = models.Architecture(plain, CLASSES, kwargs)
+    return Subject(name, architecture, size)
+
+
+# ---- one row ------------------------------------------------------------------------------------------------------
+
+
+def measure(name: str, folder: Path) -> Row:
+    """One row, in this process; the model is left in `folder`.
+
+    Raises:
+        CompressError: the model cannot be pruned, is not equal to the masked one, or cannot be exported.
+    """
+    tested = subject(name)
+    model, images = tested.build(), tested.images()
+    started = time.perf_counter()
+    plan = pruning.plan(model, images, sparsity=SPARSITY)
+    shrunk = pruning.prune(model, images, plan, "l1-norm")
+    seconds = time.perf_counter() - started
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    preprocessing = Preprocessing(tested.input_size, (0.5,) * 3, (0.5,) * 3)
+    small = shrunk.model.eval()
+    models.save(small, folder, architecture=tested.architecture, preprocessing=preprocessing, class_names=())
+    expected = evaluation.torch_answer(small)(images.numpy())
+    return {
+        "model": name,
+        "reduced": REDUCED[name][0] if name in REDUCED else None,
+        "input_size": tested.input_size,
+        "relative_difference": shrunk.max_abs_diff / shrunk.reference_scale,
+        "parameters": models.count_parameters(model),
+        "parameters_kept": models.count_parameters(small) / models.count_parameters(model),
+        "macs_kept": models.count_macs(small, tested.input_size) / models.count_macs(model, tested.input_size),
+        "reload_difference": float(np.abs(expected - _answers_without_nni(name, folder)).max()),
+        "onnx_relative_difference": _onnx_difference(small, tested, folder, expected),
+        "seconds": seconds,
+        "peak_bytes": peak,
+        "layers": len(plan.layers) + len(plan.left_out),
+        "left_out": [[left.layer, left.reason] for left in plan.left_out],
+    }
+
+
+def passes(row: Row) -> dict[str, bool]:
+    """Whether a row is equal to its masked model, reloads, and exports."""
+    if "error" in row:
+        return dict.fromkeys(("equal", "reloaded", "exported"), False)
+    return {
+        "equal": row["relative_difference"] <= TOLERANCE,
+        "reloaded": row["reload_difference"] == 0,
+        "exported": row["onnx_relative_difference"] <= FLOAT_TOLERANCE,
+    }
+
+
+def answer(name: str, folder: Path) -> None:
+    """Rebuild the model in `folder` and write its answers there; the process that does this cannot import nni."""
+    tested = subject(name)
+    template = None if tested.architecture else tested.build()
+    model = models.rebuild(folder, model=template)
+    np.save(folder / "answers.npy", evaluation.torch_answer(model)(tested.images().numpy()))
+
+
+def _answers_without_nni(name: str, folder: Path) -> np.ndarray:
+    script = (
+        "import sys; sys.modules['nni'] = None; from pathlib import Path; from bench.coverage import answer; "
+        "answer(sys.argv[1], Path(sys.argv[2]))"
+    )
+    subprocess.run([sys.executable, "-c", script, name, str(folder)], check=True, timeout=LIMIT_S)
+    return np.load(folder / "answers.npy")
+
+
+def _onnx_difference(model: nn.Module, tested: Subject, folder: Path, expected: np.ndarray) -> float:
+    path = folder / "model.onnx"
+    onnx_export.export(model, path, input_size=tested.input_size)
+    with RUNTIMES["onnxruntime"].load(path, BuildSpec(tested.input_size, static=False)) as session:
+        return evaluation.compare(expected, session.run(tested.images().numpy())).relative
+
+
+def _in_a_process(name: str) -> Row:
+    """The row of `name`, or one that says how the process ended."""
+    script = (
+        "import json, sys; from pathlib import Path; from bench.coverage import measure; "
+        "row = measure(sys.argv[1], Path(sys.argv[2])); Path(sys.argv[2], 'row.json').write_text(json.dumps(row))"
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-c", script, name, folder]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S, check=False)
+        except subprocess.TimeoutExpired:
+            return {"model": name, "error": f"did not end within {LIMIT_S} s"}
+        if done.returncode == 0:
+            return json.loads(Path(folder, "row.json").read_text())
+    said = done.stderr.strip().splitlines()[-1:] or ["it said nothing"]
+    return {"model": name, "error": f"ended with code {done.returncode}: {said[0]}"}
+
+
+# ---- the table ----------------------------------------------------------------------------------------------------
+
+
+def table(rows: list[Row], versions: dict[str, str], command: str) -> str:
+    """The table as Markdown: the total, a line for each row, and how it was made."""
+    passed = [passes(row) for row in rows]
+    total = ", ".join(f"{sum(one[key] for one in passed)} {key}" for key in ("equal", "reloaded", "exported"))
+    lines = [
+        "# Coverage",
+        "",
+        f"**{len(rows)} rows: {total}.**",
+        "",
+        f"Each of torchvision's classifiers with random weights, {SPARSITY:.0%} of the channels removed. *Difference*: the "
+        f"largest of the shrunk model's answers to the masked model's, relative to their scale (at most {TOLERANCE:g}). "
+        "*Reload*: equal bit for bit in a process that cannot import nni. *ONNX*: relative difference of the exported "
+        f"file to torch by ONNX Runtime (at most {FLOAT_TOLERANCE:g}). *Peak*: memory of the process up to the shrunk "
+        "model.",
+        "",
+        "| model | difference | parameters kept | MACs kept | reload | ONNX | seconds | peak | layers that stay whole |",
+        "|---|---|---|---|---|---|---|---|---|",
+        *(_line(row) for row in rows),
+        "",
+        f"Made by `{command}` with " + ", ".join(f"{name} {version}" for name, version in versions.items()) + ".",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _line(row: Row) -> str:
+    if "error" in row:
+        return f"| {row['model']} | **failed** |  |  |  |  |  |  | {row['error'].replace('|', '/')} |"
+    name = f"{row['model']} ({row['reduced']})" if row["reduced"] else row["model"]
+    cells = [
+        name,
+        f"{row['relative_difference']:.1e}",
+        f"{row['parameters_kept']:.1%} of {row['parameters'] / 1e6:.1f} M",
+        f"{row['macs_kept']:.1%}",
+        "equal" if row["reload_difference"] == 0 else f"**{row['reload_difference']:.1e}**",
+        f"{row['onnx_relative_difference']:.1e}",
+        f"{row['seconds']:.1f}",
+        f"{row['peak_bytes'] / 1e9:.2f} GB",
+        _stays(row),
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def _stays(row: Row) -> str:
+    """How many layers stay whole, and the two commonest reasons without the names of single layers."""
+    shortened = (_PATH.sub("a layer", reason.rpartition(", which ")[2]) for _, reason in row["left_out"])
+    reasons = Counter(reason.partition(":")[0].partition(" (")[0] for reason in shortened)
+    told = "; ".join(f"{count} {reason}" for reason, count in reasons.most_common(2))
+    return f"{len(row['left_out'])} of {row['layers']}: {told}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("models", nargs="*", help="rows to make; all by default", metavar="MODELS")
+    parser.add_argument("--out", type=Path, default=Path("docs"))
+    parser.add_argument("--again", action="store_true", help="make rows again that are there already")
+    options = parser.parse_args()
+    unknown = sorted(set(options.models) - set(names()))
+    if unknown:
+        parser.error(f"{unknown[0]} is no row of the table; the rows are {', '.join(names())}")
+    versions = machine.describe(1).versions
+    path = options.out / "coverage.json"
+    found = json.loads(path.read_text()) if path.exists() else {"versions": versions, "rows": []}
+    rows = {row["model"]: row for row in found["rows"]} if found["versions"] == versions else {}
+    for name in options.models or names():
+        if options.again or name not in rows or "error" in rows[name]:
+            rows[name] = _in_a_process(name)
+            ordered = [rows[key] for key in names() if key in rows]
+            command = "python -m bench.coverage"
+            write_text(path, json.dumps({"versions": versions, "command": command, "rows": ordered}, indent=1) + "\n")
+            write_text(options.out / "coverage.md", table(ordered, versions, command))
+            print(_line(rows[name]), flush=True)
+    if not all(all(passes(rows[name]).values()) for name in options.models or names()):
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

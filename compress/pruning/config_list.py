@@ -1,0 +1,219 @@
+"""NNI's config lists, in the keys of NNI 3.0 or 2.x, translated into what a plan can promise.
+
+How an entry selects layers is NNI's rule: names and patterns (matched from the start of a name), of these the given
+types, less what it excludes; a later entry overrides an earlier one. What a plan does not do is refused by name.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from ..errors import RequestError
+from .wishes import Wishes, hint
+
+_SHARED = {"op_names", "op_types"}
+_NEW = {
+    "op_names_re", "exclude_op_names", "exclude_op_types", "exclude_op_names_re", "sparse_ratio", "max_sparse_ratio",
+    "global_group_id", "target_names", "target_settings",
+}  # fmt: skip
+_OLD = {
+    "op_partial_names", "exclude", "sparsity", "sparsity_per_layer", "total_sparsity", "max_sparsity_per_layer",
+}  # fmt: skip
+_REFUSED = {
+    "sparse_threshold": "sparse_ratio: a threshold does not say how many channels stay",
+    "min_sparse_ratio": "max_sparse_ratio or nothing: only an upper limit can be kept",
+    "dependency_group_id": "nothing: which layers go together follows from the network",
+    "internal_metric_block": "nothing: how grouped convolutions lose channels follows from the network",
+    "align": "nothing: the kept channels of a group are equal anyway",
+    "apply_method": "nothing: channels are removed, not scaled",
+    "granularity": "nothing: whole output channels are removed",
+}
+_TYPES = ("Conv2d", "Linear")
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """One entry with its keys in NNI 3.0's meaning."""
+
+    layers: tuple[str, ...]
+    ratio: float | None
+    """None: an exclusion."""
+    pool: Any
+    cap: float | None
+    named: tuple[str, ...]
+    without: tuple[str, ...]
+    """Layers that the entry excludes from its own selection."""
+
+
+def translate(model: nn.Module, layers: Sequence[str], entries: Sequence[Mapping[str, Any]]) -> Wishes:
+    """The wishes that a config list means for `model`, whose prunable kinds of layers are `layers`.
+
+    Layers that no entry selects stay, unless they share channels with one that is selected.
+
+    Raises:
+        RequestError: an unknown key, both styles of keys, a name that does not exist, or what a plan cannot honour.
+    """
+    _refuse_keys(entries)
+    read = [_read(number, entry, model, layers) for number, entry in enumerate(entries, 1)]
+    chosen: dict[str, _Entry] = {}
+    excluded = {layer for entry in read for layer in entry.without}
+    for entry in read:
+        if entry.ratio is not None:
+            chosen |= dict.fromkeys(entry.layers, entry)
+    forbidden = {layer for entry in read if entry.ratio is None for layer in entry.layers}
+    excluded = (excluded - set(chosen)) | forbidden
+    chosen = {layer: entry for layer, entry in chosen.items() if layer not in forbidden}
+    if not chosen:
+        raise RequestError("config_list", list(entries), "at least one entry with a ratio that selects a layer")
+    pools = {(entry.pool, entry.ratio, entry.cap) for entry in chosen.values() if entry.pool is not None}
+    if len(pools) > 1:
+        raise RequestError(
+            "config_list", sorted(str(pool) for pool, _, _ in pools), "one global group with one ratio and one limit"
+        )
+    pool = next(iter(pools), None)
+    fixed = {layer: entry.ratio for layer, entry in chosen.items() if entry.pool is None}
+    return Wishes(
+        sparsity=pool[1] if pool else 0.5,  # without a pool nothing reads it: `chosen` is empty
+        ratios={layer: ratio for layer, ratio in fixed.items() if ratio is not None},
+        chosen=frozenset(layer for layer, entry in chosen.items() if entry.pool is not None),
+        excluded=tuple(layer for layer in layers if layer in excluded),
+        ranking="global" if pool else "per-group",
+        cap=pool[2] if pool else None,
+        named={name: (name,) for name, entry in chosen.items() if name in entry.named and entry.ratio},
+        where="config_list",
+    )
+
+
+def _refuse_keys(entries: Sequence[Mapping[str, Any]]) -> None:
+    keys = {key for entry in entries for key in entry}
+    for key in sorted(keys):
+        if key in _REFUSED:
+            raise RequestError("config_list", key, _REFUSED[key])
+        if key not in _SHARED | _NEW | _OLD:
+            raise RequestError("config_list", key, f"one of NNI's keys {', '.join(sorted(_SHARED | _NEW | _OLD))}")
+    new, old = sorted(keys & _NEW), sorted(keys & _OLD)
+    if new and old:
+        raise RequestError(
+            "config_list",
+            f"{new[0]} and {old[0]}",
+            "the keys of one version of NNI: the first is of 3.0, the other of 2.x",
+        )
+
+
+def _read(number: int, entry: Mapping[str, Any], model: nn.Module, layers: Sequence[str]) -> _Entry:
+    selected, without = _select(number, entry, model, layers)
+    named = tuple(_strings(number, entry, "op_names"))
+    if "exclude" in entry:
+        if entry["exclude"] is not True or _ratio_keys(entry):
+            raise RequestError("config_list", f"exclude in entry {number}", "exclude: true without a ratio beside it")
+        return _Entry(selected, None, None, None, named, ())
+    keys = _ratio_keys(entry)
+    if len(keys) != 1:
+        raise RequestError(
+            "config_list", f"{' and '.join(keys) or 'no ratio'} in entry {number}", "one ratio, such as sparse_ratio"
+        )
+    ratio = _fraction(number, entry, keys[0])
+    _refuse_targets(number, entry)
+    pool = entry.get("global_group_id", f"entry {number}" if keys[0] == "total_sparsity" else None)
+    limit = next((key for key in ("max_sparse_ratio", "max_sparsity_per_layer") if key in entry), None)
+    cap = None if limit is None or entry[limit] == 1 else _fraction(number, entry, limit)
+    if cap is not None and cap < ratio:
+        raise RequestError("config_list", f"{limit}={cap:g} in entry {number}", f"at least {keys[0]}, {ratio:g}")
+    if pool is not None and not ratio:
+        raise RequestError("config_list", f"{keys[0]}=0 in entry {number}", "more than 0 for a global group")
+    return _Entry(selected, ratio, pool, cap, named, without)
+
+
+def _ratio_keys(entry: Mapping[str, Any]) -> list[str]:
+    return [key for key in ("sparse_ratio", "sparsity", "sparsity_per_layer", "total_sparsity") if key in entry]
+
+
+def _fraction(number: int, entry: Mapping[str, Any], key: str) -> float:
+    value = entry[key]
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
+        raise RequestError("config_list", f"{key}={value!r} in entry {number}", "a fraction from 0 to below 1")
+    return float(value)
+
+
+def _refuse_targets(number: int, entry: Mapping[str, Any]) -> None:
+    settings = entry.get("target_settings", {})
+    if not isinstance(settings, dict) or not all(isinstance(setting, dict) for setting in settings.values()):
+        raise RequestError(
+            "config_list", f"target_settings in entry {number}", "an object of objects, as in NNI's manual"
+        )
+    strange = sorted({*entry.get("target_names", ()), *settings} - {"weight", "bias"})
+    if strange:
+        raise RequestError("config_list", f"the target {strange[0]} in entry {number}", "weight or bias")
+    for target, setting in settings.items():
+        for key, value in setting.items():
+            if key != "granularity" or value not in ("default", "out_channel"):
+                raise RequestError(
+                    "config_list",
+                    f"{key}={value!r} of {target} in entry {number}",
+                    "granularity out_channel or default: whole output channels are removed",
+                )
+
+
+def _select(
+    number: int, entry: Mapping[str, Any], model: nn.Module, layers: Sequence[str]
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The layers that an entry selects, and those that it would without its own exclusions."""
+    types = {layer: type(model.get_submodule(layer)).__name__ for layer in layers}
+    names = set(_known(number, entry, "op_names", layers)) | _matching(number, entry, "op_names_re", layers)
+    partial = _strings(number, entry, "op_partial_names")
+    names |= {layer for layer in layers if any(part in layer for part in partial)}
+    by_name = any(key in entry for key in ("op_names", "op_names_re", "op_partial_names"))
+    by_type = set(_known_types(number, entry, "op_types"))
+    if not by_name and not by_type:
+        raise RequestError("config_list", f"entry {number} without a selection", "op_names, op_names_re or op_types")
+    wanted = {layer for layer in layers if not by_name or layer in names}
+    wanted = {layer for layer in wanted if not by_type or types[layer] in by_type}
+    out = set(_known(number, entry, "exclude_op_names", layers)) | _matching(
+        number, entry, "exclude_op_names_re", layers
+    )
+    out |= {layer for layer in layers if types[layer] in _known_types(number, entry, "exclude_op_types")}
+    if not wanted - out:
+        raise RequestError(
+            "config_list", f"entry {number}, which selects no layer", "an entry that selects at least one"
+        )
+    return tuple(sorted(wanted - out)), tuple(sorted(wanted & out))
+
+
+def _known(number: int, entry: Mapping[str, Any], key: str, layers: Sequence[str]) -> list[str]:
+    names = _strings(number, entry, key)
+    for name in names:
+        if name not in layers:
+            raise RequestError(
+                "config_list", f"{name} in {key}", f"the name of a Conv2d or Linear layer{hint(layers, name)}"
+            )
+    return names
+
+
+def _known_types(number: int, entry: Mapping[str, Any], key: str) -> list[str]:
+    types = _strings(number, entry, key)
+    for kind in types:
+        if kind not in (*_TYPES, "default"):
+            raise RequestError(
+                "config_list", f"{kind} in {key}", f"{' or '.join(_TYPES)}: only their channels are removed"
+            )
+    return list(_TYPES) if "default" in types else types
+
+
+def _matching(number: int, entry: Mapping[str, Any], key: str, layers: Sequence[str]) -> set[str]:
+    try:
+        patterns = [re.compile(pattern) for pattern in _strings(number, entry, key)]
+    except re.error as error:
+        raise RequestError("config_list", f"{key} in entry {number}", f"regular expressions ({error})") from None
+    return {layer for layer in layers if any(pattern.match(layer) for pattern in patterns)}
+
+
+def _strings(number: int, entry: Mapping[str, Any], key: str) -> list[str]:
+    value = entry.get(key, [])
+    if not isinstance(value, list | tuple) or not all(isinstance(item, str) for item in value):
+        raise RequestError("config_list", f"{key} in entry {number}", "a list of strings")
+    return list(value)

@@ -1,0 +1,72 @@
+"""What the check says of each layer after a dry run on a tiny network, and what it calls impossible."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from pruning_networks import conv_bn, randomise
+from torch import nn
+
+from compress import pipeline, rehearsal
+from compress.errors import HandoffError
+from compress.request import Request
+
+
+class Odd(nn.Module):
+    """A convolution that shrinks, one that feeds a GroupNorm and so stays whole, and the answer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.free, self.held, self.norm = conv_bn(3, 32), nn.Conv2d(32, 16, 3), nn.GroupNorm(4, 16)
+        self.head = nn.Linear(16, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.norm(self.held(self.free(x))).mean((2, 3)))
+
+
+def check(**asked):
+    torch.manual_seed(0)
+    request = Request(**({"model": "custom", "data": "none", "input_size": 32} | asked))
+    return pipeline.check(request, model=randomise(Odd()))
+
+
+@pytest.fixture(scope="module")
+def found():
+    return check()
+
+
+def test_each_layer_has_a_line_of_its_level(found):
+    lines = {line["module"]: (line["level"], line["text"]) for line in found["modules"]}
+    assert lines["free.0"] == ("green", "32 to 16 channels, integers")
+    level, text = lines["held"]
+    assert level == "amber" and text.startswith("stays whole: it feeds GroupNorm (norm)")
+    assert lines["head"] == ("amber", "stays whole: it gives the answer: its outputs are the classes")
+    assert found["possible"] and not found["problems"]
+
+
+def test_each_runtime_was_tried(found):
+    texts = {row["runtime"]: row["text"] for row in found["runtimes"]}
+    assert texts["onnxruntime"] == "runs here; 3 of 3 layers on integers"
+
+
+@pytest.mark.parametrize(
+    ("asked", "module", "sentence"),
+    [
+        ({"layer_sparsity": "head=0.5"}, "head", "layer_sparsity: got 'head', expected a layer that can be pruned"),
+        ({"exclude": ["hed"]}, "custom", "exclude: got 'hed', expected the name of a Conv2d or Linear layer"),
+    ],
+)
+def test_what_is_impossible_is_a_red_line(asked, module, sentence):
+    found = check(**asked)
+    assert not found["possible"] and found["problems"][0].startswith(sentence)
+    assert [(line["module"], line["level"]) for line in found["modules"]] == [(module, "red")]
+
+
+def test_a_runtime_that_refuses_is_a_problem_only_when_it_was_asked_for(monkeypatch):
+    def refuse(*args):
+        raise HandoffError("ONNX Runtime cannot load it.")
+
+    monkeypatch.setattr(type(rehearsal.RUNTIMES["onnxruntime"]), "build", refuse)
+    asked = {"quantizer": "none", "weight_bits": 32, "activation_bits": 32}
+    assert check(**asked)["possible"]
+    assert check(**asked, runtime="onnxruntime")["problems"] == ["ONNX Runtime cannot load it."]
