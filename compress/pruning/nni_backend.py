@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from .. import _nni
+from ..attention import heads_of, is_attention, value_rows
 from ..errors import PruningError
 from .plan import Group, Plan
 from .trace import structure_copy
@@ -70,9 +71,19 @@ def _make_comparable(subject: nn.Module, plan: Plan) -> None:
     """Turn Linear layers that share channels with convolutions, as in a gate, into 1 x 1 convolutions.
 
     NNI averages the metrics within a group, and refuses metrics of two shapes.
+
+    Attention, which NNI does not know, becomes a Linear of its value rows, so a head's metric is a norm (or, for fpgm, a
+    distance) of W_V. Whole heads can go at a small loss (Michel et al., "Are Sixteen Heads Really Better than One?",
+    arXiv:1905.10650). A small norm tells which for the reason it does with filters (Li et al., arXiv:1608.08710): it
+    bounds what is handed on. A head gives averages of W_V x, whose weights sum to one, so the sizes of query and key
+    decide where it looks and not how much it gives.
     """
     for group in plan.groups:
         members = {layer: subject.get_submodule(layer) for layer in group.layers}
+        for layer, member in members.items():
+            if is_attention(member):
+                subject.set_submodule(layer, _linear(value_rows(member)))
+                members[layer] = subject.get_submodule(layer)
         if len({member.weight.dim() for member in members.values()}) == 1:
             continue
         for layer, member in members.items():
@@ -82,16 +93,29 @@ def _make_comparable(subject: nn.Module, plan: Plan) -> None:
                 subject.set_submodule(layer, conv)
 
 
+def _linear(weight: torch.Tensor) -> nn.Linear:
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    linear.weight = nn.Parameter(weight.detach(), requires_grad=False)
+    return linear
+
+
 def _check_fits(model: nn.Module, plan: Plan) -> None:
     modules = dict(model.named_modules())
     for layer, group in plan.layers.items():
-        weight = getattr(modules.get(layer), "weight", None)
-        if weight is None or weight.shape[0] != group.channels_before:
-            got = "no such layer" if weight is None else f"{weight.shape[0]} channels"
+        channels = _output_channels(modules.get(layer))
+        if channels != group.channels_before:
+            got = "no such layer" if channels is None else f"{channels} channels"
             raise PruningError(
                 f"The plan was made for another model: it expects {group.channels_before} output "
                 f"channels in {layer} and finds {got}; call plan() on this model."
             )
+
+
+def _output_channels(module: nn.Module | None) -> int | None:
+    if module is not None and is_attention(module):
+        return heads_of(module).channels
+    weight = getattr(module, "weight", None)
+    return None if weight is None else weight.shape[0]
 
 
 def _kept_rows(layer: str, group: Group, mask: torch.Tensor) -> torch.Tensor:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..attention import is_attention
 from ..errors import PruningError, RequestError
 from .channels import LAYERS, Channels, GroupedConv
 from .sets import ChannelSet, ChannelSets
@@ -21,16 +22,16 @@ DEFAULT_MULTIPLE = 8
 
 @dataclass(frozen=True)
 class Group:
-    """Layers that keep the same output channels."""
+    """Layers that keep the same output channels, or one attention module, whose heads together are its channels."""
 
     layers: tuple[str, ...]
-    """Names of the Conv2d and Linear modules, in the order of the forward pass."""
+    """Names of the Conv2d and Linear modules, in the order of the forward pass; or of the attention module."""
     channels_before: int
     channels_after: int
     reason: str
     """Why these layers go together, in a user's words."""
     unit: int = 1
-    """Neighbouring channels that stay or go together: the width of a grouped convolution's groups."""
+    """Neighbouring channels that stay or go together: the width of a grouped convolution's groups, or of a head."""
     blocks: int = 1
     """Equal parts of the channels that each keep the same number: the groups of a grouped convolution."""
 
@@ -72,14 +73,16 @@ def plan(
     """Decide what to remove from `model`; nothing is changed.
 
     Each group keeps the multiple of `multiple` nearest to (1 - sparsity) * channels, at least one multiple; around
-    grouped convolutions either whole groups go or every group keeps the same number, whichever comes nearer.
+    grouped convolutions either whole groups go or every group keeps the same number, whichever comes nearer. Attention
+    loses whole heads.
 
     Args:
         model: a float32 module that torch.fx can trace, in either mode.
         example: one or more images, float32 [N, C, H, W]; only the shape is used.
         sparsity: fraction of output channels to remove from each layer; 0 < sparsity < 1.
         multiple: kept channels are multiples of this.
-        exclude: layers that stay, or modules whose layers all stay; what goes together with them stays too.
+        exclude: layers that stay, or modules whose layers all stay; what goes together with them stays too, and so do
+            the heads of the attention that a layer is part of.
 
     Raises:
         RequestError: an argument is out of range, or `exclude` names no layer of this model.
@@ -89,7 +92,7 @@ def plan(
     graph_module = traced_copy(model)
     probe(graph_module, example)
     channels = Channels(graph_module)
-    for layer in _excluded_layers(model, channels.layers(), exclude):
+    for layer in _excluded_layers(model, channels, exclude):
         channels.sets.keep(channels.own_set[layer], "is excluded by you", [layer])
     target = _Target(sparsity, multiple)
     for conv in channels.grouped:
@@ -143,11 +146,13 @@ def check_example(model: nn.Module, example: torch.Tensor) -> None:
         )
 
 
-def _excluded_layers(model: nn.Module, layers: list[str], exclude: Sequence[str]) -> list[str]:
+def _excluded_layers(model: nn.Module, channels: Channels, exclude: Sequence[str]) -> list[str]:
     modules = [name for name, _ in model.named_modules() if name]
+    layers = channels.layers()
     found = []
     for name in exclude:
         inside = [layer for layer in layers if layer == name or layer.startswith(f"{name}.")]
+        inside += [layer for layer in channels.attentions if name.startswith(f"{layer}.") and name in modules]
         if not inside:
             names = [item for item in modules if any(layer == item or layer.startswith(f"{item}.") for layer in layers)]
             close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
@@ -199,8 +204,10 @@ def _decide(channels: Channels, model: nn.Module, target: _Target) -> tuple[tupl
     for layer in channels.followers:
         reasons[layer] = "has no channels of its own: it follows the concatenation it reads, channel by channel"
     for name, module in model.named_modules():
-        if type(module) in LAYERS and name not in channels.own_set:
+        if (type(module) in LAYERS or is_attention(module)) and name not in channels.own_set:
             reasons[name] = "is not called by the forward pass, or only inside a module that torch.fx does not open"
+    parts = tuple(f"{name}." for name in channels.attentions)
+    reasons = {layer: reason for layer, reason in reasons.items() if not layer.startswith(parts)}
     order = {layer: index for index, layer in enumerate(channels.layers())}
     left_out = sorted(reasons, key=lambda layer: order.get(layer, len(order)))
     return tuple(groups), tuple(LeftOut(layer, reasons[layer]) for layer in left_out)
