@@ -22,8 +22,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from compress import attention, counting, data, evaluation, models, pruning, quantization, training
 from compress import baseline as baseline_gate
-from compress import counting, data, evaluation, models, pruning, quantization, training
 from compress.files import write_tensors
 from compress.pruning.equality import TOLERANCE
 from compress.runs import Run
@@ -233,9 +233,13 @@ def _recipe(work: Run, source: Source, epochs: int, learning_rate: float) -> tra
 
 
 def _save_kept(work: Run, shrunk: pruning.Shrunk) -> str:
-    """Which channels the last layer of each group kept; fine-tuning compares them with the original's."""
+    """Which channels the last layer of each group kept; fine-tuning compares them with the original's.
+
+    Attention gives the whole embedding, whichever heads it has: its outputs are not those of the original's heads.
+    """
     order = {name: position for position, (name, _) in enumerate(shrunk.model.named_modules())}
     last = [max(group.layers, key=order.__getitem__) for group in shrunk.plan.groups]
+    last = [layer for layer in last if not attention.is_attention(shrunk.model.get_submodule(layer))]
     write_tensors(work.folder / KEPT, {layer: shrunk.kept[layer] for layer in last})
     return KEPT
 

@@ -295,8 +295,11 @@ class Channels:
         old = shape_of(self._tensor_inputs(node)[0])
         if dims is None or old is None:
             return None
-        dims = [index % len(old) for index in ([dims] if isinstance(dims, int) else dims)]
-        return source if min(dims) > source.dim else None
+        dims = {index % len(old) for index in ([dims] if isinstance(dims, int) else dims)}
+        if source.dim in dims:
+            return None
+        gone = 0 if len(shape_of(node) or ()) == len(old) else sum(dim < source.dim for dim in dims)
+        return replace(source, dim=source.dim - gone)
 
     def _index(self, node: fx.Node, source: Axis) -> Axis | None:
         index = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)

@@ -82,7 +82,7 @@ def _make_comparable(subject: nn.Module, plan: Plan) -> None:
         members = {layer: subject.get_submodule(layer) for layer in group.layers}
         for layer, member in members.items():
             if is_attention(member):
-                subject.set_submodule(layer, _linear(value_rows(member)))
+                subject.set_submodule(layer, _of_values(member))
                 members[layer] = subject.get_submodule(layer)
         if len({member.weight.dim() for member in members.values()}) == 1:
             continue
@@ -93,9 +93,13 @@ def _make_comparable(subject: nn.Module, plan: Plan) -> None:
                 subject.set_submodule(layer, conv)
 
 
-def _linear(weight: torch.Tensor) -> nn.Linear:
-    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-    linear.weight = nn.Parameter(weight.detach(), requires_grad=False)
+def _of_values(attention: nn.Module) -> nn.Linear:
+    """A Linear of the value rows; the attention's parts keep their names in it, as other groups may be of these."""
+    rows = value_rows(attention)
+    linear = nn.Linear(rows.shape[1], rows.shape[0], bias=False, device="meta")
+    linear.weight = nn.Parameter(rows.detach(), requires_grad=False)
+    for name, part in attention.named_children():
+        linear.add_module(name, part)
     return linear
 
 
