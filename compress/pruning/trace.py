@@ -79,20 +79,23 @@ def traced_copy(model: nn.Module) -> fx.GraphModule:
     that BatchNorm and dropout behave as in eval mode. `meta["training"]` holds their names; see `set_traced_mode`.
 
     Raises:
-        PruningError: untraceable, or it has modules that only training uses in another way.
+        PruningError: untraceable, or training takes another way through the network than evaluation.
     """
     graph_module = trace(structure_copy(model).eval())
     unused = unused_modules(graph_module, model)
     heads = unused - unused_modules(trace(structure_copy(model).train()), model) if unused else set()
-    if heads:
-        around = _modules_around(heads, model)
-        graph_module = trace(set_traced_mode(structure_copy(model), around))
-        graph_module.meta["training"] = around
-        if left := heads & unused_modules(graph_module, model):
-            raise PruningError(
-                f"{type(model).__name__} uses {min(left)} in training only, so it would no longer fit the pruned "
-                "layers. Build the model without it (for auxiliary heads often aux_logits=False) and try again."
-            )
+    if not heads:
+        return graph_module
+    around = _modules_around(heads, model)
+    graph_module = trace(set_traced_mode(structure_copy(model), around))
+    graph_module.meta["training"] = around
+    missing = unused_modules(graph_module, model) - (unused - heads)
+    if missing:
+        raise PruningError(
+            f"{type(model).__name__} uses {min(heads)} in training only, and not beside the layers that evaluation uses "
+            f"({min(missing)} is left out), so it would no longer fit the pruned ones. Build the model without it, or "
+            "in the form in which it is deployed, and try again."
+        )
     return graph_module
 
 
