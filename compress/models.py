@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from compress.architectures import (
     recognise,
     without_auxiliary,
 )
+from compress.attention import give_heads, pruned_heads
 from compress.counting import LayerShape, count_macs, count_parameters, layer_shapes
 from compress.errors import CheckpointError, StorageError
 from compress.images import Preprocessing
@@ -60,6 +61,8 @@ class Recipe:
     preprocessing: Preprocessing
     class_names: tuple[str, ...]
     weights_sha256: str
+    heads: dict[str, int] = field(default_factory=dict)
+    """Attention module -> how many heads it has left."""
 
 
 def save(
@@ -90,6 +93,7 @@ def save(
         preprocessing,
         tuple(class_names),
         files.sha256(folder / WEIGHTS),
+        pruned_heads(model),
     )
     files.write_text(folder / RECIPE, json.dumps({"format": RECIPE_FORMAT} | asdict(recipe), indent=1) + "\n")
 
@@ -146,6 +150,12 @@ def rebuild(folder: Path, *, model: nn.Module | None = None) -> nn.Module:
         )
     else:
         model = copy.deepcopy(model)
+    try:
+        give_heads(model, recipe.heads)
+    except ValueError as error:
+        raise CheckpointError(
+            f"The model is not built like the saved one: {error}. Give the class it was made from."
+        ) from error
     _resize(model, recipe.sizes, tensors)
     load_weights(model, tensors)
     if recipe.channels_last:
@@ -194,6 +204,8 @@ def _sizes(model: nn.Module) -> dict[str, dict[str, Any]]:
 
 def _changed_sizes(model: nn.Module, architecture: Architecture) -> dict[str, dict[str, Any]]:
     fresh = build_empty(architecture)
+    heads = {name: count for name, count in pruned_heads(model).items() if name in dict(fresh.named_modules())}
+    give_heads(fresh, heads)
     kinds = {name: type(module) for name, module in fresh.named_modules()}
     for name, module in model.named_modules():
         if kinds.get(name) is not type(module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -93,7 +94,13 @@ def _own_module(request: Request, model: nn.Module) -> _Loaded:
         raise RequestError("model", request.model, f"{CUSTOM!r}, because a module of your own was given with model=")
     if request.input_size is None:
         raise RequestError("input_size", None, "a number of pixels, because a module of your own does not tell it")
-    return _Loaded(model, None, f"the {type(model).__name__} given by the caller", None, None)
+    try:
+        own = copy.deepcopy(model)  # a run works in eval mode; the caller's module keeps its modes
+    except Exception as error:  # noqa: BLE001 - what a user's own module raises is its author's choice
+        raise RequestError(
+            "model", type(model).__name__, f"a module that copy.deepcopy can copy ({_first_line(error)})"
+        ) from error
+    return _Loaded(own, None, f"the {type(model).__name__} given by the caller", None, None)
 
 
 def _torchvision_model(request: Request) -> _Loaded:
@@ -145,8 +152,14 @@ def _outputs(model: nn.Module, preprocessing: Preprocessing) -> int:
             "input_size", size, f"a size that the model accepts (it answered: {_first_line(error)})"
         ) from error
     if not isinstance(answer, Tensor) or answer.ndim != 2:
+        shape = (
+            f"a tensor of shape {tuple(answer.shape)}" if isinstance(answer, Tensor) else f"a {type(answer).__name__}"
+        )
         raise RequestError(
-            "model", type(model).__name__, "a classifier that answers an image batch with one row of class scores each"
+            "model",
+            type(model).__name__,
+            f"a classifier that answers an image batch with one row of class scores each, and it answered {shape}; of "
+            "several answers, give a module that returns the one to compress",
         )
     return answer.shape[1]
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import copy
 import random
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, reject, settings
-from hypothesis import strategies as st
 from pruning_networks import ODD_NETWORKS, FlattenByView, Grouped, SharedAndTied, conv_bn, randomise, training
 from torch import Tensor, nn
 from torchvision import models
@@ -18,6 +17,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.models.swin_transformer import PatchMergingV2, SwinTransformer, SwinTransformerBlockV2
 from torchvision.models.vision_transformer import VisionTransformer
 
+from compress.attention import heads_of, is_attention
 from compress.errors import HandoffError, PruningError, RequestError
 from compress.pruning import PRUNERS, nni_backend, plan, prune, speedup
 from compress.pruning.plan import Group, Plan
@@ -51,7 +51,9 @@ def assert_as_planned(model: nn.Module, result) -> None:
     assert type(result.model) is type(model)
     assert list(result.model.state_dict()) == list(model.state_dict())
     for layer, group in result.plan.layers.items():
-        assert result.model.get_submodule(layer).weight.shape[0] == group.channels_after
+        module = result.model.get_submodule(layer)
+        channels = heads_of(module).channels if is_attention(module) else module.weight.shape[0]
+        assert channels == group.channels_after
     for module in result.model.modules():
         if isinstance(module, nn.Conv2d):
             assert module.weight.shape[:2] == (module.out_channels, module.in_channels // module.groups)
@@ -123,6 +125,57 @@ def test_equal_to_a_masked_model_made_independently():
         plain = (model(example) - result.model(example)).abs().max()
     assert difference <= 1e-5 * result.reference_scale
     assert plain > 0.05 * result.reference_scale, "the comparison would not notice a wrong channel"
+
+
+class Auxiliary(nn.Module):
+    """A further head in the middle, for training only, answered in a named tuple."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.body, self.fc = conv_bn(3, 32), conv_bn(32, 32), nn.Linear(32, 5)
+        self.aux = nn.Sequential(conv_bn(32, 16), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Dropout(0.5),
+                                 nn.Linear(64, 24), nn.ReLU(), nn.Linear(24, 5))
+
+    def forward(self, x: Tensor):
+        x = self.stem(x)
+        aux = self.aux(x) if self.training else None
+        answer = self.fc(self.body(x).mean((2, 3)))
+        return Answers(answer, aux) if self.training else answer
+
+
+class Answers(NamedTuple):
+    logits: Tensor
+    aux_logits: Tensor
+
+
+AUXILIARY = {
+    "own": (Auxiliary, 28, [(2, 5)] * 2),
+    "googlenet": (lambda: models.googlenet(num_classes=5, aux_logits=True, init_weights=False), 64, [(2, 5)] * 3),
+}
+
+
+@pytest.mark.parametrize("name", AUXILIARY)
+def test_auxiliary_heads_follow_what_they_read(name):
+    build, size, shapes = AUXILIARY[name]
+    torch.manual_seed(0)
+    model = randomise(build())
+    result = shrunk(model, size=size)
+    assert result.max_abs_diff <= 1e-5 * result.reference_scale and not result.model.training
+    assert_as_planned(model, result)
+    answer = result.model(images(size))
+    assert isinstance(answer, Tensor) and answer.shape == (2, 5)
+    answers = result.model.train()(images(size))
+    assert [tuple(one.shape) for one in answers] == shapes
+    optimizer = torch.optim.SGD(result.model.parameters(), lr=0.01)
+    sum(nn.functional.cross_entropy(one, torch.tensor([0, 1])) for one in answers).backward()
+    assert all(parameter.grad is not None for parameter in result.model.parameters())
+    optimizer.step()
+
+
+def test_a_wrong_auxiliary_head_is_caught(monkeypatch):
+    _break_one_weight(monkeypatch, "aux.4")
+    with pytest.raises(HandoffError, match="The outputs of the shrunk model differ from the masked model's"):
+        shrunk(randomise(Auxiliary()), size=28)
 
 
 def _scores(weight: Tensor) -> dict[str, Tensor]:
@@ -320,65 +373,3 @@ def test_the_fast_geometric_median_ranks_as_nnis_own():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(nni_backend, "_fast_fpgm", lambda base: base)
         assert torch.equal(nni_backend.kept_channels(model, found, "FPGMPruner")["0"], fast)
-
-
-class Drawn(nn.Module):
-    """A random network: each step is one block on the running tensor."""
-
-    def __init__(self, steps: list[tuple[str, int]]) -> None:
-        super().__init__()
-        self.stem, width = conv_bn(3, 32), 32
-        self.kinds, self.blocks = [], nn.ModuleList()
-        for kind, size in steps:
-            block, width = self._block(kind, width, size)
-            self.kinds.append(kind)
-            self.blocks.append(block)
-        self.head = nn.Linear(width, 5)
-
-    @staticmethod
-    def _block(kind: str, width: int, size: int) -> tuple[nn.Module, int]:
-        if kind == "residual":
-            return nn.Sequential(conv_bn(width, size), nn.Conv2d(size, width, 1), nn.BatchNorm2d(width)), width
-        if kind == "concat":
-            return conv_bn(width, size), width + size
-        if kind == "depthwise":
-            return conv_bn(width, width, groups=width), width
-        if kind == "grouped":
-            return nn.Sequential(conv_bn(width, 2 * size), conv_bn(2 * size, 2 * size, groups=8)), 2 * size
-        if kind == "gate":
-            return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(width, size, 1), nn.SiLU(),
-                                 nn.Conv2d(size, width, 1), nn.Sigmoid()), width
-        return conv_bn(width, size), size
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.stem(x)
-        for kind, block in zip(self.kinds, self.blocks, strict=True):
-            if kind == "residual":
-                x = x + block(x)
-            elif kind == "concat":
-                x = torch.cat([x, block(x)], dim=1)
-            elif kind == "gate":
-                x = x * block(x)
-            else:
-                x = block(x)
-        return self.head(x.mean((2, 3)))
-
-
-_STEPS = st.tuples(st.sampled_from(["plain", "residual", "concat", "depthwise", "grouped", "gate"]),
-                   st.sampled_from([8, 16, 24, 40]))
-
-
-@settings(max_examples=16, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
-@given(steps=st.lists(_STEPS, min_size=2, max_size=5), sparsity=st.sampled_from([0.2, 0.5, 0.8]),
-       pruner=st.sampled_from(SHRINKING))
-def test_random_networks_are_equal_to_their_masked_models(steps, sparsity, pruner):
-    torch.manual_seed(0)
-    model = randomise(Drawn(steps))
-    try:
-        plan(model, images(16), sparsity=sparsity)
-    except PruningError as error:
-        assert "Nothing in Drawn can be pruned" in str(error)
-        reject()
-    result = shrunk(model, size=16, sparsity=sparsity, pruner=pruner)
-    assert result.max_abs_diff <= 1e-5 * result.reference_scale
-    assert_as_planned(model, result)

@@ -169,10 +169,39 @@ def test_an_untraceable_model_names_the_line():
         trace(Branches())
 
 
-def test_auxiliary_heads_are_refused_by_name():
+def test_auxiliary_heads_are_part_of_the_plan():
     network = models.googlenet(weights=None, aux_logits=True, init_weights=False)
-    with pytest.raises(PruningError, match=r"GoogLeNet uses aux1\.conv\.bn in training only.*aux_logits=False"):
-        plan(network, IMAGE, sparsity=0.5)
+    found = plan(network, IMAGE, sparsity=0.5)
+    left = reasons(found)
+    assert {left[layer] for layer in ("fc", "aux1.fc2", "aux2.fc2")} == {"gives the answer: its outputs are the classes"}
+    assert group_of(found, "aux1.conv.conv").channels_after == 64 and group_of(found, "aux1.fc1").channels_after == 512
+
+
+class TrainedOtherwise(nn.Module):
+    """A convolution of its own for training, which stands where the other one does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = conv_bn(3, 16), nn.Linear(16, 5)
+        self.block = Alternatives()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.block(self.stem(x)).mean((2, 3)))
+
+
+class Alternatives(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.slow, self.fast = conv_bn(16, 16), conv_bn(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.slow(x) if self.training else self.fast(x)
+
+
+def test_what_training_uses_instead_is_refused_by_name():
+    with pytest.raises(PruningError, match=r"TrainedOtherwise uses block\.slow\.0 in training only, and not beside the "
+                                           r"layers that evaluation uses \(block\.fast\.0 is left out\)"):
+        plan(TrainedOtherwise(), IMAGE, sparsity=0.5)
 
 
 def test_a_layer_that_is_never_called_is_only_mentioned():

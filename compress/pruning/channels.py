@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 
 from torch import fx, nn
 
+from ..attention import Heads
 from .operations import (
     ADDITIVE,
     CHANNELWISE_MODULES,
@@ -73,6 +74,7 @@ class Channels:
         grouped: grouped convolutions that are not depthwise.
         followers: depthwise convolutions over joined layers: they have no channels of their own.
         answers: the layers whose outputs are the model's answer.
+        attentions: the heads of each attention module; its set in `own_set` is that of the heads' outputs.
     """
 
     def __init__(self, graph_module: fx.GraphModule) -> None:
@@ -82,16 +84,19 @@ class Channels:
         self.own_set: dict[str, int] = {}
         self.grouped: list[GroupedConv] = []
         self.followers: dict[str, Axis] = {}
+        self.attentions: dict[str, Heads] = graph_module.meta["attentions"]
         self.answers = _answer_layers(graph_module, self.modules)
         self._calls = call_counts(graph_module)
         for node in graph_module.graph.nodes:
             self.axes[node] = self._visit(node)
 
     def layers(self) -> list[str]:
-        """Every Conv2d and Linear that the forward pass calls, in order."""
+        """Every Conv2d, Linear and attention module that the forward pass calls, in order."""
         return list(self.own_set)
 
     def _visit(self, node: fx.Node) -> Axis | None:
+        if "attention" in node.meta:
+            self._open_attention(node, node.meta["attention"])
         if node.op == "placeholder":
             return self._unremovable(node, "is tied to the picture itself")
         if node.op == "output":
@@ -172,6 +177,20 @@ class Channels:
         kept = ANSWER if name in self.answers else None
         self.own_set[name] = self.sets.new(channels, layer=name, kept=kept)
         return self.own_set[name]
+
+    def _open_attention(self, node: fx.Node, name: str) -> None:
+        """A set of what the heads give: read inside the module alone, so no other layer's channels are tied to it."""
+        if name not in self.own_set:
+            heads = self.attentions[name]
+            self.own_set[name] = self.sets.new(heads.channels, layer=name, kept=heads.refusal)
+            found = self.sets[self.own_set[name]]
+            found.unit = heads.width
+            found.bonds.append(
+                f"each of the {heads.count} attention heads of {heads.width} channels stays or goes whole"
+            )
+        if isinstance(self.modules.get(str(node.target)), nn.MultiheadAttention) and not _is_plain_self_attention(node):
+            reason = "is called otherwise than as attention(x, x, x, need_weights=False), which is what can be pruned"
+            self.sets.keep(self.own_set[name], reason)
 
     # -- functions and methods -----------------------------------------------------------------------------------
 
@@ -276,8 +295,11 @@ class Channels:
         old = shape_of(self._tensor_inputs(node)[0])
         if dims is None or old is None:
             return None
-        dims = [index % len(old) for index in ([dims] if isinstance(dims, int) else dims)]
-        return source if min(dims) > source.dim else None
+        dims = {index % len(old) for index in ([dims] if isinstance(dims, int) else dims)}
+        if source.dim in dims:
+            return None
+        gone = 0 if len(shape_of(node) or ()) == len(old) else sum(dim < source.dim for dim in dims)
+        return replace(source, dim=source.dim - gone)
 
     def _index(self, node: fx.Node, source: Axis) -> Axis | None:
         index = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
@@ -349,6 +371,11 @@ def _answer_layers(graph_module: fx.GraphModule, modules: dict[str, nn.Module]) 
             else:
                 stack.append(node)
     return found
+
+
+def _is_plain_self_attention(node: fx.Node) -> bool:
+    same = len(node.args) == 3 and node.args[0] is node.args[1] is node.args[2]
+    return same and dict(node.kwargs) == {"need_weights": False} and len(shape_of(node.args[0]) or ()) == 3
 
 
 def _size_at(shape: tuple[int, ...], dim_from_the_end: int) -> int:

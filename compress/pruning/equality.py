@@ -2,12 +2,14 @@
 
 In the masked model a removed channel is zero where a layer gives it and where a layer reads it. Zero where it is read
 matters behind a BatchNorm, which turns a zero channel into the constant beta - gamma * mean / deviation: NNI's plain
-masks let that constant through, a model that lost the channel cannot.
+masks let that constant through, a model that lost the channel cannot. A removed attention head is zero where the output
+projection reads it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +19,7 @@ from torch.utils import _pytree
 
 from ..errors import HandoffError
 from .channels import LAYERS, Axis, Channels
-from .trace import structure_copy
+from .trace import set_traced_mode, structure_copy
 
 TOLERANCE = 1e-4
 """Largest difference allowed, relative to the largest output of the masked model, in float32."""
@@ -43,7 +45,7 @@ def check_equal(
     Args:
         graph_module: the unpruned network, in eval mode.
         channels: its channels.
-        kept: for each layer that lost channels, bool [out_channels].
+        kept: for each layer that lost channels, bool [out_channels]; for attention, bool [heads * head width].
         result: the shrunk network; its modes are left as they are.
         images: float32 [N, C, H, W].
 
@@ -51,23 +53,45 @@ def check_equal(
         HandoffError: a difference beyond 1e-4 of the scale, or a shape that does not fit.
     """
     masked = _Masked(graph_module, channels, kept)
-    subject = structure_copy(result).eval()
+    subject = set_traced_mode(structure_copy(result), graph_module.meta.get("training", ()))
     read: dict[str, list[torch.Tensor]] = {name: [] for name in channels.answers}
     for name, found in read.items():
         subject.get_submodule(name).register_forward_pre_hook(lambda _, args, found=found: found.append(args[0]))
     with torch.no_grad():
-        expected = _tensors(masked.run(images))
+        with _heads_zeroed(graph_module, channels, kept):
+            expected = _tensors(masked.run(images))
         try:
             got = _tensors(subject(images))
+            evaluated = _tensors(structure_copy(result).eval()(images)) if "training" in graph_module.meta else got
         except Exception as error:
             raise HandoffError(
                 f"The shrunk model does not run: {error}. This is a fault of the pruning plan; exclude "
                 "the layers named in it to go on without them."
             ) from error
     answer = _compare("outputs", expected, got)
+    _compare("outputs without the auxiliary heads", expected[: len(evaluated)], evaluated)
     for name in channels.answers:
         _compare(f"inputs of {name}", masked.read[name], read[name])
     return answer
+
+
+@contextmanager
+def _heads_zeroed(graph_module: fx.GraphModule, channels: Channels, kept: Mapping[str, torch.Tensor]) -> Iterator[None]:
+    """While it lasts, every attention's output projection reads zero from the heads that are removed."""
+    projections = {
+        name: graph_module.get_submodule(f"{name}.{heads.projection}")
+        for name, heads in channels.attentions.items()
+        if name in kept
+    }
+    weights = {name: projection.weight for name, projection in projections.items()}
+    try:
+        for name, projection in projections.items():
+            columns = kept[name].to(weights[name].device)
+            projection.weight = nn.Parameter(weights[name].detach() * columns, requires_grad=False)
+        yield
+    finally:
+        for name, projection in projections.items():
+            projection.weight = weights[name]
 
 
 class _Masked(fx.Interpreter):

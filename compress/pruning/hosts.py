@@ -1,7 +1,8 @@
 """The smallest parts of a network that contain everything a plan changes.
 
-A transformer loses hidden units inside its MLPs only. Shrinking each MLP alone, on the input that it really gets, is
-many times faster than sending masks through the whole network, and keeps attention and normalisation out of it.
+The channels that a transformer loses are hidden units inside its MLPs. Shrinking each MLP alone, on the input that it
+really gets, is many times faster than sending masks through the whole network, and keeps attention (whose heads are
+taken out elsewhere) and normalisation out of it.
 """
 
 from __future__ import annotations
@@ -41,6 +42,8 @@ def find_hosts(
         images: a probe, float32 [2, C, h, w].
     """
     whole = [Host("", tuple(plan.layers), images)]
+    if "training" in graph_module.meta:  # auxiliary heads are only reached through the whole model
+        return whole
     spans = _spans(graph_module, channels, plan)
     if "" in spans.values():
         return whole

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING, Any
@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from .. import _nni, training
+from ..attention import heads_of, is_attention, value_rows
 from ..errors import PruningError
 from . import Sparse, dropped, trained
 from .nni_config import Masks, config_list, make_comparable
@@ -33,15 +34,21 @@ class Choice:
 
 
 def choose(model: nn.Module, example: torch.Tensor, plan: Plan, pruner: Pruner, how: Training | None) -> Choice:
-    """Run `pruner` over a copy of `model`, which is only read; see `compress.pruning.prune` for what it raises."""
+    """Run `pruner` over a copy of `model`, which is only read; see `compress.pruning.prune` for what it raises.
+
+    NNI has no wrapper for attention, so a pruner that runs the model leaves its heads to the L1 norm.
+    """
     if how is None or not pruner.needs_images:
         return Choice(kept_channels(model, plan, pruner.nni_class), model)
     _check_fits(model, plan)
+    with_heads = [group for group in plan.groups if is_attention(model.get_submodule(group.layers[0]))]
+    heads = kept_channels(model, replace(plan, groups=tuple(with_heads)), "L1NormPruner") if with_heads else {}
+    plan = replace(plan, groups=tuple(group for group in plan.groups if group not in with_heads))
     subject = copy.deepcopy(structure_copy(model)).to(training.device())
     with _nni.quiet(), torch.enable_grad(), training.single_pixels_multiplied(subject):
         torch.manual_seed(0)
         masks = _WITH_IMAGES[pruner.name](subject, example.to(training.device()), plan, how)
-    return Choice(_kept(plan, masks), _with_tensors_of(subject, model) if pruner.leaves_trained else model)
+    return Choice(heads | _kept(plan, masks), _with_tensors_of(subject, model) if pruner.leaves_trained else model)
 
 
 _WITH_IMAGES: dict[str, Callable[[nn.Module, torch.Tensor, Plan, Training], Masks]] = {
@@ -71,6 +78,7 @@ def kept_channels(model: nn.Module, plan: Plan, nni_class: str) -> dict[str, tor
     """
     _check_fits(model, plan)
     subject = structure_copy(model)
+    _heads_as_rows(subject, plan)
     with _nni.quiet(), torch.no_grad():
         pruner = _pruner_class(nni_class)(subject, config_list(subject, plan))
         make_comparable(pruner, plan)
@@ -113,16 +121,46 @@ def _kept(plan: Plan, masks: Masks) -> dict[str, torch.Tensor]:
     return kept
 
 
+def _heads_as_rows(subject: nn.Module, plan: Plan) -> None:
+    """Turn attention, which NNI does not know, into a Linear of its value rows.
+
+    So a head's metric is a norm (or, for fpgm, a distance) of W_V. Whole heads can go at a small loss (Michel et al., "Are
+    Sixteen Heads Really Better than One?", arXiv:1905.10650). A small norm tells which for the reason it does with filters
+    (Li et al., arXiv:1608.08710): it bounds what is handed on. A head gives averages of W_V x, whose weights sum to one,
+    so the sizes of query and key decide where it looks and not how much it gives.
+    """
+    for layer in plan.layers:
+        if is_attention(subject.get_submodule(layer)):
+            subject.set_submodule(layer, _of_values(subject.get_submodule(layer)))
+
+
+def _of_values(attention: nn.Module) -> nn.Linear:
+    """A Linear of the value rows; the attention's parts keep their names in it, as other groups may be of these."""
+    rows = value_rows(attention)
+    linear = nn.Linear(rows.shape[1], rows.shape[0], bias=False, device="meta")
+    linear.weight = nn.Parameter(rows.detach(), requires_grad=False)
+    for name, part in attention.named_children():
+        linear.add_module(name, part)
+    return linear
+
+
 def _check_fits(model: nn.Module, plan: Plan) -> None:
     modules = dict(model.named_modules())
     for layer, group in plan.layers.items():
-        weight = getattr(modules.get(layer), "weight", None)
-        if weight is None or weight.shape[0] != group.channels_before:
-            got = "no such layer" if weight is None else f"{weight.shape[0]} channels"
+        channels = _output_channels(modules.get(layer))
+        if channels != group.channels_before:
+            got = "no such layer" if channels is None else f"{channels} channels"
             raise PruningError(
                 f"The plan was made for another model: it expects {group.channels_before} output "
                 f"channels in {layer} and finds {got}; call plan() on this model."
             )
+
+
+def _output_channels(module: nn.Module | None) -> int | None:
+    if module is not None and is_attention(module):
+        return heads_of(module).channels
+    weight = getattr(module, "weight", None)
+    return None if weight is None else weight.shape[0]
 
 
 def _kept_rows(layer: str, group: Group, mask: torch.Tensor) -> torch.Tensor:

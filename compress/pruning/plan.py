@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..attention import is_attention
 from ..errors import PruningError, RequestError
 from . import config_list as config_lists
 from . import ranking as rankings
@@ -23,16 +24,16 @@ DEFAULT_MULTIPLE = 8
 
 @dataclass(frozen=True)
 class Group:
-    """Layers that keep the same output channels."""
+    """Layers that keep the same output channels, or one attention module, whose heads together are its channels."""
 
     layers: tuple[str, ...]
-    """Names of the Conv2d and Linear modules, in the order of the forward pass."""
+    """Names of the Conv2d and Linear modules, in the order of the forward pass; or of the attention module."""
     channels_before: int
     channels_after: int
     reason: str
     """Why these layers go together, in a user's words."""
     unit: int = 1
-    """Neighbouring channels that stay or go together: the width of a grouped convolution's groups."""
+    """Neighbouring channels that stay or go together: the width of a grouped convolution's groups, or of a head."""
     blocks: int = 1
     """Equal parts of the channels that each keep the same number: the groups of a grouped convolution."""
 
@@ -81,14 +82,16 @@ def plan(
     """Decide what to remove from `model`; nothing is changed.
 
     Each group keeps the multiple of `multiple` nearest to (1 - sparsity) * channels, at least one multiple; around
-    grouped convolutions either whole groups go or every group keeps the same number, whichever comes nearer.
+    grouped convolutions either whole groups go or every group keeps the same number, whichever comes nearer. Attention
+    loses whole heads.
 
     Args:
         model: a float32 module that torch.fx can trace, in either mode.
         example: one or more images, float32 [N, C, H, W]; only the shape is used.
         sparsity: fraction of output channels to remove from each layer; 0 < sparsity < 1.
         multiple: kept channels are multiples of this.
-        exclude: layers that stay, or modules whose layers all stay; what goes together with them stays too.
+        exclude: layers that stay, or modules whose layers all stay; what goes together with them stays too,
+            and so do the heads of the attention that a layer is part of.
         layer_sparsity: layer or module -> fraction in place of `sparsity`, for its whole group; 0 keeps it whole.
         ranking: `global` lets the groups without a fraction of their own compete; see `ranking.kept_counts`.
         max_layer_sparsity: with global ranking, the largest fraction that any layer loses.
@@ -109,7 +112,12 @@ def plan(
         wishes = config_lists.translate(model, channels.layers(), config_list)
     else:
         wishes = by_name(
-            channels.layers(), sparsity, exclude, layer_sparsity or {}, ranking=ranking, cap=max_layer_sparsity
+            channels.layers(),
+            sparsity,
+            _whole(model, channels, exclude),
+            layer_sparsity or {},
+            ranking=ranking,
+            cap=max_layer_sparsity,
         )
     if wishes.ranking == "global":
         rankings.require_metric(pruner)
@@ -228,6 +236,14 @@ def check_example(model: nn.Module, example: torch.Tensor) -> None:
         )
 
 
+def _whole(model: nn.Module, channels: Channels, names: Sequence[str]) -> list[str]:
+    """`names`, where a part of an attention stands for the attention."""
+    modules = {name for name, _ in model.named_modules()}
+    return [
+        next((a for a in channels.attentions if name.startswith(f"{a}.") and name in modules), name) for name in names
+    ]
+
+
 def _settle_grouped(sets: ChannelSets, conv: GroupedConv, wishes: Wishes, multiple: int) -> None:
     """Choose how the channels around a grouped convolution may go: whole groups, or evenly out of every group."""
     result = sets[conv.result]
@@ -280,9 +296,11 @@ def _decide(
     for layer in channels.followers:
         reasons[layer] = "has no channels of its own: it follows the concatenation it reads, channel by channel"
     for name, module in model.named_modules():
-        if type(module) in LAYERS and name not in channels.own_set:
+        if (type(module) in LAYERS or is_attention(module)) and name not in channels.own_set:
             reasons[name] = "is not called by the forward pass, or only inside a module that torch.fx does not open"
     _refuse_named(channels, wishes, reasons)
+    parts = tuple(f"{name}." for name in channels.attentions)
+    reasons = {layer: reason for layer, reason in reasons.items() if not layer.startswith(parts)}
     order = {layer: index for index, layer in enumerate(channels.layers())}
     left_out = sorted(reasons, key=lambda layer: order.get(layer, len(order)))
     return tuple(groups), tuple(LeftOut(layer, reasons[layer]) for layer in left_out)

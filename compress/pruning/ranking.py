@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from ..attention import is_attention, value_rows
 from ..errors import RequestError
 
 
@@ -78,6 +79,11 @@ def _ascending(
 ) -> Tensor:
     """Normalised importance of what goes first, second, ...: [channels / unit / blocks], ascending."""
     with torch.no_grad():
-        scores = torch.stack([metric(model.get_submodule(layer).weight.flatten(1)) for layer in layers]).mean(0)
+        scores = torch.stack([metric(_rows(model.get_submodule(layer))) for layer in layers]).mean(0)
         scores = scores / scores.mean().clamp_min(torch.finfo(scores.dtype).tiny)
         return scores.view(blocks, -1, unit).mean(2).sort(1).values.mean(0)
+
+
+def _rows(layer: nn.Module) -> Tensor:
+    """The weights of each output channel; of attention those of its values, as when heads are chosen."""
+    return value_rows(layer) if is_attention(layer) else layer.weight.flatten(1)

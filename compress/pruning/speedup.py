@@ -12,7 +12,8 @@ import copy
 import functools
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -20,13 +21,14 @@ import torch
 from torch import fx, nn
 
 from .. import _nni
+from ..attention import heads_of, is_attention, keep_heads
 from ..errors import PruningError
 from . import Shrunk, nni_backend
 from .channels import Channels
 from .equality import Difference, check_equal
 from .hosts import Host, find_hosts
 from .plan import Plan, check_example
-from .trace import probe, structure_copy, trace, traced_copy
+from .trace import probe, set_traced_mode, structure_copy, trace, traced_copy
 
 if TYPE_CHECKING:
     from . import Pruner, Training
@@ -56,8 +58,9 @@ def _shrunk(
     images = probe(graph_module, example)
     channels = Channels(graph_module)
     result = structure_copy(model)
-    for host in find_hosts(model, graph_module, channels, plan, images):
-        _shrink_host(result, host, kept)
+    for host in find_hosts(model, graph_module, channels, _without_attention(plan, model), images):
+        _shrink_host(result, host, kept, graph_module.meta.get("training", ()))
+    _remove_heads(result, kept)
     _own_tensors(result, model)
     return result, check_equal(graph_module, channels, kept, result, _check_images(example))
 
@@ -80,12 +83,25 @@ def _check_images(example: torch.Tensor) -> torch.Tensor:
     return torch.cat([first, noise])
 
 
-def _shrink_host(result: nn.Module, host: Host, kept: dict[str, torch.Tensor]) -> None:
-    """Run NNI's speedup on one part of `result`, in place."""
+def _without_attention(plan: Plan, model: nn.Module) -> Plan:
+    return replace(plan, groups=tuple(g for g in plan.groups if not is_attention(model.get_submodule(g.layers[0]))))
+
+
+def _remove_heads(result: nn.Module, kept: dict[str, torch.Tensor]) -> None:
+    """Replace attention modules of `result` by ones with fewer heads; NNI's speedup has no replacer for them."""
+    for layer, rows in kept.items():
+        module = result.get_submodule(layer)
+        if is_attention(module):
+            whole = rows.view(-1, heads_of(module).width).all(1)
+            result.set_submodule(layer, keep_heads(module, whole.nonzero().flatten().tolist()))
+
+
+def _shrink_host(result: nn.Module, host: Host, kept: dict[str, torch.Tensor], training: Sequence[str]) -> None:
+    """Run NNI's speedup on one part of `result`, in place; `training` are the modules traced in that mode."""
     prefix = f"{host.name}." if host.name else ""
     target = result.get_submodule(host.name)
     own = {layer.removeprefix(prefix): _masks(result.get_submodule(layer), kept[layer]) for layer in host.layers}
-    scratch = copy.deepcopy(target).eval()
+    scratch = set_traced_mode(copy.deepcopy(target), training)
     _well_scaled(scratch)
     try:
         with _nni.quiet(), _without_statistics():

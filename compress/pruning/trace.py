@@ -5,32 +5,39 @@ from __future__ import annotations
 import copy
 import os
 import sys
+import sysconfig
 import traceback
 from collections import Counter
+from collections.abc import Iterable
 from itertools import chain
 from pathlib import Path
 
 import torch
 from torch import fx, nn
 
+from ..attention import PrunedMultiheadAttention, heads_of, is_attention
 from ..errors import PruningError
 
 _TORCH = f"{Path(torch.__file__).parent}{os.sep}"
+_LIBRARIES = tuple({f"{sysconfig.get_path(name)}{os.sep}" for name in ("stdlib", "purelib", "platlib")})
 _SMALL_SIZES = (32, 64, 96, 128, 160, 192)
 PROBE_BATCH = 2
 """Images in a probe: two are enough to tell a channel that varies from one that is constant."""
 
 
-def trace(model: nn.Module) -> fx.GraphModule:
+def trace(model: nn.Module, *, opens_attention: bool = True) -> fx.GraphModule:
     """Trace `model`, in the train/eval mode it is in, with torch.fx.
 
+    Without `opens_attention` every attention is one node, so that graphs before and after it lost heads have the same.
+
     The graph module shares the modules of `model`. Each function or method call carries `meta["source"]`, the
-    user's function, file and line.
+    user's function, file and line; what is called inside an attention module carries its name as `meta["attention"]`,
+    and the graph module's `meta["attentions"]` has the heads of each.
 
     Raises:
         PruningError: the forward pass cannot be traced; names the reason and the line.
     """
-    tracer = _Tracer()
+    tracer = _Tracer(opens_attention)
     try:
         graph = tracer.trace(model)
     except Exception as error:
@@ -38,7 +45,20 @@ def trace(model: nn.Module) -> fx.GraphModule:
             f"{type(model).__name__} cannot be traced by torch.fx: {_first_sentence(error)} at {_user_line(error)}. "
             "Rewrite that line without control flow on tensors, or wrap it with torch.fx.wrap."
         ) from error
-    return fx.GraphModule(tracer.root, graph, type(model).__name__)
+    _unpack_named_tuple(graph)
+    graph_module = fx.GraphModule(tracer.root, graph, type(model).__name__)
+    attentions = {node.meta["attention"] for node in graph.nodes if "attention" in node.meta}
+    graph_module.meta["attentions"] = {name: heads_of(tracer.root.get_submodule(name)) for name in attentions}
+    return graph_module
+
+
+def _unpack_named_tuple(graph: fx.Graph) -> None:
+    """Let the graph give the fields themselves: auxiliary heads are usually answered in a named tuple."""
+    output = next(node for node in graph.nodes if node.op == "output")
+    answer = output.args[0]
+    if isinstance(answer, fx.Node) and isinstance(answer.target, type) and issubclass(answer.target, tuple):
+        output.args = (tuple(answer.args),)
+        graph.erase_node(answer)
 
 
 def structure_copy(model: nn.Module) -> nn.Module:
@@ -54,23 +74,52 @@ def structure_copy(model: nn.Module) -> nn.Module:
 
 
 def traced_copy(model: nn.Module) -> fx.GraphModule:
-    """Trace a structure copy of `model` in eval mode, refusing what is only used in training.
+    """Trace a structure copy of `model` in eval mode, with auxiliary heads, which only training uses, as more outputs.
+
+    Auxiliary heads read channels that may be pruned, so they have to be in the graph. A module asks its own `training`
+    flag whether to call them: the graph is traced with that flag set in the modules around them, and in these alone, so
+    that BatchNorm and dropout behave as in eval mode. `meta["training"]` holds their names; see `set_traced_mode`.
 
     Raises:
-        PruningError: untraceable, or it has auxiliary heads that only the training graph uses.
+        PruningError: untraceable, or training takes another way through the network than evaluation.
     """
     graph_module = trace(structure_copy(model).eval())
-    if not unused_modules(graph_module, model):
+    unused = unused_modules(graph_module, model)
+    heads = unused - unused_modules(trace(structure_copy(model).train()), model) if unused else set()
+    if not heads:
         return graph_module
-    training = trace(structure_copy(model).train())
-    heads = unused_modules(graph_module, model) - unused_modules(training, model)
-    if heads:
-        name = min(heads)
+    around = _modules_around(heads, model)
+    graph_module = trace(set_traced_mode(structure_copy(model), around))
+    graph_module.meta["training"] = around
+    missing = unused_modules(graph_module, model) - (unused - heads)
+    if missing:
         raise PruningError(
-            f"{type(model).__name__} uses {name} in training only, as auxiliary heads do: it would no longer fit the "
-            "pruned layers. Build the model without auxiliary heads (aux_logits=False) and try again."
+            f"{type(model).__name__} uses {min(heads)} in training only, and not beside the layers that evaluation uses "
+            f"({min(missing)} is left out), so it would no longer fit the pruned ones. Build the model without it, or "
+            "in the form in which it is deployed, and try again."
         )
     return graph_module
+
+
+def set_traced_mode(model: nn.Module, training: Iterable[str]) -> nn.Module:
+    """Put `model` into eval mode, the modules named by `training` excepted (they alone, not what is in them)."""
+    model.eval()
+    for name in training:
+        model.get_submodule(name).training = True
+    return model
+
+
+def _modules_around(heads: set[str], model: nn.Module) -> tuple[str, ...]:
+    """The modules that contain a head and more: "aux1.fc1" of a network gives "", the network itself."""
+    owners = {name for name, module in model.named_modules() if any(True for _ in module.parameters(recurse=False))}
+    around = {""}
+    for head in heads:
+        parent = head.rpartition(".")[0]
+        while parent:
+            if any(owner.startswith(f"{parent}.") and owner not in heads for owner in owners):
+                around.add(parent)
+            parent = parent.rpartition(".")[0]
+    return tuple(sorted(around))
 
 
 def unused_modules(graph_module: fx.GraphModule, model: nn.Module) -> set[str]:
@@ -117,7 +166,16 @@ def probe(graph_module: fx.GraphModule, example: torch.Tensor) -> torch.Tensor:
 
 
 class _Tracer(fx.Tracer):
-    """fx's tracer, remembering where in the user's code each operation stands."""
+    """fx's tracer, remembering where in the user's code each operation stands, and in which attention module."""
+
+    def __init__(self, opens_attention: bool) -> None:
+        super().__init__()
+        self._opens_attention = opens_attention
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        if not self._opens_attention and is_attention(m):
+            return True
+        return isinstance(m, PrunedMultiheadAttention) or super().is_leaf_module(m, module_qualified_name)
 
     def create_node(self, kind, target, args, kwargs, name=None, type_expr=None):  # type: ignore[no-untyped-def]
         node = super().create_node(kind, target, args, kwargs, name, type_expr)
@@ -127,6 +185,9 @@ class _Tracer(fx.Tracer):
         if frame is not None and kind in ("call_function", "call_method"):
             code = frame.f_code
             node.meta["source"] = f"{code.co_name} ({Path(code.co_filename).name}, line {frame.f_lineno})"
+        for path, _ in self.module_stack.values():
+            if is_attention(self.root.get_submodule(path)):
+                node.meta["attention"] = path
         return node
 
 
@@ -156,6 +217,7 @@ def _first_sentence(error: BaseException) -> str:
 
 def _user_line(error: BaseException) -> str:
     frames = traceback.extract_tb(error.__traceback__)
-    own = [frame for frame in frames if not frame.filename.startswith((_TORCH, __file__))]
-    frame = own[-1] if own else frames[-1]
+    callers = [frame for frame in frames if not frame.filename.startswith((_TORCH, __file__))]
+    own = [frame for frame in callers if not frame.filename.startswith(_LIBRARIES)]
+    frame = (own or callers or frames)[-1]
     return f"{Path(frame.filename).name}, line {frame.lineno}, in {frame.name}: `{frame.line}`"

@@ -17,6 +17,7 @@ from torch import fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 from torchvision.ops import stochastic_depth
 
+from compress.attention import PrunedMultiheadAttention
 from compress.errors import QuantizationError
 
 # What a node computes, by module class, function or tensor method. Anything not listed is "other" and stays float.
@@ -120,9 +121,17 @@ def _why_float(module: nn.Module) -> str:
     return f"there is no integer kernel for {type(module).__name__}"
 
 
+class _Tracer(fx.Tracer):
+    """Attention stays one module whether it has lost heads or not."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, PrunedMultiheadAttention) or super().is_leaf_module(m, module_qualified_name)
+
+
 def _trace(model: nn.Module) -> fx.GraphModule:
     try:
-        return fx.symbolic_trace(model)
+        tracer = _Tracer()
+        return fx.GraphModule(model, tracer.trace(model), type(model).__name__)
     except Exception as error:  # noqa: BLE001 - tracing runs the model's own code, which may raise anything
         raise QuantizationError(
             f"{type(model).__name__} cannot be traced by torch.fx ({error}); quantization needs a forward() without "
