@@ -17,6 +17,7 @@ from compress.sources import Source
 
 TEST_BATCH = 128
 BATCHNORM_IMAGES = 1024
+FLOAT_BITS = 16
 HELD_OUT = 500
 """At most this many training images score the epochs; they are not trained on."""
 
@@ -139,4 +140,5 @@ def recover(
     refits = request.shrinks and request.reconstruction_images > 0
     count = request.reconstruction_images if refits else BATCHNORM_IMAGES
     images = data.calibration_images(source.dataset, count, source.preprocessing, request.seed)
-    return reconstruct(model, dense, kept, images, weights=refits)
+    bits = request.activation_bits if request.quantizes else FLOAT_BITS
+    return reconstruct(model, dense, kept, images, bits=bits, weights=refits)

@@ -252,7 +252,7 @@ class Request(BaseModel):
         le=1000,
     )
     qat_learning_rate: float = _field(
-        0.0001, "peak learning rate of quantization-aware training", "a number above 0 and at most 10", gt=0, le=10
+        0.00003, "peak learning rate of quantization-aware training", "a number above 0 and at most 10", gt=0, le=10
     )
     calibration_images: int = _field(
         256, "training images that set the first activation ranges", "a whole number from 1 to 100000", ge=1, le=100_000

@@ -71,10 +71,10 @@ def test_a_layer_is_the_matrix_product_that_is_solved(layer):
     answers = layer(maps)
     wanted = answers.movedim(1, -1) if isinstance(layer, nn.Conv2d) else answers
     inputs = layer.weight[0].numel() + (layer.bias is not None)
-    for part in reconstruction._equations(layer, [maps], [wanted], inputs):
+    for part in reconstruction._equations(layer, [maps], [wanted], inputs, 8):
         assert part.answers.numel() > 0
         torch.testing.assert_close(part.inputs @ part.weights, part.answers, atol=1e-5, rtol=1e-5)
-        assert part.residual(0).abs().max() < 1e-5
+        assert part.residual(torch.zeros(())).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("groups", [1, 2])
@@ -82,15 +82,34 @@ def test_the_change_solves_the_normal_equations(groups):
     torch.manual_seed(1)
     layer = nn.Conv2d(4, 6, 1, groups=groups, bias=False)
     maps, wanted = torch.randn(40, 4, 3, 3), torch.randn(40, 3, 3, 6)
-    fit, _ = reconstruction._equations(layer, [maps], [wanted], layer.weight[0].numel())
+    fit, _ = reconstruction._equations(layer, [maps], [wanted], layer.weight[0].numel(), 8)
     damping = reconstruction.DAMPINGS[1]
     change = list(reconstruction._solutions(fit))[1]
-    x, r = fit.inputs.double(), fit.residual(0).double()
+    x, y, pruned = fit.inputs.double(), fit.answers.double(), fit.weights.double()
     gram = x.transpose(1, 2) @ x
-    ridge = torch.diag_embed(damping * gram.diagonal(dim1=1, dim2=2))
-    torch.testing.assert_close(
-        change.double(), torch.linalg.solve(gram + ridge, x.transpose(1, 2) @ r).detach(), atol=1e-5, rtol=1e-4
-    )
+    step = float(maps.abs().max()) / 127
+    ridge = torch.diag_embed(damping * (gram.diagonal(dim1=1, dim2=2)))
+    rounding = torch.eye(gram.shape[1]) * x.shape[1] * step**2 / 12
+    best = torch.linalg.solve(gram + rounding + ridge, x.transpose(1, 2) @ y + ridge @ pruned)
+    torch.testing.assert_close(change.double(), (best - pruned).detach(), atol=1e-5, rtol=1e-4)
+
+
+def test_weights_that_cancel_each_other_are_not_used_where_inputs_are_rounded(monkeypatch):
+    """Two inputs that hardly differ: their difference, magnified, fits best, and 8 bits cannot tell them apart."""
+    monkeypatch.setattr(reconstruction, "DAMPINGS", (1e-9,))
+    torch.manual_seed(3)
+    layer = nn.Linear(2, 1, bias=False)
+    common, little = torch.randn(4000, 1), 1e-3 * torch.randn(4000, 1)
+    read, wanted = torch.cat([common, common + little], 1), common + 300 * little
+    found = {}
+    for bits in (8, 16):
+        fitted = copy.deepcopy(layer)
+        with torch.no_grad():
+            reconstruction._refit(fitted, [read], [wanted], bits)
+        step = float(read.abs().max()) / 127
+        rounded = fitted((read / step).round() * step)
+        found[bits] = float((rounded - wanted).square().mean())
+    assert found[8] < 0.2 and found[16] > 1, found
 
 
 def test_added_changes_move_the_answers_as_solved():
@@ -99,9 +118,13 @@ def test_added_changes_move_the_answers_as_solved():
     change = torch.randn(2, layer.weight[0].numel() + 1, 3)
     maps = torch.randn(5, 4, 6, 6)
     with torch.no_grad():
-        (fit, _) = reconstruction._equations(layer, [maps], [layer(maps).movedim(1, -1)], layer.weight[0].numel() + 1)
+        (fit, _) = reconstruction._equations(
+            layer, [maps], [layer(maps).movedim(1, -1)], layer.weight[0].numel() + 1, 8
+        )
         reconstruction._add(layer, change)
-        (moved, _) = reconstruction._equations(layer, [maps], [layer(maps).movedim(1, -1)], layer.weight[0].numel() + 1)
+        (moved, _) = reconstruction._equations(
+            layer, [maps], [layer(maps).movedim(1, -1)], layer.weight[0].numel() + 1, 8
+        )
     torch.testing.assert_close(moved.answers, fit.answers + fit.inputs @ change, atol=1e-4, rtol=1e-4)
 
 

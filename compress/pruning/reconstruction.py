@@ -3,13 +3,16 @@
 Each layer of the shrunk model is refitted, in the order of the forward pass, so that on a few hundred training images
 its outputs come as near as they can to the dense model's outputs in the kept channels:
 
-    minimise over W:  ||Y - X W||^2 + damping * ||(W - W_pruned) diag(X'X)^(1/2)||^2
+    minimise over W:  ||Y - X W||^2 + n s^2 ||W||^2 + damping * ||diag(X'X)^(1/2) (W - W_pruned)||^2
 
 X is what the layer reads in the shrunk model, with all layers before it refitted already; Y is what the dense layer
-answers. This is the reconstruction of He et al. 2017 ("Channel Pruning for Accelerating Very Deep Neural Networks",
-section 3) and Luo et al. 2017 ("ThiNet"), with a ridge towards the pruned weights. How strong the ridge is gets decided
-per layer on images that the fit has not seen, and a layer that no fit brings nearer keeps its weights. Every BatchNorm
-takes the statistics of what it reads now. No label is used.
+answers. The second term is what rounding the n rows of X to integers will add, s being the deviation of the rounding
+(noise on inputs is a ridge: Bishop 1995, "Training with Noise is Equivalent to Tikhonov Regularization"). Without it
+large weights that cancel each other fit best, and 8 bits make noise of them. The first and the last term are the
+reconstruction of He et al. 2017 ("Channel Pruning for Accelerating Very Deep Neural Networks", section 3) and Luo et
+al. 2017 ("ThiNet"), with a ridge towards the pruned weights. How strong that ridge is gets decided per layer on images
+that the fit has not seen, and a layer that no fit brings nearer keeps its weights. Every BatchNorm takes the statistics
+of what it reads now. No label is used.
 """
 
 from __future__ import annotations
@@ -52,7 +55,13 @@ class Refit:
 
 
 def reconstruct(
-    shrunk: nn.Module, dense: nn.Module, kept: Mapping[str, Tensor], images: Tensor, *, weights: bool = True
+    shrunk: nn.Module,
+    dense: nn.Module,
+    kept: Mapping[str, Tensor],
+    images: Tensor,
+    *,
+    bits: int = 8,
+    weights: bool = True,
 ) -> tuple[Refit, ...]:
     """Refits `shrunk` in place to `dense`, and re-estimates its BatchNorm statistics on the way.
 
@@ -61,6 +70,7 @@ def reconstruct(
         dense: the model that it was made from; only read.
         kept: layer -> which of the dense layer's output channels the shrunk one has, bool [channels].
         images: float32 [N, 3, H, W] training images, normalised; the first ones, where all would take too much memory.
+        bits: that the activations will have; 2 to 8, or more where they stay in floating point.
         weights: False only re-estimates the BatchNorm statistics.
 
     Returns: one entry per layer that was refitted, in the order of the forward pass.
@@ -80,7 +90,7 @@ def reconstruct(
                 _take_statistics(layer, [walk.read(node) for walk in students])
             elif weights and type(layer) in (nn.Conv2d, nn.Linear) and called[str(node.target)] == 1:
                 wanted = [_kept(walk.env[same], layer, kept.get(str(node.target))) for walk in teachers]
-                errors = _refit(layer, [walk.read(node) for walk in students], wanted)
+                errors = _refit(layer, [walk.read(node) for walk in students], wanted, bits)
                 refits += [Refit(str(node.target), *errors)] if errors else []
             for walk in students:
                 walk.step(node)
@@ -142,7 +152,9 @@ def _take_statistics(norm: nn.modules.batchnorm._BatchNorm, read: list[Tensor]) 
 # ---- one layer ----------------------------------------------------------------------------------------------------
 
 
-def _refit(layer: nn.Conv2d | nn.Linear, read: list[Tensor], wanted: list[Tensor]) -> tuple[float, float] | None:
+def _refit(
+    layer: nn.Conv2d | nn.Linear, read: list[Tensor], wanted: list[Tensor], bits: int
+) -> tuple[float, float] | None:
     """Moves the layer's weights to where its answers come nearest to `wanted`; relative errors before and after.
 
     None when the layer keeps its weights: frozen, too wide, padded in an uncommon way, or right as it is.
@@ -151,16 +163,14 @@ def _refit(layer: nn.Conv2d | nn.Linear, read: list[Tensor], wanted: list[Tensor
     padding = getattr(layer, "padding_mode", "zeros"), getattr(layer, "padding", ())
     if not layer.weight.requires_grad or inputs > MOST_INPUTS or padding[0] != "zeros" or isinstance(padding[1], str):
         return None
-    fit, held_out = _equations(layer, read, wanted, inputs)
+    fit, held_out = _equations(layer, read, wanted, inputs, bits)
     scale = float(held_out.answers.square().sum())
-    before = float(held_out.residual(0).square().sum())
-    if before <= 1e-9 * scale:
+    nothing = torch.zeros_like(fit.weights)
+    if float(held_out.residual(nothing).square().sum()) <= 1e-9 * scale:
         return None
-    candidates = [(before, torch.zeros(()))]
-    for change in _solutions(fit):
-        candidates.append((float(held_out.residual(change).square().sum()), change))
-    after, change = min(candidates, key=lambda candidate: candidate[0])
+    change = min((nothing, *_solutions(fit)), key=held_out.expected_error)
     _add(layer, change)
+    before, after = (float(held_out.residual(moved).square().sum()) for moved in (nothing, change))
     return before / scale, after / scale
 
 
@@ -174,13 +184,20 @@ class _Equations:
     """[groups, inputs, outputs]"""
     answers: Tensor
     """[groups, positions, outputs]"""
+    noise: Tensor
+    """Variance that rounding will add to each input: [inputs, 1]; 0 for the ones."""
 
-    def residual(self, change: Tensor | int) -> Tensor:
+    def residual(self, change: Tensor) -> Tensor:
         return self.answers - self.inputs @ (self.weights + change)
+
+    def expected_error(self, change: Tensor) -> float:
+        """Sum of squares over all positions, with rounded inputs."""
+        added = self.inputs.shape[1] * (self.noise * (self.weights + change).square()).sum()
+        return float(self.residual(change).square().sum() + added)
 
 
 def _equations(
-    layer: nn.Conv2d | nn.Linear, read: list[Tensor], wanted: list[Tensor], inputs: int
+    layer: nn.Conv2d | nn.Linear, read: list[Tensor], wanted: list[Tensor], inputs: int, bits: int
 ) -> tuple[_Equations, _Equations]:
     """What the layer reads and should answer at randomly chosen positions: to fit on, and from other images to judge."""
     images = sum(len(chunk) for chunk in read)
@@ -195,13 +212,16 @@ def _equations(
     groups = layer.groups if isinstance(layer, nn.Conv2d) else 1
     x, y = torch.cat(xs), torch.cat(ys)  # [images, positions, groups * inputs], [images, positions, outputs]
     x, y = (values.unflatten(-1, (groups, -1)).permute(2, 0, 1, 3) for values in (x, y))
+    step = float(x.abs().max()) / (2 ** (bits - 1) - 1)
+    noise = torch.full((x.shape[-1], 1), step**2 / 12)
     weights = layer.weight.detach().flatten(1).unflatten(0, (groups, -1)).transpose(1, 2)
     if layer.bias is not None:
         x = torch.cat([x, torch.ones_like(x[..., :1])], -1)
         weights = torch.cat([weights, layer.bias.detach().view(groups, 1, -1)], 1)
+        noise = torch.cat([noise, torch.zeros(1, 1)])
     judged = max(1, int(images * HELD_OUT))
     return tuple(
-        _Equations(one.flatten(1, 2), weights, two.flatten(1, 2))
+        _Equations(one.flatten(1, 2), weights, two.flatten(1, 2), noise)
         for one, two in ((x[:, judged:], y[:, judged:]), (x[:, :judged], y[:, :judged]))
     )
 
@@ -223,19 +243,19 @@ def _at(values: Tensor, places: Tensor) -> Tensor:
 
 def _solutions(equations: _Equations) -> Iterator[Tensor]:
     """The best change of the weights for each damping: [groups, inputs, outputs]."""
-    x = equations.inputs.transpose(1, 2)
-    gram, right = (x @ equations.inputs).double(), (x @ equations.residual(0)).double()
+    x, nothing = equations.inputs.transpose(1, 2), torch.zeros_like(equations.weights)
+    noise = (equations.inputs.shape[1] * equations.noise).double()
+    gram = (x @ equations.inputs).double()
+    right = (x @ equations.residual(nothing)).double() - noise * equations.weights
     sizes = gram.diagonal(dim1=1, dim2=2).sqrt()
     sizes = sizes.clamp_min(1e-6 * float(sizes.max()) + 1e-30)
-    gram = gram / sizes[:, :, None] / sizes[:, None, :]
+    gram = (gram + torch.diag(noise.flatten())) / sizes[:, :, None] / sizes[:, None, :]
     for damping in DAMPINGS:
         factor = torch.linalg.cholesky(gram + damping * torch.eye(gram.shape[1], dtype=gram.dtype))
         yield (torch.cholesky_solve(right / sizes[:, :, None], factor) / sizes[:, :, None]).float()
 
 
 def _add(layer: nn.Conv2d | nn.Linear, change: Tensor) -> None:
-    if change.ndim == 0:
-        return
     if layer.bias is not None:
         layer.bias.add_(change[:, -1].flatten())
         change = change[:, :-1]
