@@ -18,6 +18,8 @@ from compress.sources import Source
 TEST_BATCH = 128
 BATCHNORM_IMAGES = 1024
 FLOAT_BITS = 16
+MOST_PIXELS = 2**23
+"""Of all images together that a refit walks through: a large image has more positions to fit than a small one."""
 HELD_OUT = 500
 """At most this many training images score the epochs; they are not trained on."""
 
@@ -139,6 +141,7 @@ def recover(
         return ()
     refits = request.shrinks and request.reconstruction_images > 0
     count = request.reconstruction_images if refits else BATCHNORM_IMAGES
+    count = min(count, max(1, MOST_PIXELS // source.preprocessing.input_size**2))
     images = data.calibration_images(source.dataset, count, source.preprocessing, request.seed)
     bits = request.activation_bits if request.quantizes else FLOAT_BITS
     return reconstruct(model, dense, kept, images, bits=bits, weights=refits)

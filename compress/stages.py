@@ -71,7 +71,7 @@ def prune_and_shrink(work: Run, source: Source) -> Facts:
         request, source, model, lambda done, text: work.progress("prune", 0.2 + 0.6 * done, text)
     )
     shrunk = pruning.prune(model, source.example, plan, request.pruner, how)
-    work.progress("prune", 0.8, "shrunk, equal to the masked model")
+    work.progress("prune", 0.8, "shrunk, equal to the masked model; refitting what stays")
     refits = recipes.recover(request, source, model, shrunk.model, shrunk.kept)
     files = _save_model(work, source, shrunk.model, "stages/shrunk")
     hop = _torch_hop(work, source, "pruned and refitted" if refits else "pruned", shrunk.model)

@@ -122,7 +122,7 @@ def fit(
     with single_pixels_multiplied(model), single_pixels_multiplied(teacher):
         for epoch in range(math.ceil(total / steps_per_epoch)):
             start, before = time.perf_counter(), epoch * steps_per_epoch
-            model.train()
+            _train_mode(model)
             mean_loss = _epoch(
                 epoch,
                 _first(batches(epoch), min(steps_per_epoch, total - before)),
@@ -142,6 +142,15 @@ def fit(
             )
     model.to("cpu", memory_format=torch.contiguous_format)
     return records
+
+
+def _train_mode(model: nn.Module) -> None:
+    """Frozen BatchNorms keep their statistics too: a backbone that is frozen has to stay what it is."""
+    model.train()
+    for module in model.modules():
+        frozen = [not parameter.requires_grad for parameter in module.parameters(recurse=False)]
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and frozen and all(frozen):
+            module.eval()
 
 
 def loss_function(recipe: Recipe, teacher: nn.Module | None) -> Callable[[nn.Module, Tensor, Tensor], Tensor]:

@@ -168,6 +168,15 @@ def test_single_pixels_multiplied_gives_the_same_answers_and_gradients(kernel, s
     assert "forward" not in vars(layer)
 
 
+def test_a_frozen_backbone_keeps_its_weights_and_its_statistics():
+    model = network()
+    model[:2].requires_grad_(False)
+    before = copy.deepcopy(model.state_dict())
+    fit(model, batches, 8, recipe(epochs=1))
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed == {"5.weight", "5.bias"}
+
+
 def test_zeros_are_kept_only_where_asked():
     model = network()
     with torch.no_grad():
