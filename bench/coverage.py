@@ -149,8 +149,12 @@ def passes(row: Row) -> dict[str, bool]:
     }
 
 
-def answer(name: str, folder: Path) -> None:
-    """Rebuild the model in `folder` and write its answers there; the process that does this cannot import nni."""
+def answer(name: str, folder: Path, threads: int) -> None:
+    """Rebuild the model in `folder` and write its answers there; the process that does this cannot import nni.
+
+    Another number of threads adds up in another order, and the answers would not be equal bit for bit.
+    """
+    torch.set_num_threads(threads)
     tested = subject(name)
     template = None if tested.architecture else tested.build()
     model = models.rebuild(folder, model=template)
@@ -160,9 +164,10 @@ def answer(name: str, folder: Path) -> None:
 def _answers_without_nni(name: str, folder: Path) -> np.ndarray:
     script = (
         "import sys; sys.modules['nni'] = None; from pathlib import Path; from bench.coverage import answer; "
-        "answer(sys.argv[1], Path(sys.argv[2]))"
+        "answer(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]))"
     )
-    subprocess.run([sys.executable, "-c", script, name, str(folder)], check=True, timeout=LIMIT_S)
+    command = [sys.executable, "-c", script, name, str(folder), str(torch.get_num_threads())]
+    subprocess.run(command, check=True, timeout=LIMIT_S)
     return np.load(folder / "answers.npy")
 
 

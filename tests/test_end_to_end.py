@@ -149,7 +149,9 @@ def test_the_ledger_goes_from_the_dense_model_to_the_deployed_file(report):
         ("fake-quantized", "torch"),
     ]
     assert ("quantized", "onnxruntime") in names[4:]
-    assert report.ledger[1].accuracy < report.ledger[2].accuracy, "fine-tuning recovers"
+    dense, refitted, tuned = (hop.accuracy for hop in report.ledger[:3])
+    assert refitted > dense - 0.04, "the refit alone brings most of it back; without it, a quarter of the answers are right"
+    assert tuned > dense - 0.04
 
 
 def test_the_html_report_needs_no_network(run):

@@ -166,12 +166,13 @@ def _refit(
     fit, held_out = _equations(layer, read, wanted, inputs, bits)
     scale = float(held_out.answers.square().sum())
     nothing = torch.zeros_like(fit.weights)
-    if float(held_out.residual(nothing).square().sum()) <= 1e-9 * scale:
+    if held_out.error(nothing) <= 1e-9 * scale:
         return None
-    change = min((nothing, *_solutions(fit)), key=held_out.expected_error)
+    before = held_out.error(nothing)
+    nearer = [change for change in _solutions(fit) if held_out.error(change) < before]
+    change = min((nothing, *nearer), key=held_out.expected_error)
     _add(layer, change)
-    before, after = (float(held_out.residual(moved).square().sum()) for moved in (nothing, change))
-    return before / scale, after / scale
+    return before / scale, held_out.error(change) / scale
 
 
 @dataclass(frozen=True)
@@ -190,10 +191,14 @@ class _Equations:
     def residual(self, change: Tensor) -> Tensor:
         return self.answers - self.inputs @ (self.weights + change)
 
+    def error(self, change: Tensor) -> float:
+        """Sum of squares over all positions."""
+        return float(self.residual(change).square().sum())
+
     def expected_error(self, change: Tensor) -> float:
-        """Sum of squares over all positions, with rounded inputs."""
+        """The same with rounded inputs."""
         added = self.inputs.shape[1] * (self.noise * (self.weights + change).square()).sum()
-        return float(self.residual(change).square().sum() + added)
+        return self.error(change) + float(added)
 
 
 def _equations(
