@@ -18,7 +18,7 @@ from compress.sources import Source
 TEST_BATCH = 128
 BATCHNORM_IMAGES = 1024
 FLOAT_BITS = 16
-MOST_PIXELS = 2**23
+MOST_PIXELS = 2**22
 """Of all images together that a refit walks through: a large image has more positions to fit than a small one."""
 HELD_OUT = 500
 """At most this many training images score the epochs; they are not trained on."""

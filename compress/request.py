@@ -172,7 +172,7 @@ class Request(BaseModel):
     reconstruction_images: int = _field(
         1024,
         "training images on which the weights that stay are refitted to the original's feature maps by least "
-        "squares, before any training; fewer when they are large (167 at 224 pixels); 0 is off",
+        "squares, before any training; fewer when they are large (83 at 224 pixels); 0 is off",
         "a whole number from 0 to 100000",
         ge=0,
         le=100_000,

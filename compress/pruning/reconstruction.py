@@ -31,7 +31,7 @@ CHUNK = 32
 """Images that go through a layer at once."""
 MEMORY = 2**30
 """Bytes that the activations of all images may take; fewer images are used when they would take more."""
-POSITIONS = 32_768
+POSITIONS = 16_384
 """Answers of a layer that it is fitted to, over all images; many more cost time and change nothing."""
 NUMBERS = 2**26
 """What is read at those positions is at most this many numbers."""
