@@ -38,7 +38,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print the machine-readable f
 RunFolder = Annotated[Path, typer.Argument(help="Folder of a run.", show_default=False)]
 JobId = Annotated[str, typer.Argument(help="Id of a run, as `jobs list` prints it.", show_default=False)]
 CANCELLED, FAILED, MISUSED = 143, 1, 2
-REPEATABLE = ("exclude", "layer_sparsity")
+REPEATABLE = ("exclude", "layer_sparsity", "engine_targets")
 """Options that may be given several times."""
 
 

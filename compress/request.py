@@ -15,7 +15,10 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from compress.errors import RequestError
 
-RuntimeName = Literal["auto", "onnxruntime", "openvino", "tensorrt", "tensorrt-rtx"]
+RuntimeName = Literal[
+    "auto", "onnxruntime", "openvino", "onnxruntime-cuda", "onnxruntime-tensorrt", "tensorrt", "tensorrt-rtx"
+]
+RuntimeHint = Literal["latency", "throughput"]
 PrunerName = Literal[
     "l1-norm",
     "l2-norm",
@@ -68,6 +71,7 @@ def _entries_from_text(value: Any) -> Any:
 Ratio = Annotated[float, Field(ge=0, lt=1)]
 LayerRatios = Annotated[dict[str, Ratio], BeforeValidator(_ratios_from_text)]
 ConfigList = Annotated[tuple[dict[str, Any], ...], BeforeValidator(_entries_from_text)]
+Architecture = Annotated[str, Field(pattern=r"^SM\d{2,3}$")]
 Fraction3 = Annotated[tuple[float, float, float] | None, Field()]
 
 
@@ -261,11 +265,23 @@ class Request(BaseModel):
     runtime: RuntimeName = _field(
         "auto",
         "where the result will run; `auto` takes the fastest measured here",
-        "one of auto, onnxruntime, openvino, tensorrt, tensorrt-rtx",
+        f"one of {', '.join(get_args(RuntimeName))}",
     )
     batch_size: int = _field(32, "batch size measured beside batch 1", "a whole number from 1 to 1024", ge=1, le=1024)
     threads: int = _field(
         1, "CPU threads of the runtimes while measuring", "a whole number from 1 to 256", ge=1, le=256
+    )
+    runtime_hint: RuntimeHint = _field(
+        "latency",
+        "what OpenVINO is tuned for: `latency` of one batch, or `throughput`, with the images of a batch as requests side "
+        "by side; the other runtimes have no such choice",
+        "one of latency, throughput",
+    )
+    engine_targets: tuple[Architecture, ...] = _field(
+        (),
+        "GPU architectures that TensorRT for RTX compiles for ahead of time, such as `SM86` and `SM89`; none is any that "
+        "it supports",
+        "GPU architectures such as SM86 and SM89",
     )
     # ---- the run ----------------------------------------------------------------------------------------------
     seed: int = _field(0, "seed of every random choice", "a whole number from 0 to 4294967295", ge=0, le=2**32 - 1)
@@ -297,6 +313,8 @@ class Request(BaseModel):
                 missing, None, f"three numbers, because {given} was given and both belong to one normalisation"
             )
         self._refuse_contradictory_plan()
+        if self.runtime_hint == "throughput" and self.runtime not in ("auto", "openvino"):
+            raise RequestError("runtime_hint", self.runtime_hint, f"latency, because {self.runtime} has no such choice")
         if self.pruner == "none" and not self.quantizes and self.weight_bits == FULL_PRECISION:
             raise RequestError("quantizer", self.quantizer, "something to do: choose a pruner, a quantizer, or 16 bits")
 

@@ -201,6 +201,50 @@ def verify(folder: Path) -> list[str]:
     return problems
 
 
+def recorded_sha256(path: Path) -> str | None:
+    """The hash that the run around `path` recorded for it; None when there is no such run or record.
+
+    The manifest of a finished run, or the stage records of one that is under way.
+    """
+    folder = path.resolve().parent
+    while not ((folder / MANIFEST).is_file() or (folder / "stages").is_dir()):
+        if folder == folder.parent:
+            return None
+        folder = folder.parent
+    name = str(path.resolve().relative_to(folder))
+    try:
+        if (folder / MANIFEST).is_file():
+            return _manifest(folder)["files"].get(name, {}).get("sha256")
+        records = (
+            json.loads(record.read_text(encoding="utf-8")) for record in sorted((folder / "stages").glob("*.json"))
+        )
+        return next((record["sha256"][name] for record in records if name in record["sha256"]), None)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise StorageError(
+            f"The records of the run in {folder} are damaged ({error}). The run has to be repeated."
+        ) from error
+
+
+def add_to_manifest(paths: list[Path], parent: Path) -> None:
+    """Lists new files, made from `parent`, in the manifest of the finished run that holds `parent`."""
+    folder = next((folder for folder in parent.resolve().parents if (folder / MANIFEST).is_file()), None)
+    if folder is None:
+        raise RunError(f"{parent} belongs to no finished run: no {MANIFEST} lies above it.")
+    manifest = _manifest(folder)
+    for path in paths:
+        manifest["files"][str(path.resolve().relative_to(folder))] = {
+            "sha256": sha256(path),
+            "bytes": path.stat().st_size,
+            "parent": str(parent.resolve().relative_to(folder)),
+        }
+    manifest["files"] = dict(sorted(manifest["files"].items()))
+    write_text(folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+
+
 def _belongs_to_manifest(relative: Path) -> bool:
     """Uploads, progress and stage records are the run's workings, not its result."""
     return relative.parts[0] not in {

@@ -1,20 +1,32 @@
-"""ONNX Runtime on the CPU. The only file that imports onnxruntime."""
+"""ONNX Runtime on the CPU and, through its execution providers, on a GPU. The only file that imports onnxruntime."""
 
 from __future__ import annotations
 
-import importlib.util
+import json
 import re
 import tempfile
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
+from onnx import numpy_helper
 
 from compress import machine
-from compress.engines.base import BuildSpec, Built, Kernel, Runtime, Session, check_images, precision_of
-from compress.errors import HandoffError, RuntimeUnavailableError
+from compress.engines.base import (
+    LARGEST_SAFE_WEIGHT,
+    BuildSpec,
+    Flavour,
+    Kernel,
+    OnnxLoader,
+    Session,
+    check_images,
+    precision_of,
+)
+from compress.errors import HandoffError
 
+_CPU, _CUDA, _TENSORRT = "CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"
 _INTEGER_KERNELS = frozenset(
     {"QLinearConv", "ConvInteger", "QGemm", "QLinearMatMul", "MatMulIntegerToFloat", "DynamicQuantizeMatMul"}
 )
@@ -26,42 +38,64 @@ _NORM_SUFFIX = "_bn_nchwc"
 _ONLY_ERRORS = 3
 EXACT_NOTE = (
     "This CPU has no int8 dot product: ONNX Runtime was told to use its exact 8-bit kernels "
-    "(session.x64quantprecision), because its fast ones overflow here."
+    "(session.x64quantprecision), because its fast ones overflow here. Weights of 7 bits (--weight-bits 7) cannot "
+    "overflow and run on the fast ones."
+)
+UNREADABLE_NOTE = (
+    "ONNX Runtime does not say in which precision its TensorRT provider executes a layer; build with tensorrt for that."
 )
 
 
-class OnnxRuntime(Runtime):
+class OnnxRuntime(OnnxLoader):
     """Loads ONNX files as they are; nothing is built ahead of time."""
 
-    name, title, flavour = "onnxruntime", "ONNX Runtime", "onnxruntime"
+    name, title = "onnxruntime", "ONNX Runtime"
+    flavour: Flavour = "onnxruntime"
+    module, how_loaded = "onnxruntime", "as it is"
+    provider = _CPU
 
+    def _open(self, path: Path, spec: BuildSpec) -> Session:
+        return _OnnxRuntimeSession(path, spec) if self.provider == _CPU else _GpuSession(path, spec, self.provider)
+
+
+class _OnnxRuntimeOnGpu(OnnxRuntime):
     def missing(self) -> str | None:
-        if importlib.util.find_spec("onnxruntime") is None:
-            return "ONNX Runtime is not installed; install it with `pip install onnxruntime`."
-        return None
+        if reason := super().missing():
+            return reason
+        import onnxruntime
 
-    @property
-    def runs_here(self) -> bool:
-        return self.missing() is None
+        available = onnxruntime.get_available_providers()
+        if self.provider in available:
+            return None
+        return (
+            f"The installed ONNX Runtime offers only {', '.join(available)}; on a host with an NVIDIA GPU install "
+            "onnxruntime-gpu in its place."
+        )
 
-    def build(self, onnx_path: Path, engine_path: Path, spec: BuildSpec) -> Built:
-        with self.load(onnx_path, spec):
-            return Built(path=None, ran=True, text=f"{self.title} loads {onnx_path.name} as it is.")
 
-    def load(self, path: Path, spec: BuildSpec) -> Session:
-        if reason := self.missing():
-            raise RuntimeUnavailableError(reason)
-        return _OnnxRuntimeSession(path, spec)
+class OnnxRuntimeCuda(_OnnxRuntimeOnGpu):
+    """Quantized files run there in floating point between their Q/DQ pairs; the kernels read back say so."""
+
+    name, title = "onnxruntime-cuda", "ONNX Runtime on CUDA"
+    provider = _CUDA
+
+
+class OnnxRuntimeTensorRT(_OnnxRuntimeOnGpu):
+    """TensorRT inside ONNX Runtime: the engine is built while the file is loaded, and not kept."""
+
+    name, title = "onnxruntime-tensorrt", "ONNX Runtime on TensorRT"
+    flavour: Flavour = "tensorrt"
+    provider = _TENSORRT
 
 
 class _OnnxRuntimeSession(Session):
     def __init__(self, path: Path, spec: BuildSpec) -> None:
-        self._path, self._spec = path, spec
-        self._session: Any = _open(path, _options(spec))
-        self._kernels = _read_kernels(path, spec)
+        self._spec = spec
+        exact = not machine.has_int8_dot_product() and may_overflow(_read(path), path.parent)
+        self._session: Any = _load(path, _options(spec, exact), [_CPU])
+        self._kernels = _read_kernels(path, _options(spec, exact), [_CPU])
         self.precision = precision_of(self._kernels, "fp32")
-        exact = self.precision == "int8" and not machine.has_int8_dot_product()
-        self.notes = (EXACT_NOTE,) if exact else ()
+        self.notes = (EXACT_NOTE,) if exact and self.precision == "int8" else ()
 
     def run(self, images: np.ndarray) -> np.ndarray:
         return self._session.run(None, {"images": check_images(images, self._spec, None)})[0]
@@ -73,35 +107,111 @@ class _OnnxRuntimeSession(Session):
         self._session = None
 
 
-def _options(spec: BuildSpec) -> Any:
+class _GpuSession(_OnnxRuntimeSession):
+    """ONNX Runtime falls back to the CPU in silence, whole or node by node: here it is refused or told."""
+
+    def __init__(self, path: Path, spec: BuildSpec, provider: str) -> None:
+        self._spec = spec
+        providers = gpu_providers(provider, spec, _read(path))
+        self._session = _load(path, _options(spec), providers)
+        if (used := self._session.get_providers())[0] != provider:
+            raise HandoffError(
+                f"ONNX Runtime was asked for its {provider} and fell back to {used[0]}; see its log for the CUDA or "
+                "TensorRT library that is missing, or choose onnxruntime."
+            )
+        nodes = nodes_by_provider(path, _options(spec), providers, spec)
+        if not nodes[provider]:
+            raise HandoffError(f"The {provider} of ONNX Runtime executes no node of {path.name}; choose onnxruntime.")
+        elsewhere = {name: count for name, count in nodes.items() if name != provider}
+        notes = [f"{count} node(s) run on {name} instead of {provider}." for name, count in elsewhere.items()]
+        if provider == _TENSORRT:
+            self._kernels, self.precision = (), "not reported"
+            notes.append(UNREADABLE_NOTE)
+        else:
+            self._kernels = _read_kernels(path, _options(spec), providers)
+            self.precision = precision_of(self._kernels, "fp32")
+        self.notes = tuple(notes)
+
+
+def gpu_providers(provider: str, spec: BuildSpec, model: onnx.ModelProto) -> list[tuple[str, dict[str, str]]]:
+    """Providers in order of preference with their options: real fp32, and TensorRT for every batch up to the largest."""
+    cuda = (_CUDA, {"use_tf32": "0"})
+    if provider == _CUDA:
+        return [cuda]
+    image = f"3x{spec.input_size}x{spec.input_size}"
+    quantized = any(node.op_type == "QuantizeLinear" for node in model.graph.node)
+    half = any(tensor.data_type == onnx.TensorProto.FLOAT16 for tensor in model.graph.initializer)
+    options = {
+        "trt_profile_min_shapes": f"images:1x{image}",
+        "trt_profile_opt_shapes": f"images:{spec.batch_size}x{image}",
+        "trt_profile_max_shapes": f"images:{max(spec.max_batch, spec.batch_size)}x{image}",
+        "trt_int8_enable": str(int(quantized)),
+        "trt_fp16_enable": str(int(half)),
+    }
+    return [(_TENSORRT, options), cuda]
+
+
+def may_overflow(model: onnx.ModelProto, folder: Path) -> bool:
+    """Whether fast 8-bit kernels on a CPU without an int8 dot product could leave 16 bits: see LARGEST_SAFE_WEIGHT.
+
+    `folder` holds the tensors that were too large for the file itself.
+    """
+    for tensor in model.graph.initializer:
+        if tensor.data_type == onnx.TensorProto.INT8:
+            codes = numpy_helper.to_array(tensor, base_dir=str(folder))
+            if codes.size and np.abs(codes.astype(np.int16)).max() > LARGEST_SAFE_WEIGHT:
+                return True
+    constants = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
+    made = (node.input[2] for node in model.graph.node if node.op_type == "QuantizeLinear" and len(node.input) > 2)
+    return any(constants.get(name) == onnx.TensorProto.INT8 for name in made)
+
+
+def nodes_by_provider(path: Path, options: Any, providers: list[Any], spec: BuildSpec) -> Counter[str]:
+    """How many nodes each execution provider executes: one profiled run, because nothing else tells."""
+    with tempfile.TemporaryDirectory() as folder:
+        options.enable_profiling, options.profile_file_prefix = True, str(Path(folder) / "profile")
+        session = _load(path, options, providers)
+        session.run(None, {"images": np.zeros((spec.batch_size, 3, spec.input_size, spec.input_size), np.float32)})
+        events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
+    executed = {event["name"]: event["args"]["provider"] for event in events if event.get("args", {}).get("provider")}
+    return Counter(executed.values())
+
+
+def _options(spec: BuildSpec, exact: bool = False) -> Any:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = spec.threads, 1
     options.log_severity_level = _ONLY_ERRORS
-    if not machine.has_int8_dot_product():
+    if exact:
         options.add_session_config_entry("session.x64quantprecision", "1")
     return options
 
 
-def _open(path: Path, options: Any) -> Any:
+def _load(path: Path, options: Any, providers: list[Any]) -> Any:
     import onnxruntime
 
     onnxruntime.disable_telemetry_events()
     try:
-        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        return onnxruntime.InferenceSession(str(path), options, providers=providers)
     except Exception as error:  # noqa: BLE001 - every status of the library is an exception class of its own
         raise HandoffError(f"ONNX Runtime cannot load {path.name}: {error}") from error
 
 
-def _read_kernels(path: Path, spec: BuildSpec) -> tuple[Kernel, ...]:
+def _read(path: Path) -> onnx.ModelProto:
+    try:
+        return onnx.load(path, load_external_data=False)
+    except Exception as error:  # noqa: BLE001 - protobuf's decoding error differs from version to version
+        raise HandoffError(f"{path.name} is not an ONNX file: {error}") from error
+
+
+def _read_kernels(path: Path, options: Any, providers: list[Any]) -> tuple[Kernel, ...]:
     """Load once more with the optimized graph written to a file, and list its layers."""
-    options = _options(spec)
     with tempfile.TemporaryDirectory() as folder:
         written = Path(folder) / "optimized.onnx"
         options.optimized_model_filepath = str(written)
         options.add_session_config_entry("session.optimized_model_external_initializers_file_name", "weights.bin")
-        _open(path, options)
+        _load(path, options, providers)
         graph = onnx.load(written, load_external_data=False).graph
     constants = {tensor.name: tensor.data_type for tensor in graph.initializer}
     makers = {output: node for node in graph.node for output in node.output}

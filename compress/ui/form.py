@@ -45,7 +45,7 @@ SECTIONS = {
         "augment",
     ),
     "Quantization": ("activation_bits", "qat_epochs", "qat_learning_rate", "calibration_images"),
-    "Measuring": ("runtime", "batch_size", "threads", "seed"),
+    "Measuring": ("runtime", "runtime_hint", "engine_targets", "batch_size", "threads", "seed"),
 }
 """Fields that are folded away, by heading."""
 SET_BY_MAIN_FIELDS = ("model", "checkpoint", "data", "sparsity", "quantizer", "weight_bits")
@@ -53,6 +53,7 @@ SAME = "same as the weights"
 PLACEHOLDERS = {
     "layer_sparsity": "layer1.0.conv1=0.3",
     "max_layer_sparsity": "no limit",
+    "engine_targets": "SM86 SM89",
     "config_list": '[{"op_types": ["Conv2d"], "sparse_ratio": 0.5}]',
 }
 
