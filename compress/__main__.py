@@ -159,22 +159,28 @@ def pruners(as_json: Json = False) -> None:
 @cli.command()
 def quantizers(as_json: Json = False) -> None:
     """How floating point becomes integers."""
-    from compress.quantization import QUANTIZERS
+    from compress.quantizers import QUANTIZERS
 
     _list(
         [
             {
                 "name": q.name,
                 "what": q.summary,
-                "needs": "data" if q.needs_data else "nothing",
-                "bits": f"{min(q.bits)} to {max(q.bits)}",
+                "trains": "yes" if q.trains else "no",
+                "weight bits": _numbers(q.weight_bits),
+                "activation bits": _numbers(q.activation_bits),
                 "integers on": ", ".join(q.integer_runtimes),
+                "note": q.note,
                 "paper": q.paper,
             }
             for q in QUANTIZERS.values()
         ],
         as_json,
     )
+
+
+def _numbers(bits: tuple[int, ...]) -> str:
+    return f"{bits[0]} to {bits[-1]}" if len(bits) > 1 else str(bits[0])
 
 
 @cli.command()
