@@ -53,13 +53,17 @@ def usable_plan(request: Request, source: Source) -> pruning.Plan:
 def prepared_with_bits(request: Request, model: nn.Module) -> tuple[fx.GraphModule, quantization.BitPlan]:
     """`model` ready to be quantized as asked, and the bits of each layer; raises `QuantizationError`."""
     prepared = quantization.prepare(model)
-    plan = quantization.assign_bits(
-        prepared,
-        request.weight_bits,
-        request.activation_bits,
-        first_last_bits=request.first_last_bits,
-        layer_bits=request.layer_bits,
-    )
+    if request.quantization_config_list is not None:
+        offsets = request.quantizer == "lsq-plus"
+        plan = quantization.bits_of_config_list(model, prepared, request.quantization_config_list, offsets)
+    else:
+        plan = quantization.assign_bits(
+            prepared,
+            request.weight_bits,
+            request.activation_bits,
+            first_last_bits=request.first_last_bits,
+            layer_bits=request.layer_bits,
+        )
     if plan.stays_float:
         prepared = quantization.prepare(model, stays_float=plan.stays_float)
     return prepared, plan

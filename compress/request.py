@@ -31,6 +31,7 @@ from compress.request_values import (
 SEARCHING_PRUNERS = ("simulated-annealing", "auto-compress", "amc")
 FINE_GRAINED_PRUNER = "level"
 _PLAN_FIELDS = ("sparsity", "exclude", "layer_sparsity", "ranking", "max_layer_sparsity", "config_list")
+_BIT_FIELDS = ("weight_bits", "activation_bits", "first_last_bits", "layer_bits")
 QUANTIZED_BITS = range(2, 9)
 HALF_PRECISION, FULL_PRECISION = 16, 32
 
@@ -228,6 +229,13 @@ class Request(BaseModel):
         "what the layer reads, or 32 to keep it in floating point; the longer of two names wins",
         "layer or module names with bits, such as layer1=4, conv1=4/8 or fc=32",
     )
+    quantization_config_list: ConfigList | None = _field(
+        None,
+        "an NNI config list for the quantizer (JSON; in the shell a file) in the keys of NNI 3.0 or 2.x, instead of "
+        "weight_bits, activation_bits, first_last_bits and layer_bits",
+        "a JSON list of objects, as in NNI's tutorials",
+        min_length=1,
+    )
     calibration: EstimatorName = _field(
         "average",
         "how calibration turns what it sees into a range: `average` of each batch's extremes, `minmax` of all, or clipped "
@@ -298,8 +306,14 @@ class Request(BaseModel):
             )
         if self.first_last_bits not in (*QUANTIZED_BITS, FULL_PRECISION):
             raise RequestError("first_last_bits", self.first_last_bits, _allowed("first_last_bits"))
-        if self.layer_bits and not self.quantizes:
-            raise RequestError("layer_bits", self.layer_bits, "nothing, because nothing is quantized")
+        for name in ("layer_bits", "quantization_config_list"):
+            if getattr(self, name) and not self.quantizes:
+                raise RequestError(name, getattr(self, name), "nothing, because nothing is quantized")
+        changed = [n for n in _BIT_FIELDS if getattr(self, n) != type(self).model_fields[n].default]
+        if self.quantization_config_list is not None and changed:
+            raise RequestError(
+                changed[0], getattr(self, changed[0]), "nothing, because quantization_config_list is given and says it"
+            )
         binary = next((name for name, bits in self.layer_bits.items() if bits.startswith("1")), None)
         if binary and self.quantizer != "bnn":
             raise RequestError("layer_bits", {binary: self.layer_bits[binary]}, "2 to 8 bits: 1 is for quantizer bnn")

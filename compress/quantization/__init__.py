@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 from compress.errors import QuantizationError
 from compress.quantization.bits import BitPlan, LayerBits, assign_bits
 from compress.quantization.calibration import ESTIMATORS, Estimator
+from compress.quantization.config_list import translate as bits_of_config_list
 from compress.quantization.convert import convert, fake_quantized, weight_sqnr_db
 from compress.quantization.flavours import FLAVOURS, Flavour
 from compress.quantization.prepare import left_float, prepare, quantization_points, quantized_layers
@@ -36,6 +37,7 @@ __all__ = [
     "Ranges",
     "TrainFn",
     "assign_bits",
+    "bits_of_config_list",
     "convert",
     "fake_quantized",
     "left_float",

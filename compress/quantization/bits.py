@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from difflib import get_close_matches
 
 from torch import fx
 
-from compress.errors import QuantizationError
+from compress.errors import QuantizationError, RequestError, such_as
 from compress.quantization.prepare import quantization_points, quantized_layers, readers_of
 
 FLOAT = 32
@@ -77,7 +76,8 @@ def assign_bits(
         layer_bits: by layer or module name `W`, `W/A` or `32`; the longest name that fits a layer wins.
 
     Raises:
-        QuantizationError: a name of `layer_bits` is no layer or module with layers, or no layer is left to quantize.
+        RequestError: a name of `layer_bits` is no layer or module with layers.
+        QuantizationError: no layer is left to quantize.
     """
     layers = quantized_layers(prepared)
     plan = {name: LayerBits(weight_bits, activation_bits) for name in layers}
@@ -108,7 +108,5 @@ def parse_bits(text: str, activation_bits: int) -> LayerBits:
 def _layers_of(wish: str, layers: tuple[str, ...]) -> list[str]:
     found = [name for name in layers if name == wish or name.startswith(wish + ".")]
     if not found:
-        close = get_close_matches(wish, layers, n=1)
-        hint = f"did you mean {close[0]}?" if close else f"its layers are called like {layers[0]} and {layers[-1]}"
-        raise QuantizationError(f"layer_bits: this model has no layer to quantize that is called {wish}; {hint}")
+        raise RequestError("layer_bits", wish, f"a layer to quantize, or a module with some{such_as(layers, wish)}")
     return found
