@@ -5,7 +5,7 @@ PY := $(VENV)/bin/python
 OUT ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help setup setup-dev demo app test test-slow test-gpu lint bench pruners-table coverage assets clean
+.PHONY: help setup setup-dev demo app test test-slow test-gpu lint bench pruners-table quantizers-table coverage assets clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-14s %s\n", $$1, $$2}'
@@ -48,6 +48,9 @@ bench: setup  ## the figures of the README's table; see bench/README.md
 
 pruners-table: setup  ## docs/pruners.md: every pruner on the bundled model, the better part of an hour
 	$(PY) -m bench.pruners
+
+quantizers-table: setup  ## docs/quantizers.md: every quantizer on the bundled model at 8 and 4 bits
+	$(PY) -m bench.quantizers
 
 coverage: setup  ## docs/coverage.md: every torchvision classifier, proved; hours
 	$(PY) -m bench.coverage

@@ -29,6 +29,10 @@ AGREEMENT, RMS = 0.98, 0.02
 """A quantized file passes with this share of equal top-1 answers, or when its logits are this near (root mean square), as a
 share of the largest logit (a model with random weights has no clear top-1). The grids are the same; where an
 activation lies on the border of two codes the order of float additions decides, and the codes after it follow."""
+NO_FLAVOUR = (
+    "it reads 8-bit integers whose zero is code 0, and the learnt offsets need others; take lsq, or lsq-plus with at most 7 "
+    "activation bits."
+)
 QUANTIZED_RULE = f"{AGREEMENT:.0%} equal top-1, or logits within {RMS:.0%} (root mean square)"
 COMPARED_IMAGES = 256
 INFER_SCRIPT = Path(__file__).parent / "templates" / "infer.py"
@@ -74,11 +78,15 @@ def build_engines(work: Run, source: Source) -> Facts:
     variants = work.facts("export")["variants"]
     last = list(variants)[-1]
     images = _compared_images(source)
-    references = {flavour: _reference_logits(work, source, last, images, flavour) for flavour in quantization.FLAVOURS}
+    flavours = _flavours(work, source, last)
+    references = {flavour: _reference_logits(work, source, last, images, flavour) for flavour in flavours}
     engines, handoffs, files, parents, agreeing, notes = [], [], [], {}, [], []
     for number, runtime in enumerate(RUNTIMES.values()):
         if reason := runtime.missing():
             notes.append(f"{runtime.name} was left out: {reason}")
+            continue
+        if runtime.flavour not in flavours:
+            notes.append(f"{runtime.name} was left out: {NO_FLAVOUR}")
             continue
         work.progress("build", number / len(RUNTIMES), runtime.name)
         onnx_path = _file_for(work, last, runtime)
@@ -197,9 +205,15 @@ def _reference_logits(
     return evaluation.logits(evaluation.torch_answer(model), images)
 
 
+def _flavours(work: Run, source: Source, variant: str) -> tuple[quantization.Flavour, ...]:
+    """Those that a variant has a file for."""
+    quantized = variant == "quantized"
+    return stages.load_quantized(work, source).ranges.flavours if quantized else quantization.FLAVOURS
+
+
 def _export_quantized(work: Run, source: Source) -> dict[quantization.Flavour, Path]:
     quantized = stages.load_quantized(work, source)
-    paths = {flavour: work.artifacts / f"quantized.{flavour}.onnx" for flavour in quantization.FLAVOURS}
+    paths = {flavour: work.artifacts / f"quantized.{flavour}.onnx" for flavour in quantized.ranges.flavours}
     with ExitStack() as stack:
         partials = {flavour: stack.enter_context(atomic(path)) for flavour, path in paths.items()}
         onnx_export.export_flavours(quantized, partials, input_size=source.preprocessing.input_size)

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from itertools import islice
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
-from compress import data, pruning, training
+from compress import data, pruning, quantization, training
 from compress.errors import TrainingError
 from compress.pruning.reconstruction import Refit, reconstruct
 from compress.request import Request
@@ -48,6 +48,25 @@ def usable_plan(request: Request, source: Source) -> pruning.Plan:
     has_images = source.dataset.kind != "none"
     pruning.require_usable(source.model, source.example, plan, request.pruner, has_images=has_images)
     return plan
+
+
+def prepared_with_bits(request: Request, model: nn.Module) -> tuple[fx.GraphModule, quantization.BitPlan]:
+    """`model` ready to be quantized as asked, and the bits of each layer; raises `QuantizationError`."""
+    prepared = quantization.prepare(model)
+    if request.quantization_config_list is not None:
+        offsets = request.quantizer == "lsq-plus"
+        plan = quantization.bits_of_config_list(model, prepared, request.quantization_config_list, offsets)
+    else:
+        plan = quantization.assign_bits(
+            prepared,
+            request.weight_bits,
+            request.activation_bits,
+            first_last_bits=request.first_last_bits,
+            layer_bits=request.layer_bits,
+        )
+    if plan.stays_float:
+        prepared = quantization.prepare(model, stays_float=plan.stays_float)
+    return prepared, plan
 
 
 def pruning_training(

@@ -142,7 +142,7 @@ def fine_tune(work: Run, source: Source) -> Facts:
 
 
 def quantize(work: Run, source: Source) -> Facts:
-    """NNI quantization-aware training, or calibration only."""
+    """One of NNI's quantizers: training on the grid, or calibration only."""
     request = work.request
     if not request.quantizes:
         return {
@@ -151,10 +151,11 @@ def quantize(work: Run, source: Source) -> Facts:
             "ledger": [],
             "files": [],
             "left_float": [],
+            "bits": {},
             "sqnr_db": {},
         }
     model = load_model(work, source, "artifacts")
-    prepared = quantization.prepare(model)
+    prepared, plan = recipes.prepared_with_bits(request, model)
     images = data.calibration_images(source.dataset, request.calibration_images, source.preprocessing, request.seed)
     curve: list[Facts] = []
 
@@ -165,8 +166,9 @@ def quantize(work: Run, source: Source) -> Facts:
     trains = source.dataset.kind != "none" and request.qat_epochs > 0
     quantized = quantization.quantize(
         prepared,
-        weight_bits=request.weight_bits,
-        activation_bits=request.activation_bits,
+        plan,
+        quantizer=request.quantizer,
+        estimator=request.calibration,
         calibration=images.split(TEST_BATCH),
         train=train if trains else None,
     )
@@ -182,6 +184,7 @@ def quantize(work: Run, source: Source) -> Facts:
         "files": files + [hop["answers"]],
         "label": quantized.ranges.label,
         "left_float": quantization.left_float(prepared),
+        "bits": {name: grid.bits for name, grid in quantized.ranges.weights.items()},
         "sqnr_db": quantization.weight_sqnr_db(quantized),
     }
 
@@ -274,9 +277,7 @@ def _train(
 
 def load_quantized(work: Run, source: Source) -> quantization.Quantized:
     """What the quantize stage left, on the graph that the pruned model is prepared to again."""
-    return quantization.restore(
-        quantization.prepare(load_model(work, source, "artifacts")), work.folder / "stages" / "quantized"
-    )
+    return quantization.restore(load_model(work, source, "artifacts"), work.folder / "stages" / "quantized")
 
 
 def _save_model(work: Run, source: Source, model: nn.Module, folder: str) -> list[str]:

@@ -196,7 +196,7 @@ def _layers(facts: Facts, work: Run) -> tuple[Layer, ...]:
     for layer in facts["baseline"]["layers"]:
         name = layer["name"]
         group, reason = groups.get(name, (None, stays.get(name, "nothing was pruned")))
-        bits = work.request.weight_bits if name in quantized else 16 if work.request.half_precision else 32
+        bits = facts["quantize"]["bits"].get(name, 16 if work.request.half_precision else 32)
         rows.append(
             Layer(
                 name=name,

@@ -150,7 +150,9 @@ def test_the_ledger_goes_from_the_dense_model_to_the_deployed_file(report):
     ]
     assert ("quantized", "onnxruntime") in names[4:]
     dense, refitted, tuned = (hop.accuracy for hop in report.ledger[:3])
-    assert refitted > dense - 0.04, "the refit alone brings most of it back; without it, a quarter of the answers are right"
+    assert refitted > dense - 0.04, (
+        "the refit alone brings most of it back; without it, a quarter of the answers are right"
+    )
     assert tuned > dense - 0.04
 
 

@@ -11,13 +11,13 @@ import onnx
 import pytest
 import torch
 from onnx import TensorProto, numpy_helper
-from quantization_networks import SIZE, answers, calibrated, images, scratch_folder, trained
+from quantization_networks import SIZE, answers, calibrated, images, quantized_at, scratch_folder, trained
 from torch import Tensor, nn
 
 from compress.engines import RUNTIMES, BuildSpec
 from compress.errors import HandoffError, QuantizationError
 from compress.onnx_export import export, export_flavours
-from compress.quantization import FLAVOURS, Quantized, fake_quantized, prepare, quantization_points, quantize
+from compress.quantization import FLAVOURS, Quantized, fake_quantized, prepare, quantization_points
 
 SPEC = BuildSpec(SIZE, static=False)
 
@@ -99,7 +99,7 @@ def test_a_relu6_keeps_its_bound_although_its_container_reaches_further():
     with torch.no_grad():
         model[0].weight.mul_(20)
     batch = torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-    quantized = quantize(prepare(model), weight_bits=8, activation_bits=8, calibration=[batch], train=None)
+    quantized = quantized_at(model, batches=[batch])
     (bounded,) = [name for name, point in quantization_points(quantized.model).items() if point.clipped_above]
     assert quantized.ranges.activations[bounded].scale == pytest.approx(6 / 127)
     with tempfile.TemporaryDirectory() as folder:

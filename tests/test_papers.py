@@ -45,7 +45,13 @@ def test_names_are_escaped_in_the_html_report(report):
 
 
 def test_the_command_makes_the_same_request(report):
-    request = {**report.request, "sparsity": 0.25, "exclude": ["layer1", "fc"], "augment": True, "mean": [0.1, 0.2, 0.3]}
+    request = {
+        **report.request,
+        "sparsity": 0.25,
+        "exclude": ["layer1", "fc"],
+        "augment": True,
+        "mean": [0.1, 0.2, 0.3],
+    }
     words = card.shell_command(request)
     assert words.startswith("python -m compress run --model resnet18 --data fashion-mnist")
     for part in ("--sparsity 0.25", "--exclude layer1 --exclude fc", "--augment", "--mean 0.1,0.2,0.3"):

@@ -21,17 +21,20 @@ from compress.engines.base import Flavour
 from compress.quantization.prepare import QPoint
 from compress.quantization.ranges import ActivationGrid, Ranges
 
+_BEYOND = 1e30
 FLAVOURS: tuple[Flavour, ...] = ("tensorrt", "onnxruntime")
 
 
-def zero_point(point: QPoint, flavour: Flavour) -> int:
+def zero_point(point: QPoint, grid: ActivationGrid, flavour: Flavour) -> int:
     """Zero's code. Where it is code 0 of a uint8, the quantization itself is the ReLU and costs nothing."""
-    return 0 if flavour == "tensorrt" or point.non_negative else 128
+    if flavour == "tensorrt" or point.non_negative:
+        return 0
+    return -grid.lowest if grid.highest > 127 else 128
 
 
 def code_range(point: QPoint, grid: ActivationGrid, flavour: Flavour) -> tuple[int, int]:
     """Smallest and largest code that a file of this flavour can hold for this point, zero being code 0."""
-    zero = zero_point(point, flavour)
+    zero = zero_point(point, grid, flavour)
     low, high = (-128, 127) if flavour == "tensorrt" else (-zero, 255 - zero)
     if _narrow(point, grid, flavour):
         return max(low, grid.lowest), min(high, grid.highest)
@@ -55,6 +58,7 @@ def apply_flavour(neutral: ir.Model, points: Mapping[str, QPoint], ranges: Range
             _edit_for_onnxruntime(model, node, points[name], ranges.activations[name])
     if flavour == "onnxruntime":
         _quantize_gemm_biases(model)
+        _keep_float_layers_float(model)
     remove_unused(model)
     return model
 
@@ -73,7 +77,7 @@ def _edit_for_tensorrt(model: ir.Model, quantize: ir.Node, point: QPoint, grid: 
 
 def _edit_for_onnxruntime(model: ir.Model, quantize: ir.Node, point: QPoint, grid: ActivationGrid) -> None:
     ((dequantize, _),) = quantize.outputs[0].uses()
-    zero = zero_point(point, "onnxruntime")
+    zero = zero_point(point, grid, "onnxruntime")
     value = constant(model, f"{point.name}.zero_point.uint8", np.array(zero, dtype=np.uint8))
     quantize.replace_input_with(2, value)
     dequantize.replace_input_with(2, value)
@@ -116,6 +120,20 @@ def _quantize_gemm_biases(model: ir.Model) -> None:
         dequantize.outputs[0].name = f"{name}.dequantized"
         model.graph.insert_before(node, dequantize)
         node.replace_input_with(2, dequantize.outputs[0])
+
+
+def _keep_float_layers_float(model: ir.Model) -> None:
+    """Clip what a layer with float weights reads, to bounds beyond every value.
+
+    Between a dequantized input and a quantized output ONNX Runtime quantizes float weights by itself, with one scale for
+    all channels (its WeightBiasQuantization), unless another operator stands in between.
+    """
+    for node in list(model.graph):
+        if node.op_type in ("Conv", "Gemm") and node.inputs[1].is_initializer() and not node.inputs[0].is_graph_input():
+            low, high = np.float32(-_BEYOND), np.float32(_BEYOND)
+            clip = _clip(model, node.inputs[0], f"{node.name}.input", low, high, ir.DataType.FLOAT)
+            model.graph.insert_before(node, clip)
+            node.replace_input_with(0, clip.outputs[0])
 
 
 def constant(model: ir.Model, name: str, array: np.ndarray) -> ir.Value:

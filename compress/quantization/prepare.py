@@ -61,14 +61,17 @@ class QPoint(nn.Identity):
         """TensorRT fuses what makes and what reads this tensor; a point between them would break the fusion."""
 
 
-def prepare(model: nn.Module) -> fx.GraphModule:
+def prepare(model: nn.Module, *, stays_float: frozenset[str] = frozenset()) -> fx.GraphModule:
     """A copy of `model`, folded and with its quantization points; eval mode, input and output unchanged.
 
+    Layers named in `stays_float` are no integer kernels: no point stands on what only they read or write.
     Raises `QuantizationError` when the model cannot be traced by torch.fx or has nothing to quantize.
     """
     graph_module = _trace(copy.deepcopy(model).eval())
     _make_plain(graph_module)
     _fold_batch_norm(graph_module)
+    for name in stays_float:
+        graph_module.get_submodule(name).stays_float = True
     _insert_points(graph_module)
     graph_module.graph.lint()
     graph_module.recompile()
@@ -104,12 +107,32 @@ def left_float(prepared: fx.GraphModule) -> list[dict[str, str]]:
     return parts
 
 
+def readers_of(prepared: fx.GraphModule) -> dict[str, tuple[str, ...]]:
+    """The layers that read each quantization point's integers, directly or through pools and reshapes."""
+    found = {}
+    for node in prepared.graph.nodes:
+        if _kind(node, prepared) == "point":
+            found[str(node.target)] = tuple(dict.fromkeys(_layers_behind(node, prepared)))
+    return found
+
+
+def _layers_behind(node: fx.Node, prepared: fx.GraphModule) -> Iterator[str]:
+    for user in node.users:
+        kind = _kind(user, prepared)
+        if kind in _INTEGER_LAYERS:
+            yield str(user.target)
+        elif kind in ("maxpool", "shape"):
+            yield from _layers_behind(user, prepared)
+
+
 def _parents(name: str) -> Iterator[str]:
     pieces = name.split(".")
     return (".".join(pieces[:i]) for i in range(1, len(pieces)))
 
 
 def _why_float(module: nn.Module) -> str:
+    if getattr(module, "stays_float", False):
+        return "it is kept in floating point, as asked"
     if isinstance(module, nn.MultiheadAttention):
         return "attention multiplies activations with each other, which stays in floating point"
     if isinstance(module, nn.modules.batchnorm._BatchNorm):
@@ -142,6 +165,8 @@ def _trace(model: nn.Module) -> fx.GraphModule:
 def _kind(node: fx.Node, graph_module: fx.GraphModule) -> str:
     if node.op == "call_module":
         module = graph_module.get_submodule(str(node.target))
+        if getattr(module, "stays_float", False):
+            return "other"
         return "point" if isinstance(module, QPoint) else _KIND_OF.get(type(module), "other")
     kind = _KIND_OF.get(node.target, "other") if node.op in ("call_function", "call_method") else "other"
     return "other" if kind == "add" and not _is_tensor_add(node) else kind
