@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -74,12 +74,15 @@ def export(work: Run, source: Source) -> Facts:
 
 
 def build_engines(work: Run, source: Source) -> Facts:
-    """An engine for every runtime that has its tools here, from the last variant; compared where it can run."""
-    variants = work.facts("export")["variants"]
-    last = list(variants)[-1]
+    """An engine for every runtime that has its tools here, from the last variant; compared where it can run.
+
+    Where engines run, the earlier variants get one too: a gain is measured against something.
+    """
+    variants = list(work.facts("export")["variants"])
+    last = variants[-1]
     images = _compared_images(source)
     flavours = _flavours(work, source, last)
-    references = {flavour: _reference_logits(work, source, last, images, flavour) for flavour in flavours}
+    reference = cache(partial(_reference_logits, work, source, images=images))
     engines, handoffs, files, parents, agreeing, notes = [], [], [], {}, [], []
     for number, runtime in enumerate(RUNTIMES.values()):
         if reason := runtime.missing():
@@ -88,38 +91,37 @@ def build_engines(work: Run, source: Source) -> Facts:
         if runtime.flavour not in flavours:
             notes.append(f"{runtime.name} was left out: {NO_FLAVOUR}")
             continue
-        work.progress("build", number / len(RUNTIMES), runtime.name)
-        onnx_path = _file_for(work, last, runtime)
-        spec = BuildSpec(
-            source.preprocessing.input_size,
-            min(work.request.batch_size, 8),
-            work.request.batch_size,
-            work.request.threads,
-        )
-        built = runtime.build(onnx_path, work.artifacts / f"{onnx_path.stem}.{runtime.name}.engine", spec)
-        if built.path:
-            files += [f"artifacts/{built.path.name}", f"artifacts/{built.path.name}.json"]
-            parents |= dict.fromkeys(files[-2:], f"artifacts/{onnx_path.name}")
-        layers = built.passport.get("layers", [])
-        if runtime.runs_here:
-            row, layers = _compare_running(
-                work, runtime, built.path or onnx_path, last, references[runtime.flavour], images
+        for variant in variants if runtime.ahead_of_time and runtime.runs_here else [last]:
+            work.progress("build", number / len(RUNTIMES), f"{runtime.name}, {variant}")
+            onnx_path = _file_for(work, variant, runtime)
+            spec = _spec(work, source, min(work.request.batch_size, 8))
+            try:
+                built = runtime.build(onnx_path, work.artifacts / f"{onnx_path.stem}.{runtime.name}.engine", spec)
+            except HandoffError as error:
+                notes.append(_refused(work, runtime, error))
+                break
+            if built.path:
+                files += [f"artifacts/{built.path.name}", f"artifacts/{built.path.name}.json"]
+                parents |= dict.fromkeys(files[-2:], f"artifacts/{onnx_path.name}")
+            layers = built.passport.get("layers", [])
+            if runtime.runs_here:
+                expected = reference(variant, flavour=runtime.flavour)
+                row, layers = _compare_running(work, runtime, built.path or onnx_path, variant, expected, images)
+                handoffs.append(row)
+                if not row["passed"]:
+                    notes.append(_disagreement(work, runtime, row))
+                elif variant == last:
+                    agreeing.append(runtime.name)
+            engines.append(
+                {
+                    "runtime": runtime.name,
+                    "variant": variant,
+                    "file": built.path.name if built.path else onnx_path.name,
+                    "ran": built.ran,
+                    "text": built.text,
+                    "layer_precisions": dict(Counter(layer["precision"] for layer in layers)),
+                }
             )
-            handoffs.append(row)
-            if row["passed"]:
-                agreeing.append(runtime.name)
-            else:
-                notes.append(_disagreement(work, runtime, row))
-        engines.append(
-            {
-                "runtime": runtime.name,
-                "variant": last,
-                "file": built.path.name if built.path else onnx_path.name,
-                "ran": built.ran,
-                "text": built.text,
-                "layer_precisions": dict(Counter(layer["precision"] for layer in layers)),
-            }
-        )
     return {
         "engines": engines,
         "handoffs": handoffs,
@@ -128,6 +130,25 @@ def build_engines(work: Run, source: Source) -> Facts:
         "agreeing": agreeing,
         "notes": notes,
     }
+
+
+def _refused(work: Run, runtime: Runtime, error: HandoffError) -> str:
+    """Ends the run when this runtime, or an engine for it, was asked for; otherwise a note."""
+    if work.request.runtime == runtime.name or (work.request.engine_targets and runtime.name == "tensorrt-rtx"):
+        raise error
+    return f"{runtime.name} was left out: {error}"
+
+
+def _spec(work: Run, source: Source, batch_size: int, precision: Precision = "fp32") -> BuildSpec:
+    return BuildSpec(
+        source.preprocessing.input_size,
+        batch_size,
+        max(batch_size, work.request.batch_size),
+        work.request.threads,
+        precision,
+        hint=work.request.runtime_hint,
+        targets=work.request.engine_targets,
+    )
 
 
 def measure(work: Run, source: Source) -> Facts:
@@ -264,10 +285,16 @@ def _checked(row: Facts) -> Facts:
 def _compare_running(
     work: Run, runtime: Runtime, path: Path, variant: str, expected: np.ndarray, images: Sequence[Tensor]
 ) -> tuple[Facts, list[Facts]]:
-    size = images[0].shape[-1]
-    with runtime.load(
-        path, BuildSpec(size, len(images[0]), work.request.batch_size, torch.get_num_threads())
-    ) as session:
+    if runtime.ahead_of_time and len(images[0]) > work.request.batch_size:  # the engine takes no larger batch
+        images = [part for batch in images for part in batch.split(work.request.batch_size)]
+    spec = BuildSpec(
+        images[0].shape[-1],
+        len(images[0]),
+        work.request.batch_size,
+        torch.get_num_threads(),
+        hint=work.request.runtime_hint,
+    )
+    with runtime.load(path, spec) as session:
         got = evaluation.logits(partial(_padded, session, len(images[0])), images)
         layers = [{"precision": kernel.precision} for kernel in session.kernels()]
     if variant == "quantized":
@@ -317,26 +344,20 @@ class _Contender:
     is_last: bool
 
     def load(self, work: Run, source: Source, batch_size: int) -> Session:
-        return self.runtime.load(
-            self.path,
-            BuildSpec(source.preprocessing.input_size, batch_size, batch_size, work.request.threads, self.precision),
-        )
+        return self.runtime.load(self.path, _spec(work, source, batch_size, self.precision))
 
 
 def _contenders(work: Run) -> list[_Contender]:
+    """Every variant through every runtime that runs here and took the last variant."""
     variants = list(work.facts("export")["variants"])
+    built = {(row["runtime"], row["variant"]): row["file"] for row in work.facts("build")["engines"]}
     found = []
     for variant in variants:
         precision: Precision = {"quantized": "int8", "half": "fp16"}.get(variant, "fp32")
         for runtime in RUNTIMES.values():
-            if runtime.runs_here:
-                path = _file_for(work, variant, runtime)
-                engine = work.artifacts / f"{path.stem}.{runtime.name}.engine"
-                found.append(
-                    _Contender(
-                        variant, runtime, engine if engine.exists() else path, precision, variant == variants[-1]
-                    )
-                )
+            if runtime.runs_here and (runtime.name, variants[-1]) in built:
+                file = built[runtime.name, variant] if runtime.ahead_of_time else _file_for(work, variant, runtime)
+                found.append(_Contender(variant, runtime, work.artifacts / file, precision, variant == variants[-1]))
     return found
 
 
