@@ -181,10 +181,7 @@ def verify(folder: Path) -> list[str]:
         raise RunError(
             f"{folder} holds no finished run: {MANIFEST} is missing. Give the folder that `compress run` printed."
         )
-    try:
-        listed: dict[str, dict[str, Any]] = json.loads(manifest.read_text(encoding="utf-8"))["files"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise StorageError(f"{manifest} is damaged ({error}). The run has to be repeated.") from error
+    listed = _manifest(folder)
     problems = []
     for name, facts in listed.items():
         path = folder / name
@@ -201,48 +198,55 @@ def verify(folder: Path) -> list[str]:
     return problems
 
 
-def recorded_sha256(path: Path) -> str | None:
-    """The hash that the run around `path` recorded for it; None when there is no such run or record.
+def manifest_sha256(path: Path) -> str | None:
+    """The hash that the manifest of the finished run around `path` lists for it; None when there is none.
 
-    The manifest of a finished run, or the stage records of one that is under way.
+    Raises:
+        StorageError: the manifest is damaged.
     """
-    folder = path.resolve().parent
-    while not ((folder / MANIFEST).is_file() or (folder / "stages").is_dir()):
-        if folder == folder.parent:
-            return None
-        folder = folder.parent
-    name = str(path.resolve().relative_to(folder))
-    try:
-        if (folder / MANIFEST).is_file():
-            return _manifest(folder)["files"].get(name, {}).get("sha256")
-        records = (
-            json.loads(record.read_text(encoding="utf-8")) for record in sorted((folder / "stages").glob("*.json"))
-        )
-        return next((record["sha256"][name] for record in records if name in record["sha256"]), None)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise StorageError(
-            f"The records of the run in {folder} are damaged ({error}). The run has to be repeated."
-        ) from error
+    folder = _folder_with(path, MANIFEST)
+    return folder and _manifest(folder).get(str(path.resolve().relative_to(folder)), {}).get("sha256")
+
+
+def recorded_sha256(path: Path) -> str | None:
+    """The same, and for a run under way the hash in the record of the stage that made the file."""
+    if recorded := manifest_sha256(path):
+        return recorded
+    if (folder := _folder_with(path, "stages/build.json")) is None:
+        return None
+    record = json.loads((folder / "stages" / "build.json").read_text(encoding="utf-8"))
+    return record["sha256"].get(str(path.resolve().relative_to(folder)))
 
 
 def add_to_manifest(paths: list[Path], parent: Path) -> None:
     """Lists new files, made from `parent`, in the manifest of the finished run that holds `parent`."""
-    folder = next((folder for folder in parent.resolve().parents if (folder / MANIFEST).is_file()), None)
+    folder = _folder_with(parent, MANIFEST)
     if folder is None:
         raise RunError(f"{parent} belongs to no finished run: no {MANIFEST} lies above it.")
-    manifest = _manifest(folder)
-    for path in paths:
-        manifest["files"][str(path.resolve().relative_to(folder))] = {
+    name = str(parent.resolve().relative_to(folder))
+    new = {
+        str(path.resolve().relative_to(folder)): {
             "sha256": sha256(path),
             "bytes": path.stat().st_size,
-            "parent": str(parent.resolve().relative_to(folder)),
+            "parent": name,
         }
-    manifest["files"] = dict(sorted(manifest["files"].items()))
-    write_text(folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+        for path in paths
+    }
+    files = dict(sorted((_manifest(folder) | new).items()))
+    write_text(folder / MANIFEST, json.dumps({"format": 1, "files": files}, indent=1) + "\n")
 
 
-def _manifest(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+def _folder_with(path: Path, name: str) -> Path | None:
+    """The nearest folder above `path` that holds `name`."""
+    return next((folder for folder in path.resolve().parents if (folder / name).is_file()), None)
+
+
+def _manifest(folder: Path) -> dict[str, dict[str, Any]]:
+    """The files that a finished run lists, by name. Raises `StorageError` when they cannot be read."""
+    try:
+        return json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise StorageError(f"{folder / MANIFEST} is damaged ({error}). The run has to be repeated.") from error
 
 
 def _belongs_to_manifest(relative: Path) -> bool:

@@ -11,11 +11,9 @@ from typing import Any
 
 import numpy as np
 import onnx
-from onnx import numpy_helper
 
 from compress import machine
 from compress.engines.base import (
-    LARGEST_SAFE_WEIGHT,
     BuildSpec,
     Flavour,
     Kernel,
@@ -36,11 +34,6 @@ _FUSION_SUFFIX = re.compile(r"_token_\d+$")
 _NORM_SUFFIX = "_bn_nchwc"
 """Of a BatchNorm that stands alone: the library runs it as a convolution, but the file has no such layer."""
 _ONLY_ERRORS = 3
-EXACT_NOTE = (
-    "This CPU has no int8 dot product: ONNX Runtime was told to use its exact 8-bit kernels "
-    "(session.x64quantprecision), because its fast ones overflow here. Weights of 7 bits (--weight-bits 7) cannot "
-    "overflow and run on the fast ones."
-)
 UNREADABLE_NOTE = (
     "ONNX Runtime does not say in which precision its TensorRT provider executes a layer; build with tensorrt for that."
 )
@@ -91,11 +84,10 @@ class OnnxRuntimeTensorRT(_OnnxRuntimeOnGpu):
 class _OnnxRuntimeSession(Session):
     def __init__(self, path: Path, spec: BuildSpec) -> None:
         self._spec = spec
-        exact = not machine.has_int8_dot_product() and may_overflow(_read(path), path.parent)
-        self._session: Any = _load(path, _options(spec, exact), [_CPU])
-        self._kernels = _read_kernels(path, _options(spec, exact), [_CPU])
+        self._session: Any = _load(path, _options(spec), [_CPU])
+        self._kernels, widened = _read_kernels(path, _options(spec), [_CPU])
         self.precision = precision_of(self._kernels, "fp32")
-        self.notes = (EXACT_NOTE,) if exact and self.precision == "int8" else ()
+        self.notes = (_widened_note(widened),) if widened else ()
 
     def run(self, images: np.ndarray) -> np.ndarray:
         return self._session.run(None, {"images": check_images(images, self._spec, None)})[0]
@@ -128,7 +120,7 @@ class _GpuSession(_OnnxRuntimeSession):
             self._kernels, self.precision = (), "not reported"
             notes.append(UNREADABLE_NOTE)
         else:
-            self._kernels = _read_kernels(path, _options(spec), providers)
+            self._kernels, _ = _read_kernels(path, _options(spec), providers)
             self.precision = precision_of(self._kernels, "fp32")
         self.notes = tuple(notes)
 
@@ -151,21 +143,6 @@ def gpu_providers(provider: str, spec: BuildSpec, model: onnx.ModelProto) -> lis
     return [(_TENSORRT, options), cuda]
 
 
-def may_overflow(model: onnx.ModelProto, folder: Path) -> bool:
-    """Whether fast 8-bit kernels on a CPU without an int8 dot product could leave 16 bits: see LARGEST_SAFE_WEIGHT.
-
-    `folder` holds the tensors that were too large for the file itself.
-    """
-    for tensor in model.graph.initializer:
-        if tensor.data_type == onnx.TensorProto.INT8:
-            codes = numpy_helper.to_array(tensor, base_dir=str(folder))
-            if codes.size and np.abs(codes.astype(np.int16)).max() > LARGEST_SAFE_WEIGHT:
-                return True
-    constants = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
-    made = (node.input[2] for node in model.graph.node if node.op_type == "QuantizeLinear" and len(node.input) > 2)
-    return any(constants.get(name) == onnx.TensorProto.INT8 for name in made)
-
-
 def nodes_by_provider(path: Path, options: Any, providers: list[Any], spec: BuildSpec) -> Counter[str]:
     """How many nodes each execution provider executes: one profiled run, because nothing else tells."""
     with tempfile.TemporaryDirectory() as folder:
@@ -177,13 +154,13 @@ def nodes_by_provider(path: Path, options: Any, providers: list[Any], spec: Buil
     return Counter(executed.values())
 
 
-def _options(spec: BuildSpec, exact: bool = False) -> Any:
+def _options(spec: BuildSpec) -> Any:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = spec.threads, 1
     options.log_severity_level = _ONLY_ERRORS
-    if exact:
+    if not machine.has_int8_dot_product():
         options.add_session_config_entry("session.x64quantprecision", "1")
     return options
 
@@ -205,8 +182,8 @@ def _read(path: Path) -> onnx.ModelProto:
         raise HandoffError(f"{path.name} is not an ONNX file: {error}") from error
 
 
-def _read_kernels(path: Path, options: Any, providers: list[Any]) -> tuple[Kernel, ...]:
-    """Load once more with the optimized graph written to a file, and list its layers."""
+def _read_kernels(path: Path, options: Any, providers: list[Any]) -> tuple[tuple[Kernel, ...], int]:
+    """Load once more with the optimized graph written to a file; its layers, and how many got unsigned weights."""
     with tempfile.TemporaryDirectory() as folder:
         written = Path(folder) / "optimized.onnx"
         options.optimized_model_filepath = str(written)
@@ -215,16 +192,25 @@ def _read_kernels(path: Path, options: Any, providers: list[Any]) -> tuple[Kerne
         graph = onnx.load(written, load_external_data=False).graph
     constants = {tensor.name: tensor.data_type for tensor in graph.initializer}
     makers = {output: node for node in graph.node for output in node.output}
-    found = []
+    found, widened = [], 0
     for node in graph.node:
         name = _FUSION_SUFFIX.sub("", node.name)
         if name.endswith(_NORM_SUFFIX):
             continue
         if node.op_type in _INTEGER_KERNELS:
             found.append(Kernel(name, node.op_type, "int8"))
+            widened += any(constants.get(operand) == onnx.TensorProto.UINT8 for operand in node.input[3:4])
         elif node.op_type in _FLOAT_KERNELS and (data_type := _weight_type(node, constants, makers)):
             found.append(Kernel(name, node.op_type, _PRECISION.get(data_type, "fp32")))
-    return tuple(found)
+    return tuple(found), widened
+
+
+def _widened_note(layers: int) -> str:
+    return (
+        f"This CPU has no int8 dot product: ONNX Runtime runs {layers} layer(s) on its exact 8-bit kernels "
+        "(session.x64quantprecision), because its fast ones overflow with weights beyond 64. With --weight-bits 7 all run "
+        "on the fast ones, exactly."
+    )
 
 
 def _weight_type(node: onnx.NodeProto, constants: dict[str, int], makers: dict[str, onnx.NodeProto]) -> int | None:

@@ -184,5 +184,5 @@ def _halve(constants: dict[str, onnx.TensorProto], weight: onnx.NodeProto) -> No
 def _narrowed_note(layers: list[str]) -> str:
     return (
         f"This CPU has no int8 dot product: OpenVINO got 7-bit weights for the {len(layers)} layer(s) that read signed "
-        "values, because its 8-bit kernels overflow here."
+        "values, because its 8-bit kernels overflow here; --weight-bits 7 trains the model on such weights."
     )
