@@ -17,6 +17,7 @@ import importlib
 import json
 import platform
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -83,6 +84,7 @@ def has_int8_dot_product():
     return not {"avx512_vnni", "avx_vnni", "amx_int8"}.isdisjoint(flags)
 
 
+@contextmanager
 def load_onnxruntime(path, size):
     import onnxruntime
 
@@ -90,9 +92,10 @@ def load_onnxruntime(path, size):
     if not has_int8_dot_product():
         options.add_session_config_entry("session.x64quantprecision", "1")
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    return lambda images: session.run(None, {"images": images})[0]
+    yield lambda images: session.run(None, {"images": images})[0]
 
 
+@contextmanager
 def load_openvino(path, size):
     if path.name.startswith("quantized") and not has_int8_dot_product():
         sys.exit("OpenVINO's 8-bit kernels overflow on this CPU (no int8 dot product); use --runtime onnxruntime.")
@@ -103,9 +106,10 @@ def load_openvino(path, size):
     model = core.read_model(str(path))
     model.reshape([1, 3, size, size])
     compiled = core.compile_model(model, "CPU")
-    return lambda images: compiled(images)[0]
+    yield lambda images: compiled(images)[0]
 
 
+@contextmanager
 def load_tensorrt(path, size, module="tensorrt"):
     import pycuda.driver as cuda
 
@@ -113,6 +117,7 @@ def load_tensorrt(path, size, module="tensorrt"):
     cuda.init()
     context = cuda.Device(0).retain_primary_context()
     context.push()
+    runtime = engine = execution = None
     try:
         logger = trt.Logger(trt.Logger.ERROR)
         plan = checked_engine(path, trt) if path.suffix == ".engine" else build_engine(trt, logger, path, size)
@@ -124,26 +129,23 @@ def load_tensorrt(path, size, module="tensorrt"):
         images = cuda.pagelocked_empty((1, 3, size, size), np.float32)
         logits = cuda.pagelocked_empty((1, int(engine.get_tensor_shape("logits")[-1])), np.float32)
         device_images, device_logits = cuda.mem_alloc(images.nbytes), cuda.mem_alloc(logits.nbytes)
-    finally:
-        cuda.Context.pop()
+        execution.set_input_shape("images", images.shape)
+        execution.set_tensor_address("images", int(device_images))
+        execution.set_tensor_address("logits", int(device_logits))
 
-    def classify(pixels):
-        context.push()
-        try:
+        def classify(pixels):
             images[:] = pixels
-            execution.set_input_shape("images", images.shape)
-            execution.set_tensor_address("images", int(device_images))
-            execution.set_tensor_address("logits", int(device_logits))
             cuda.memcpy_htod_async(device_images, images, stream)
             if not execution.execute_async_v3(stream.handle):
                 sys.exit("TensorRT could not run this image; its log above has the reason.")
             cuda.memcpy_dtoh_async(logits, device_logits, stream)
             stream.synchronize()
-        finally:
-            cuda.Context.pop()
-        return logits
+            return logits
 
-    return classify
+        yield classify
+    finally:
+        execution = engine = runtime = None  # freed in this order, while the context is current
+        cuda.Context.pop()
 
 
 def checked_engine(path, trt):
@@ -171,6 +173,7 @@ def build_engine(trt, logger, path, size):
     if not parser.parse_from_file(str(path)):
         sys.exit(f"TensorRT cannot read {path.name}: {parser.get_error(0).desc()}")
     config, profile = builder.create_builder_config(), builder.create_optimization_profile()
+    config.clear_flag(trt.BuilderFlag.TF32)  # as in the measurements
     profile.set_shape("images", *[[1, 3, size, size]] * 3)
     config.add_optimization_profile(profile)
     plan = builder.build_serialized_network(network, config)
@@ -192,35 +195,39 @@ RUNTIMES = {
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE")
-    parser.add_argument("--file", type=Path, help="default: the smallest that the runtime runs fast")
-    parser.add_argument("--runtime", choices=sorted(RUNTIMES), default="onnxruntime")
-    parser.add_argument("--top", type=int, default=3, help="how many classes to print")
-    parser.add_argument("--json", action="store_true", help="one JSON object per image")
-    options = parser.parse_args()
+    arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    arguments.add_argument("images", nargs="+", type=Path, metavar="IMAGE")
+    arguments.add_argument("--file", type=Path, help="default: the smallest that the runtime runs fast")
+    arguments.add_argument("--runtime", choices=sorted(RUNTIMES), default="onnxruntime")
+    arguments.add_argument("--top", type=int, default=3, help="how many classes to print")
+    arguments.add_argument("--json", action="store_true", help="one JSON object per image")
+    options = arguments.parse_args()
     file = options.file or next((HERE / name for name in FILES[options.runtime] if (HERE / name).exists()), None)
     if file is None or not file.is_file():
         sys.exit(f"There is no ONNX file {file or f'in {HERE}'}; give one with --file.")
-    if file.suffix == ".engine" and not options.runtime.startswith("tensorrt"):
+    if file.suffix == ".engine" and "tensorrt" not in options.runtime:
         sys.exit(f"{file.name} is an engine; take --runtime tensorrt or tensorrt-rtx, or an ONNX file.")
     model = json.loads((HERE / "model.json").read_text(encoding="utf-8"))
     recipe, names = model["preprocessing"], model["class_names"]
-    classify = RUNTIMES[options.runtime](file, recipe["input_size"])
-    for path in options.images:
-        try:
-            images = preprocess(path, recipe)
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            sys.exit(f"{path}: this image cannot be read ({error}).")
-        logits = np.asarray(classify(images))[0].astype(np.float64)
-        shares = np.exp(logits - logits.max())
-        shares /= shares.sum()
-        order = np.argsort(-shares)[: options.top]
-        best = [(names[k] if k < len(names) else f"class {k}", float(shares[k])) for k in order]
-        if options.json:
-            print(json.dumps({"image": str(path), "top": best}))
-        else:
-            print(f"{path}: " + ", ".join(f"{name} {100 * share:.1f} %" for name, share in best))
+    with RUNTIMES[options.runtime](file, recipe["input_size"]) as classify:
+        for path in options.images:
+            try:
+                images = preprocess(path, recipe)
+            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+                sys.exit(f"{path}: this image cannot be read ({error}).")
+            best = ranked(classify(images), names)[: options.top]
+            if options.json:
+                print(json.dumps({"image": str(path), "top": best}))
+            else:
+                print(f"{path}: " + ", ".join(f"{name} {100 * share:.1f} %" for name, share in best))
+
+
+def ranked(logits, names):
+    """(class, share of the softmax) in falling order, of logits [1, classes]."""
+    logits = np.asarray(logits)[0].astype(np.float64)
+    shares = np.exp(logits - logits.max())
+    shares /= shares.sum()
+    return [(names[k] if k < len(names) else f"class {k}", float(shares[k])) for k in np.argsort(-shares)]
 
 
 if __name__ == "__main__":
