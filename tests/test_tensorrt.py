@@ -2,73 +2,23 @@
 
 from __future__ import annotations
 
-import ast
-import functools
 import importlib
-import importlib.util
 import json
 import os
-import sys
 from pathlib import Path
 
 import gpu_double
 import numpy as np
 import pytest
-import torch
-from gpu_double import NAMES, RELEASES, Gpu
-from PIL import Image
-from quantization_networks import CLASSES, SIZE, Mixed, images, quantized_at, scratch_folder
+from gpu_double import RELEASES, Gpu
+from quantization_networks import CLASSES, SIZE
+from tensorrt_files import LAYERS, SPEC, answers, batch, files, runtime_of
 
-import compress.engines
-from compress import models
 from compress.engines import RUNTIMES, BuildSpec
 from compress.engines import passport as passports
 from compress.engines.tensorrt_build import layers_of_build_log, layers_of_inspector
 from compress.errors import HandoffError, RequestError, RuntimeUnavailableError
 from compress.files import sha256
-from compress.images import Preprocessing
-from compress.onnx_export import export, export_flavours
-
-LAYERS = 10
-"""Convolutions and fully connected layers of the small network."""
-SPEC = BuildSpec(SIZE, batch_size=2, max_batch=4)
-SOURCES = sorted(Path(compress.engines.__file__).parent.glob("tensorrt*.py"))
-SCRIPT = Path(compress.engines.__file__).parents[1] / "templates" / "infer.py"
-CLASS_OF = {
-    "builder": "Builder", "network": "INetworkDefinition", "parser": "OnnxParser", "config": "IBuilderConfig",
-    "profile": "IOptimizationProfile", "runtime": "Runtime", "engine": "ICudaEngine", "execution": "IExecutionContext",
-    "inspector": "EngineInspector", "BuilderFlag": "BuilderFlag", "ComputeCapability": "ComputeCapability",
-    "ProfilingVerbosity": "ProfilingVerbosity", "LayerInformationFormat": "LayerInformationFormat", "Logger": "Logger",
-    "NetworkDefinitionCreationFlag": "NetworkDefinitionCreationFlag",
-}  # fmt: skip
-"""What a variable of this name holds in the files that use the bindings."""
-ONLY_RTX = {"ComputeCapability", "__members__", "num_compute_capabilities", "set_compute_capability"}
-
-
-@functools.cache
-def files() -> dict[str, Path]:
-    """The network with random weights as `fp32`, and quantized for TensorRT."""
-    folder = scratch_folder()
-    torch.manual_seed(0)
-    model = Mixed().eval()
-    paths = {name: folder / f"{name}.onnx" for name in ("fp32", "tensorrt", "onnxruntime")}
-    flavours = {flavour: paths[flavour] for flavour in ("tensorrt", "onnxruntime")}
-    export_flavours(quantized_at(model, batches=[images(32, seed=2)[0]]), flavours, input_size=SIZE)
-    export(model, paths["fp32"], input_size=SIZE)
-    return paths
-
-
-def batch(count: int) -> np.ndarray:
-    return images(count, seed=5)[0].numpy()
-
-
-def answers(path: Path, given: np.ndarray) -> np.ndarray:
-    with RUNTIMES["onnxruntime"].load(path, BuildSpec(SIZE)) as session:
-        return session.run(given)
-
-
-def runtime_of(release: str):
-    return RUNTIMES["tensorrt-rtx" if release == "tensorrt_rtx" else "tensorrt"]
 
 
 @pytest.fixture
@@ -81,46 +31,6 @@ def device(monkeypatch):
         return double
 
     return put
-
-
-# ---- names --------------------------------------------------------------------------------------------------------
-
-
-def used_names(path: Path) -> set[tuple[str, str]]:
-    """(class, attribute) for each attribute of a variable that holds an object of the bindings."""
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name | ast.Attribute):
-            owner = node.value.id if isinstance(node.value, ast.Name) else node.value.attr
-            if owner in ("bindings", "trt"):
-                found.add(("module", node.attr))
-            elif (name := CLASS_OF.get(owner.lstrip("_"))) is not None:
-                found.add((name, node.attr))
-    return found
-
-
-@pytest.mark.parametrize("release", RELEASES)
-@pytest.mark.parametrize("path", [*SOURCES, SCRIPT], ids=lambda path: path.stem)
-def test_only_names_of_the_published_bindings_are_used(path, release):
-    names = NAMES[release]["names"]
-    for owner, name in used_names(path):
-        if name in ONLY_RTX and release != "tensorrt_rtx" or name.startswith("__"):
-            continue
-        assert name in (names if owner == "module" else names[owner]), f"{path.name}: {owner}.{name} in {release}"
-
-
-def test_the_search_for_names_finds_them():
-    used = set().union(*map(used_names, SOURCES))
-    assert {("Builder", "build_serialized_network"), ("IExecutionContext", "execute_async_v3")} <= used
-    assert {("ICudaEngine", "get_tensor_shape"), ("module", "OnnxParser"), ("BuilderFlag", "TF32")} <= used
-    assert ("IBuilderConfig", "set_compute_capability") in used and len(used) > 25
-
-
-def test_the_table_of_names_holds_for_the_bindings_installed_here():
-    bindings = importlib.import_module("tensorrt_rtx")
-    assert bindings.__version__ == NAMES["tensorrt_rtx"]["version"]
-    for owner, names in NAMES["tensorrt_rtx"]["names"].items():
-        assert names == [name for name in dir(getattr(bindings, owner)) if not name.startswith("_")]
 
 
 # ---- TensorRT for RTX, for real -----------------------------------------------------------------------------------
@@ -372,66 +282,3 @@ def test_an_engine_of_another_process_needs_a_manifest_that_lists_it(device, mon
 
 def test_the_small_network_has_the_classes_that_the_buffers_are_made_for():
     assert answers(files()["fp32"], batch(2)).shape == (2, CLASSES)
-
-
-# ---- the script of the bundle -------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def bundle(tmp_path) -> Path:
-    """What a user downloads, without an engine."""
-    recipe = Preprocessing(SIZE, (0.4, 0.5, 0.6), (0.2, 0.25, 0.3), None, "bilinear")
-    names = tuple(f"thing {number}" for number in range(CLASSES))
-    models.save(Mixed().eval(), tmp_path, architecture=None, preprocessing=recipe, class_names=names)
-    (tmp_path / "quantized.tensorrt.onnx").write_bytes(files()["tensorrt"].read_bytes())
-    (tmp_path / "infer.py").write_bytes(SCRIPT.read_bytes())
-    noise = np.random.default_rng(0).integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8)
-    Image.fromarray(noise).save(tmp_path / "photo.png")
-    return tmp_path
-
-
-def classify(folder: Path, monkeypatch, capsys, release: str, *arguments: str) -> str:
-    """What the script prints, run in this process, where the double can stand for its imports."""
-    spec = importlib.util.spec_from_file_location("infer_script", folder / "infer.py")
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
-    options = ["--runtime", runtime_of(release).name, "--json", *arguments]
-    monkeypatch.setattr(sys, "argv", ["infer.py", str(folder / "photo.png"), *options])
-    script.main()
-    return capsys.readouterr().out
-
-
-@pytest.mark.parametrize("release", RELEASES)
-@pytest.mark.parametrize("from_engine", [False, True])
-def test_infer_py_answers_through_tensorrt(release, from_engine, device, bundle, monkeypatch, capsys):
-    double, runtime = device(release), runtime_of(release)
-    if from_engine:
-        runtime.build(bundle / "quantized.tensorrt.onnx", bundle / f"quantized.tensorrt.{runtime.name}.engine", SPEC)
-        double.calls.clear()
-    top = json.loads(classify(bundle, monkeypatch, capsys, release))["top"]
-    assert ("create_network(0)" in double.calls or "create_network(2)" in double.calls) == (not from_engine)
-    pixels = np.asarray(Image.open(bundle / "photo.png"), np.float32) / np.float32(255)
-    mean, std = np.array((0.4, 0.5, 0.6), np.float32), np.array((0.2, 0.25, 0.3), np.float32)
-    logits = answers(files()["tensorrt"], ((pixels - mean) / std).transpose(2, 0, 1)[None])[0].astype(np.float64)
-    shares = np.exp(logits) / np.exp(logits).sum()
-    assert [name for name, _ in top] == [f"thing {k}" for k in np.argsort(-shares)[:3]]
-    np.testing.assert_allclose([share for _, share in top], np.sort(shares)[::-1][:3], rtol=1e-6)
-    assert not double.current and not double.problems
-
-
-def test_infer_py_loads_no_other_engine_than_the_passports(device, bundle, monkeypatch, capsys):
-    release, engine = "tensorrt 11.4.0.106", bundle / "quantized.tensorrt.tensorrt.engine"
-    device(release)
-    RUNTIMES["tensorrt"].build(bundle / "quantized.tensorrt.onnx", engine, SPEC)
-    device("tensorrt 10.3.0")
-    with pytest.raises(SystemExit, match="is for version 11.4.0.106, here is 10.3.0; take an ONNX file with --file"):
-        classify(bundle, monkeypatch, capsys, release)
-    double = device(release)
-    engine.write_bytes(engine.read_bytes() + b" ")
-    with pytest.raises(SystemExit, match="is not the file that its passport describes"):
-        classify(bundle, monkeypatch, capsys, release)
-    passports.path_of(engine).unlink()
-    with pytest.raises(SystemExit, match="has no passport quantized.tensorrt.tensorrt.engine.json beside it"):
-        classify(bundle, monkeypatch, capsys, release)
-    assert "deserialize_cuda_engine" not in double.calls and not double.current
-    assert json.loads(classify(bundle, monkeypatch, capsys, release, "--file", str(bundle / "quantized.tensorrt.onnx")))
