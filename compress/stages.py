@@ -150,6 +150,7 @@ def quantize(work: Run, source: Source) -> Facts:
             "curve": [],
             "ledger": [],
             "files": [],
+            "mixed": None,
             "left_float": [],
             "bits": {},
             "sqnr_db": {},
@@ -157,6 +158,12 @@ def quantize(work: Run, source: Source) -> Facts:
     model = load_model(work, source, "artifacts")
     prepared, plan = recipes.prepared_with_bits(request, model)
     images = data.calibration_images(source.dataset, request.calibration_images, source.preprocessing, request.seed)
+    mixed = None
+    if request.max_quantization_loss is not None:
+        work.progress("quantize", 0.0, "looking for the layers that bear few bits worst")
+        mixed = recipes.mixed_precision(request, source, model, plan, images)
+        plan = mixed.plan
+        prepared = quantization.prepare(model, stays_float=plan.stays_float)
     curve: list[Facts] = []
 
     def train(wrapped: nn.Module) -> None:
@@ -183,10 +190,26 @@ def quantize(work: Run, source: Source) -> Facts:
         "ledger": [hop],
         "files": files + [hop["answers"]],
         "label": quantized.ranges.label,
+        "mixed": mixed and {"sensitivity": mixed.sensitivity, "steps": [asdict(step) for step in mixed.steps]},
+        "note": mixed and _mixed_note(mixed, request.max_quantization_loss),
         "left_float": quantization.left_float(prepared),
         "bits": {name: grid.bits for name, grid in quantized.ranges.weights.items()},
         "sqnr_db": quantization.weight_sqnr_db(quantized),
     }
+
+
+def _mixed_note(mixed: quantization.Choice, budget: float) -> str:
+    first, last = mixed.steps[0], mixed.steps[-1]
+    names = ", ".join(last.widened) or "no layer"
+    found = (
+        f"Mixed precision: {names} got more bits; on held-out images {100 * first.score:.1f} % were right before and "
+    )
+    found += f"{100 * last.score:.1f} % after, by calibration alone."
+    if mixed.within:
+        return found
+    return (
+        f"{found} That does not keep to the {budget:g} points asked for; training may, or ask for more bits everywhere."
+    )
 
 
 # ---- what the stages share ----------------------------------------------------------------------------------------

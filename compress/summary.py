@@ -233,8 +233,7 @@ def _data(source: Source) -> Data:
 
 def _notes(facts: Facts, source: Source) -> tuple[str, ...]:
     notes = [f"Stage {name}: {f['skipped']}." for name, f in facts.items() if f.get("skipped")]
-    if note := facts["prune"].get("note"):
-        notes.append(note)
+    notes += [facts[name]["note"] for name in ("prune", "quantize") if facts[name].get("note")]
     if source.dataset.kind == "none":
         notes.append(
             "No images were given: nothing was trained, ranges come from synthetic images, and agreement with the original "

@@ -20,12 +20,14 @@ from compress.quantization.calibration import ESTIMATORS, Estimator
 from compress.quantization.config_list import translate as bits_of_config_list
 from compress.quantization.convert import convert, fake_quantized, weight_sqnr_db
 from compress.quantization.flavours import FLAVOURS, Flavour
+from compress.quantization.mixed import Choice, choose
 from compress.quantization.prepare import left_float, prepare, quantization_points, quantized_layers
 from compress.quantization.ranges import Quantized, Ranges, restore, save
 from compress.quantizers import QUANTIZERS, Quantizer
 
 __all__ = [
     "BitPlan",
+    "Choice",
     "ESTIMATORS",
     "Estimator",
     "FLAVOURS",
@@ -38,6 +40,7 @@ __all__ = [
     "TrainFn",
     "assign_bits",
     "bits_of_config_list",
+    "choose",
     "convert",
     "fake_quantized",
     "left_float",

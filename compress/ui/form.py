@@ -50,6 +50,7 @@ SECTIONS = {
         "activation_bits",
         "first_last_bits",
         "layer_bits",
+        "max_quantization_loss",
         "quantization_config_list",
         "qat_epochs",
         "qat_learning_rate",
@@ -64,6 +65,7 @@ SAME = "same as the weights"
 PLACEHOLDERS = {
     "layer_sparsity": "layer1.0.conv1=0.3",
     "max_layer_sparsity": "no limit",
+    "max_quantization_loss": "no limit",
     "quantization_config_list": '[{"op_types": ["Conv2d"], "target_names": ["_input_", "weight"], "quant_dtype": "int8"}]',
     "layer_bits": "layer1=4 conv1=4/8 fc=32",
     "config_list": '[{"op_types": ["Conv2d"], "sparse_ratio": 0.5}]',
