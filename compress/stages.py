@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from compress import baseline as baseline_gate
 from compress import counting, data, evaluation, models, pruning, quantization, recipes, training
+from compress.files import write_text
 from compress.pruning.equality import TOLERANCE
 from compress.recipes import TEST_BATCH
 from compress.runs import Run
@@ -183,12 +184,13 @@ def quantize(work: Run, source: Source) -> Facts:
     folder.mkdir(parents=True, exist_ok=True)
     quantization.save(quantized, folder)
     hop = _torch_hop(work, source, "fake-quantized", quantization.fake_quantized(quantized))
+    write_text(work.artifacts / "quantization.json", quantized.ranges.to_json())
     files = [str(path.relative_to(work.folder)) for path in sorted(folder.iterdir())]
     return {
         "skipped": None,
         "curve": curve,
         "ledger": [hop],
-        "files": files + [hop["answers"]],
+        "files": [*files, "artifacts/quantization.json", hop["answers"]],
         "label": quantized.ranges.label,
         "mixed": mixed and {"sensitivity": mixed.sensitivity, "steps": [asdict(step) for step in mixed.steps]},
         "note": mixed and _mixed_note(mixed, request.max_quantization_loss),
