@@ -18,21 +18,27 @@ from torch import Tensor, fx, nn
 from compress.errors import QuantizationError
 from compress.quantization.convert import convert, fake_quantized, weight_sqnr_db
 from compress.quantization.flavours import FLAVOURS, Flavour
+from compress.quantization.local_noise import LocalNoise, by_layer, file_noise, noisiest, quantization_noise
 from compress.quantization.prepare import left_float, prepare, quantization_points, quantized_layers
 from compress.quantization.ranges import Quantized, Ranges, restore, save
 
 __all__ = [
     "FLAVOURS",
     "Flavour",
+    "LocalNoise",
     "QUANTIZERS",
     "Quantized",
     "Quantizer",
     "Ranges",
     "TrainFn",
+    "by_layer",
     "convert",
     "fake_quantized",
+    "file_noise",
     "left_float",
+    "noisiest",
     "prepare",
+    "quantization_noise",
     "quantization_points",
     "quantize",
     "quantized_layers",
