@@ -153,7 +153,7 @@ def loss(hops: Sequence[Hop], blame: Mapping[tuple[str, str], tuple[str, str]]) 
     flips = f"{lost:,} of {worst.n:,} answers turned wrong there and {gained:,} right ({net:.1f} points)"
     chance = _sign_test(lost, gained) >= CHANCE
     text = f"Most was lost at {where}: {flips}" + (", no more than chance explains" if chance else "")
-    text += f"; its worst layer is {layer}, {measured}." if layer else "."
+    text += f"; its worst layer is {layer}, whose output {measured}." if layer else "."
     return Loss(text=text, hop=worst.name, through=worst.through, layer=layer)
 
 
@@ -163,7 +163,10 @@ def blame(facts: Mapping[str, Facts]) -> dict[tuple[str, str], tuple[str, str]]:
     refits = facts["prune"]["refits"]
     for row in facts["prune"]["ledger"] if refits else ():
         worst = max(refits, key=lambda refit: refit["error_after"])
-        found[row["name"], row["through"]] = (worst["layer"], f"{100 * worst['error_after']:.2g} % off the original's")
+        found[row["name"], row["through"]] = (
+            worst["layer"],
+            f"is {100 * worst['error_after']:.2g} % off the original's",
+        )
     for row in facts["quantize"]["ledger"]:
         found[row["name"], row["through"]] = _noisy(facts["quantize"]["noise"])
     for file, noise in facts["export"]["noise"].items():
@@ -172,7 +175,7 @@ def blame(facts: Mapping[str, Facts]) -> dict[tuple[str, str], tuple[str, str]]:
 
 
 def _noisy(noise: Facts) -> tuple[str, str]:
-    return noise["noisiest"], f"with a local SQNR of {noise['noisiest_db']:.1f} dB"
+    return noise["noisiest"], f"has a local SQNR of {noise['noisiest_db']:.1f} dB"
 
 
 def _beside(folder: Path, row: Facts, previous: Facts | None, truth: np.ndarray) -> Hop:

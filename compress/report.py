@@ -194,7 +194,7 @@ class Layer(_Facts):
     sqnr_db: float | None
     """Signal to quantization noise ratio of the layer's weights."""
     output_sqnr_db: float | None
-    """The same of its output in the fake-quantized model, given the inputs it has there: the noise this layer adds."""
+    """Of its output in the fake-quantized model, given the inputs that it has there: the noise that this layer adds."""
     file_sqnr_db: dict[str, float]
     """Local SQNR of its output in each ONNX file against the fake-quantized model; 144.5 when they are equal."""
     group: str | None

@@ -80,9 +80,7 @@ def _other(raced: Raced, best: str) -> str:
 
 
 def _why(raced: Raced, floats: Sequence[str]) -> str:
-    left = (
-        "" if raced.conversions is None else f" {raced.conversions} conversions between floats and integers are left."
-    )
+    left = "" if raced.conversions is None else f" Conversions between floats and integers left: {raced.conversions}."
     if not floats:
         return f"All {len(raced.kernels)} layers run on integers, so the time goes elsewhere.{left}"
     names = ", ".join(floats[:NAMED_LAYERS]) + (" ..." if len(floats) > NAMED_LAYERS else "")

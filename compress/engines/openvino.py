@@ -18,7 +18,6 @@ from compress.engines.base import BuildSpec, Built, Kernel, Precision, Runtime, 
 from compress.errors import HandoffError, RuntimeUnavailableError
 
 _LAYERS = frozenset({"Convolution", "FullyConnected"})
-_CONVERSIONS = frozenset({"FakeQuantize", "Convert"})
 _PRECISION = {"f32": "fp32", "bf16": "bf16", "f16": "fp16", "i8": "int8", "u8": "int8"}
 _HINT = {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}
 _KEEP_CODES = frozenset({"MaxPool", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze"})
@@ -70,7 +69,6 @@ class _OpenVinoSession(Session):
         except (RuntimeError, DecodeError) as error:
             raise HandoffError(f"OpenVINO cannot compile {path.name}: {error}") from error
         self._kernels = _read_kernels(self._compiled)
-        self.conversions = _count_conversions(self._compiled)
         rest = self._compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
         self.precision = precision_of(self._kernels, _PRECISION.get(rest, rest))
         self.notes = (_narrowed_note(narrowed),) if narrowed else ()
@@ -122,11 +120,6 @@ def _read_kernels(compiled: Any) -> tuple[Kernel, ...]:
             name = node.get_friendly_name().removesuffix("/WithoutBiases")
             found.append(Kernel(name, kind, _PRECISION.get(precision, precision)))
     return tuple(found)
-
-
-def _count_conversions(compiled: Any) -> int:
-    kinds = (node.get_rt_info()["layerType"].astype(str) for node in compiled.get_runtime_model().get_ordered_ops())
-    return sum(kind in _CONVERSIONS for kind in kinds)
 
 
 def without_overflow(path: Path) -> tuple[bytes, list[str]]:

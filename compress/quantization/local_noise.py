@@ -37,18 +37,14 @@ class LocalNoise:
     """What one stretch of the graph adds, from the points before it to this one."""
 
     point: str
+    name: str
+    """The layers; the operations where there are none, or `the input`."""
     layers: tuple[str, ...]
     """Layers with weights in this stretch and in no earlier one, in execution order."""
-    operation: str
-    """The operations without weights in this stretch; they stand for it when there are no such layers."""
     inherits: tuple[str, ...]
     """Earlier points whose layers this stretch holds too: a sum in floating point carries their noise past them."""
     sqnr_db: float
     """Energy of the reference's value over the energy of the difference, all images together, in decibels."""
-
-    @property
-    def name(self) -> str:
-        return " and ".join(self.layers) or self.operation
 
 
 def quantization_noise(quantized: Quantized, batches: Iterable[Tensor]) -> list[LocalNoise]:
@@ -162,8 +158,9 @@ def _located(graph_module: fx.GraphModule, energies: Mapping[str, _Energy]) -> l
         inherits = tuple(dict.fromkeys(first_at[node] for node in layers if node in first_at))
         first_at |= dict.fromkeys(new, point)
         operations = [node.name for node in stretch if node not in weighted and node.op != "placeholder"]
-        operation = " and ".join(operations) or "the input"
-        rows.append(LocalNoise(point, tuple(names[n] for n in new), operation, inherits, energies[point].sqnr_db))
+        new_names = [names[node] for node in new]
+        name = " and ".join(new_names or operations) or "the input"
+        rows.append(LocalNoise(point, name, tuple(new_names), inherits, energies[point].sqnr_db))
     return rows
 
 
