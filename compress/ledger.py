@@ -204,7 +204,7 @@ def _cross_check(first: Facts, second: Facts, answers: np.ndarray, others: np.nd
         f"classes, {shares[0]:.2f} and {shares[1]:.2f} % of the answers are right."
     )
     if not agrees:
-        text += f" That is more than the allowed {handoffs.QUANTIZED_RULE}.{handoffs.saturation()}"
+        text += f" Allowed is {handoffs.QUANTIZED_RULE}.{handoffs.saturation()}"
     return CrossCheck(
         file=first["name"],
         first=first["through"],
@@ -227,5 +227,6 @@ def _gained(row: Hop) -> int:
 
 def _sign_test(lost: int, gained: int) -> float:
     """Chance of at least `lost` among the changed answers if each were as likely to be lost as gained."""
-    changed = lost + gained
-    return sum(math.comb(changed, k) for k in range(lost, changed + 1)) / 2**changed
+    n = lost + gained
+    total = math.lgamma(n + 1) - n * math.log(2)
+    return sum(math.exp(total - math.lgamma(k + 1) - math.lgamma(n - k + 1)) for k in range(lost, n + 1))

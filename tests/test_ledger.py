@@ -232,6 +232,7 @@ def test_one_sentence_names_the_hop_and_the_layer(flips, text, named):
 def test_a_sample_decides_between_loss_and_chance():
     assert ledger._sign_test(5, 0) == pytest.approx(1 / 32)
     assert ledger._sign_test(8, 8) == pytest.approx(0.598, abs=1e-3)
+    assert ledger._sign_test(5_200, 4_800) == pytest.approx(3.3e-5, rel=0.05)
 
 
 @pytest.mark.parametrize("dot_product", [True, False])
@@ -248,6 +249,7 @@ def test_runtimes_that_disagree_about_one_file_are_flagged(tmp_path, monkeypatch
     assert (check.file, check.first, check.second) == ("b.onnx", "onnxruntime", "openvino")
     assert (check.different, check.n, check.accuracy_difference_points, check.agrees) == (1, 4, -25.0, False)
     assert "1 of 4 images get different classes, 100.00 and 75.00 % of the answers are right" in check.text
+    assert "Allowed is 98% equal top-1" in check.text
     assert ("u8s8" in check.text) == (not dot_product)
     assert ledger.cross_checks(tmp_path, rows[:2]) == ()
 
