@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from compress import benchmark, ledger, quantization, worth
+from compress import benchmark, ledger, worth
 from compress.deployment import file_for, padded
 from compress.engines import RUNTIMES, BuildSpec, Precision, Runtime, Session
 from compress.runs import Run
@@ -120,14 +120,15 @@ def _file_hops(work: Run, source: Source) -> list[Facts]:
         return []
     size, hops = source.preprocessing.input_size, []
     exact = RUNTIMES["onnxruntime"]
-    for flavour in quantization.FLAVOURS:
-        if flavour == exact.flavour:
+    raced = file_for(work, "quantized", exact).name
+    for name in work.facts("export")["variants"]["quantized"]:
+        if name == raced:
             continue
-        path = work.artifacts / f"quantized.{flavour}.onnx"
-        work.progress("measure", 0.0, f"{path.name} through {exact.title}")
-        with exact.load(path, BuildSpec(size, static=False, threads=work.request.threads)) as session:
+        work.progress("measure", 0.0, f"{name} through {exact.title}")
+        spec = BuildSpec(size, static=False, threads=work.request.threads)
+        with exact.load(work.artifacts / name, spec) as session:
             limit = max(FEWEST_ANSWERS, ANSWERED_PIXELS // size**2)
-            hops.append(ledger.hop(work, source, path.name, exact.name, session.run, limit=limit))
+            hops.append(ledger.hop(work, source, name, exact.name, session.run, limit=limit))
     return hops
 
 
