@@ -20,6 +20,7 @@ from compress.quantization.calibration import ESTIMATORS, Estimator
 from compress.quantization.config_list import translate as bits_of_config_list
 from compress.quantization.convert import convert, fake_quantized, weight_sqnr_db
 from compress.quantization.flavours import FLAVOURS, Flavour
+from compress.quantization.local_noise import LocalNoise, by_layer, file_noise, noisiest, quantization_noise
 from compress.quantization.mixed import Choice, choose
 from compress.quantization.prepare import left_float, prepare, quantization_points, quantized_layers
 from compress.quantization.ranges import Quantized, Ranges, restore, save
@@ -33,6 +34,7 @@ __all__ = [
     "FLAVOURS",
     "Flavour",
     "LayerBits",
+    "LocalNoise",
     "QUANTIZERS",
     "Quantized",
     "Quantizer",
@@ -40,11 +42,15 @@ __all__ = [
     "TrainFn",
     "assign_bits",
     "bits_of_config_list",
+    "by_layer",
     "choose",
     "convert",
     "fake_quantized",
+    "file_noise",
     "left_float",
+    "noisiest",
     "prepare",
+    "quantization_noise",
     "quantization_points",
     "quantize",
     "quantized_layers",
