@@ -102,10 +102,10 @@ def run(
     if as_json:
         typer.echo(report.to_json(), nl=False)
         return
-    from compress import charts
+    from compress.tables import tables
 
     typer.echo(f"\n{report.verdict.text}\n")
-    typer.echo(_text_table(*charts.tables(report)["summary"]))
+    typer.echo(_text_table(*tables(report)["summary"]))
     typer.echo(
         f"\nReport     {folder / 'report.html'}\nFiles      {folder / 'artifacts'}"
         f"\nVerify     python -m compress verify {folder}"

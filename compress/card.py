@@ -11,11 +11,13 @@ from plotly.offline import get_plotlyjs
 from compress import charts
 from compress.report import Report
 from compress.request import FINE_GRAINED_PRUNER
+from compress.tables import tables
 
 CHART_TITLES = {
     "size": "Size",
     "latency": "Latency",
     "accuracy": "Accuracy at each step",
+    "sqnr": "Noise that each layer adds",
     "channels": "Channels kept, layer by layer",
     "training": "Training",
 }
@@ -54,7 +56,7 @@ def _facts(report: Report) -> dict[str, Any]:
     request = report.request
     return {
         "report": report,
-        "tables": charts.tables(report),
+        "tables": tables(report),
         "title": f"{report.architecture}, {_what_was_done(report)}",
         "command": shell_command(request),
         "seconds": sum(stage.seconds for stage in report.stages),

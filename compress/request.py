@@ -231,6 +231,14 @@ class Request(BaseModel):
         "what the layer reads, or 32 to keep it in floating point; the longer of two names wins",
         "layer or module names with bits, such as layer1=4, conv1=4/8 or fc=32",
     )
+    max_quantization_loss: float | None = _field(
+        None,
+        "mixed precision: points of accuracy that calibration alone may lose on held-out training images; the layers that "
+        "bear few bits worst are widened (to 8 bits, or from 8 to floating point) until it holds, before any training",
+        "a number of points from 0 to 100",
+        ge=0,
+        le=100,
+    )
     quantization_config_list: ConfigList | None = _field(
         None,
         "an NNI config list for the quantizer (JSON; in the shell a file) in the keys of NNI 3.0 or 2.x, instead of "
@@ -322,8 +330,8 @@ class Request(BaseModel):
             )
         if self.first_last_bits not in (*QUANTIZED_BITS, FULL_PRECISION):
             raise RequestError("first_last_bits", self.first_last_bits, _allowed("first_last_bits"))
-        for name in ("layer_bits", "quantization_config_list"):
-            if getattr(self, name) and not self.quantizes:
+        for name in ("layer_bits", "quantization_config_list", "max_quantization_loss"):
+            if getattr(self, name) not in (None, {}) and not self.quantizes:
                 raise RequestError(name, getattr(self, name), "nothing, because nothing is quantized")
         changed = [n for n in _BIT_FIELDS if getattr(self, n) != type(self).model_fields[n].default]
         if self.quantization_config_list is not None and changed:

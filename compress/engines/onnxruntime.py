@@ -6,6 +6,7 @@ import json
 import re
 import tempfile
 from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ _INTEGER_KERNELS = frozenset(
     {"QLinearConv", "ConvInteger", "QGemm", "QLinearMatMul", "MatMulIntegerToFloat", "DynamicQuantizeMatMul"}
 )
 _FLOAT_KERNELS = frozenset({"Conv", "FusedConv", "NhwcFusedConv", "Gemm", "FusedGemm", "MatMul", "FusedMatMul"})
+_CONVERSIONS = frozenset({"QuantizeLinear", "DequantizeLinear"})
 _PRECISION = {onnx.TensorProto.FLOAT: "fp32", onnx.TensorProto.FLOAT16: "fp16", onnx.TensorProto.BFLOAT16: "bf16"}
 _FUSION_SUFFIX = re.compile(r"_token_\d+$")
 _NORM_SUFFIX = "_bn_nchwc"
@@ -84,8 +86,10 @@ class OnnxRuntimeTensorRT(_OnnxRuntimeOnGpu):
 class _OnnxRuntimeSession(Session):
     def __init__(self, path: Path, spec: BuildSpec) -> None:
         self._spec = spec
-        self._session: Any = _load(path, _options(spec), [_CPU])
-        self._kernels, widened = _read_kernels(path, _options(spec), [_CPU])
+        self._session: Any = _load(path, _options(spec))
+        graph = _optimized(path, _options(spec))
+        self._kernels, widened = _read_kernels(graph), _widened(graph)
+        self.conversions = sum(node.op_type in _CONVERSIONS for node in graph.node)
         self.precision = precision_of(self._kernels, "fp32")
         self.notes = (_widened_note(widened),) if widened else ()
 
@@ -120,7 +124,7 @@ class _GpuSession(_OnnxRuntimeSession):
             self._kernels, self.precision = (), "not reported"
             notes.append(UNREADABLE_NOTE)
         else:
-            self._kernels, _ = _read_kernels(path, _options(spec), providers)
+            self._kernels = _read_kernels(_optimized(path, _options(spec), providers))
             self.precision = precision_of(self._kernels, "fp32")
         self.notes = tuple(notes)
 
@@ -154,6 +158,33 @@ def nodes_by_provider(path: Path, options: Any, providers: list[Any], spec: Buil
     return Counter(executed.values())
 
 
+def recorder(path: Path, nodes: Mapping[str, str], threads: int) -> Callable[[np.ndarray], dict[str, np.ndarray]]:
+    """What stands inside an ONNX file: images float32 [N, 3, H, W] -> values float32 of some nodes, and of its output.
+
+    Every operator is executed as the file spells it, one by one: fused kernels have no values in between to look at.
+
+    Args:
+        nodes: key in the result -> name of the node whose first output is asked for; those that are not in the file
+            are left out. The file's own output comes under its own name.
+
+    Raises:
+        HandoffError: ONNX Runtime cannot load the file.
+    """
+    import onnxruntime
+
+    model = onnx.load(path, load_external_data=False)
+    tensors = {node.name: node.output[0] for node in model.graph.node}
+    found = {key: tensors[name] for key, name in nodes.items() if name in tensors}
+    found |= {output.name: output.name for output in model.graph.output}
+    given = {output.name for output in model.graph.output}
+    model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in sorted(set(found.values()) - given))
+    options = _options(BuildSpec(input_size=0, threads=threads))
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
+    session = _load(path, options, content=model.SerializeToString())
+    return lambda images: dict(zip(found, session.run(list(found.values()), {"images": images}), strict=True))
+
+
 def _options(spec: BuildSpec) -> Any:
     import onnxruntime
 
@@ -165,12 +196,13 @@ def _options(spec: BuildSpec) -> Any:
     return options
 
 
-def _load(path: Path, options: Any, providers: list[Any]) -> Any:
+def _load(path: Path, options: Any, providers: Sequence[Any] = (_CPU,), content: bytes | None = None) -> Any:
+    """A session of the file, or of `content` made from it."""
     import onnxruntime
 
     onnxruntime.disable_telemetry_events()
     try:
-        return onnxruntime.InferenceSession(str(path), options, providers=providers)
+        return onnxruntime.InferenceSession(content or str(path), options, providers=list(providers))
     except Exception as error:  # noqa: BLE001 - every status of the library is an exception class of its own
         raise HandoffError(f"ONNX Runtime cannot load {path.name}: {error}") from error
 
@@ -182,27 +214,36 @@ def _read(path: Path) -> onnx.ModelProto:
         raise HandoffError(f"{path.name} is not an ONNX file: {error}") from error
 
 
-def _read_kernels(path: Path, options: Any, providers: list[Any]) -> tuple[tuple[Kernel, ...], int]:
-    """Load once more with the optimized graph written to a file; its layers, and how many got unsigned weights."""
+def _optimized(path: Path, options: Any, providers: Sequence[Any] = (_CPU,)) -> onnx.GraphProto:
+    """The graph as it is executed: load once more, with the optimized graph written to a file."""
     with tempfile.TemporaryDirectory() as folder:
         written = Path(folder) / "optimized.onnx"
         options.optimized_model_filepath = str(written)
         options.add_session_config_entry("session.optimized_model_external_initializers_file_name", "weights.bin")
         _load(path, options, providers)
-        graph = onnx.load(written, load_external_data=False).graph
+        return onnx.load(written, load_external_data=False).graph
+
+
+def _widened(graph: onnx.GraphProto) -> int:
+    """How many layers got unsigned weights, whose products are added in 32 bits."""
+    unsigned = {tensor.name for tensor in graph.initializer if tensor.data_type == onnx.TensorProto.UINT8}
+    layers = (node for node in graph.node if node.op_type in _INTEGER_KERNELS)
+    return sum(not unsigned.isdisjoint(node.input[3:4]) for node in layers)
+
+
+def _read_kernels(graph: onnx.GraphProto) -> tuple[Kernel, ...]:
     constants = {tensor.name: tensor.data_type for tensor in graph.initializer}
     makers = {output: node for node in graph.node for output in node.output}
-    found, widened = [], 0
+    found = []
     for node in graph.node:
         name = _FUSION_SUFFIX.sub("", node.name)
         if name.endswith(_NORM_SUFFIX):
             continue
         if node.op_type in _INTEGER_KERNELS:
             found.append(Kernel(name, node.op_type, "int8"))
-            widened += any(constants.get(operand) == onnx.TensorProto.UINT8 for operand in node.input[3:4])
         elif node.op_type in _FLOAT_KERNELS and (data_type := _weight_type(node, constants, makers)):
             found.append(Kernel(name, node.op_type, _PRECISION.get(data_type, "fp32")))
-    return tuple(found), widened
+    return tuple(found)
 
 
 def _widened_note(layers: int) -> str:

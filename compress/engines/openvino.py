@@ -19,6 +19,7 @@ from compress.engines.base import (
     Flavour,
     Kernel,
     OnnxLoader,
+    Precision,
     Session,
     check_images,
     precision_of,
@@ -41,6 +42,11 @@ class OpenVino(OnnxLoader):
     name, title = "openvino", "OpenVINO"
     flavour: Flavour = "onnxruntime"
     module, how_loaded = "openvino", "and compiles it for the CPU it finds"
+
+    @property
+    def half_precision(self) -> Precision | None:
+        offered = _import_openvino().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+        return "bf16" if "BF16" in offered else "fp16" if "FP16" in offered else None
 
     def _open(self, path: Path, spec: BuildSpec) -> Session:
         return _ThroughputSession(path, spec) if spec.hint == "throughput" else _OpenVinoSession(path, spec)

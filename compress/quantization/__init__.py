@@ -20,17 +20,21 @@ from compress.quantization.calibration import ESTIMATORS, Estimator
 from compress.quantization.config_list import translate as bits_of_config_list
 from compress.quantization.convert import convert, fake_quantized, weight_sqnr_db
 from compress.quantization.flavours import FLAVOURS, Flavour
+from compress.quantization.local_noise import LocalNoise, by_layer, file_noise, noisiest, quantization_noise
+from compress.quantization.mixed import Choice, choose
 from compress.quantization.prepare import left_float, prepare, quantization_points, quantized_layers
 from compress.quantization.ranges import Quantized, Ranges, restore, save
 from compress.quantizers import QUANTIZERS, Quantizer
 
 __all__ = [
     "BitPlan",
+    "Choice",
     "ESTIMATORS",
     "Estimator",
     "FLAVOURS",
     "Flavour",
     "LayerBits",
+    "LocalNoise",
     "QUANTIZERS",
     "Quantized",
     "Quantizer",
@@ -38,10 +42,15 @@ __all__ = [
     "TrainFn",
     "assign_bits",
     "bits_of_config_list",
+    "by_layer",
+    "choose",
     "convert",
     "fake_quantized",
+    "file_noise",
     "left_float",
+    "noisiest",
     "prepare",
+    "quantization_noise",
     "quantization_points",
     "quantize",
     "quantized_layers",

@@ -50,7 +50,10 @@ class BitPlan:
     def of_points(self, prepared: fx.GraphModule) -> dict[str, int]:
         """Bits of each quantization point: the widest layer that reads it decides, and all members of a group agree."""
         bits = {
-            name: max((self.layers[layer].activations for layer in layers), default=self.activation_bits)
+            name: max(
+                (self.layers[layer].activations for layer in layers if not self.layers[layer].stays_float),
+                default=self.activation_bits,
+            )
             for name, layers in readers_of(prepared).items()
         }
         points = quantization_points(prepared)

@@ -239,13 +239,16 @@ def _tensors_to_quantize(graph_module: fx.GraphModule) -> list[fx.Node]:
 
     A convolution runs on integers in ONNX Runtime only when its result is quantized too, after the ReLU if there is
     one. Maximum pooling keeps its input's scale, so its result needs no point of its own.
+
+    A layer kept in floating point reads what was not rounded, where only such layers read it; ONNX Runtime then computes
+    the convolution before it in floating point, too.
     """
     readers = _integer_readers(graph_module)
     chosen: dict[fx.Node, None] = {}
     for node in graph_module.graph.nodes:
         kind = _kind(node, graph_module)
-        if kind == "conv":
-            chosen[_after_relu(node, graph_module)] = None
+        if kind == "conv" and not _only_floats_read(result := _after_relu(node, graph_module), graph_module):
+            chosen[result] = None
         if kind == "concat" and node in readers:
             chosen[node] = None
         read = any(user in readers for user in node.users)
@@ -254,6 +257,12 @@ def _tensors_to_quantize(graph_module: fx.GraphModule) -> list[fx.Node]:
         if read and makes_tensor and not passes_scale:
             chosen[node] = None
     return [node for node in graph_module.graph.nodes if node in chosen and not _only_feeds_output(node)]
+
+
+def _only_floats_read(node: fx.Node, graph_module: fx.GraphModule) -> bool:
+    """Whether layers that are kept in floating point, to be spared the rounding, are all that reads it."""
+    modules = [graph_module.get_submodule(str(user.target)) for user in node.users if user.op == "call_module"]
+    return len(modules) == len(node.users) and all(getattr(module, "stays_float", False) for module in modules)
 
 
 def _only_feeds_output(node: fx.Node) -> bool:
