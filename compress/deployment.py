@@ -81,9 +81,10 @@ def build_engines(work: Run, source: Source) -> Facts:
     flavours = _flavours(work, source, last)
     reference = cache(partial(_reference_logits, work, source, images=images))
     engines, rows, files, parents, agreeing, notes = [], [], [], {}, [], []
+    absent: dict[str, list[str]] = {}
     for number, runtime in enumerate(RUNTIMES.values()):
         if reason := runtime.missing():
-            notes.append(f"{runtime.name} was left out: {reason}")
+            absent.setdefault(reason, []).append(runtime.name)
             continue
         if runtime.flavour not in flavours:
             notes.append(f"{runtime.name} was left out: {NO_FLAVOUR}")
@@ -92,18 +93,20 @@ def build_engines(work: Run, source: Source) -> Facts:
             work.progress("build", number / len(RUNTIMES), f"{runtime.name}, {variant}")
             onnx_path = file_for(work, variant, runtime)
             spec = spec_for(work, source, min(work.request.batch_size, 8))
+            engine_path = work.artifacts / f"{onnx_path.stem}.{runtime.name}.engine"
+            expected = reference(variant, flavour=runtime.flavour) if runtime.runs_here else None
             try:
-                built = runtime.build(onnx_path, work.artifacts / f"{onnx_path.stem}.{runtime.name}.engine", spec)
+                built = runtime.build(onnx_path, engine_path, spec)
+                layers, row = built.passport.get("layers", []), None
+                if expected is not None:
+                    row, layers = _compare_running(work, runtime, built.path or onnx_path, variant, expected, images)
             except HandoffError as error:
                 notes.append(_refused(work, runtime, error))
                 break
             if built.path:
                 files += [f"artifacts/{built.path.name}", f"artifacts/{built.path.name}.json"]
                 parents |= dict.fromkeys(files[-2:], f"artifacts/{onnx_path.name}")
-            layers = built.passport.get("layers", [])
-            if runtime.runs_here:
-                expected = reference(variant, flavour=runtime.flavour)
-                row, layers = _compare_running(work, runtime, built.path or onnx_path, variant, expected, images)
+            if row:
                 rows.append(row)
                 if not row["passed"]:
                     notes.append(_disagreement(work, runtime, row))
@@ -125,7 +128,7 @@ def build_engines(work: Run, source: Source) -> Facts:
         "files": files,
         "parents": parents,
         "agreeing": agreeing,
-        "notes": notes,
+        "notes": [f"Left out: {', '.join(names)}. {reason}" for reason, names in absent.items()] + notes,
     }
 
 

@@ -384,8 +384,8 @@ def install(monkeypatch: Any, gpu: Gpu, release: str) -> types.ModuleType:
     package.driver = driver
     for module in (package, driver, bindings):
         monkeypatch.setitem(sys.modules, module.__name__, module)
-    logger = tensorrt_build.logger_of.__wrapped__(bindings.__name__)
-    monkeypatch.setattr(tensorrt, "logger_of", lambda module: logger)
+    logger, real = tensorrt_build.logger_of.__wrapped__(bindings.__name__), tensorrt_build.logger_of
+    monkeypatch.setattr(tensorrt, "logger_of", lambda module: logger if module == bindings.__name__ else real(module))
     device = functools.cache(tensorrt_run.gpu.__wrapped__)
     for user in (tensorrt, tensorrt_run):
         monkeypatch.setattr(user, "gpu", device)

@@ -100,6 +100,8 @@ def test_what_cannot_be_built_is_refused(finished, monkeypatch, tmp_path):
         RequestError, match="runtime: got 'openvino', expected one that has engines: tensorrt, tensorrt-rtx"
     ):
         build(finished, "openvino")
+    with pytest.raises(RequestError, match="target: got 'SM89', expected nothing, because tensorrt builds for the GPU"):
+        engine_files.build(finished, "tensorrt", batch_size=2, max_batch=4, targets=("SM89",))
     stranger = files()["tensorrt"]
     with pytest.raises(RunError, match="belongs to no finished run"):
         build(stranger)

@@ -109,6 +109,14 @@ def test_strong_typing_is_asked_for_where_it_is_a_choice(release, device, tmp_pa
     assert f"create_network({1 << 1 if release.startswith('tensorrt 10') else 0})" in double.calls
 
 
+def test_an_rtx_engine_is_not_for_the_gpus_of_data_centres(device, tmp_path):
+    device("tensorrt_rtx", name="NVIDIA H100", capability=(9, 0))
+    runtime = RUNTIMES["tensorrt-rtx"]
+    built = runtime.build(files()["tensorrt"], tmp_path / "model.engine", SPEC)
+    assert not runtime.runs_here and not built.ran
+    assert runtime.unfit(built.passport)[0].endswith("SM121, and the NVIDIA H100 here is SM90.")
+
+
 def loaded(device, folder: Path, release: str = "tensorrt 11.4.0.106"):
     double, runtime = device(release), runtime_of(release)
     runtime.build(files()["tensorrt"], folder / "model.engine", SPEC)

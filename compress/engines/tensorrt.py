@@ -7,6 +7,7 @@ files import tensorrt, tensorrt_rtx and pycuda. TensorRT for RTX builds without 
 from __future__ import annotations
 
 import importlib
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -45,12 +46,16 @@ class _TensorRTRuntime(Runtime):
 
     @property
     def runs_here(self) -> bool:
-        return self._missing_package() is None and missing_gpu(self.title) is None
+        return self._missing_package() is None and missing_gpu(self.title) is None and self._takes(gpu().architecture)
 
     def build(self, onnx_path: Path, engine_path: Path, spec: BuildSpec) -> Built:
         if reason := self.missing():
             raise RuntimeUnavailableError(reason)
         bindings, logger = importlib.import_module(self.module), logger_of(self.module)
+        if self.needs_gpu_to_build:
+            spec = replace(
+                spec, targets=()
+            )  # it builds for the GPU that is present; the targets are for the other edition
         self.check_targets(spec.targets)
         logger.messages.clear()
         plan = build_plan(bindings, logger, onnx_path, spec)
@@ -117,7 +122,7 @@ class _TensorRTRuntime(Runtime):
         self, bindings: ModuleType, onnx_path: Path, spec: BuildSpec, kernels: tuple[Kernel, ...]
     ) -> dict[str, Any]:
         integer = sum(kernel.precision == "int8" for kernel in kernels)
-        state = "runs on this machine's GPU" if self.runs_here else "built, not run: this machine has no NVIDIA GPU"
+        state = "runs on this machine's GPU" if self.runs_here else "built, not run: this machine has no GPU for it"
         return {
             "runtime": self.name,
             "runtime_version": str(bindings.__version__),
@@ -134,6 +139,10 @@ class _TensorRTRuntime(Runtime):
             "rebuild": passports.rebuild_command(onnx_path.name, self.name, spec),
             "state": f"{self.title}: {state}; {integer} of {len(kernels)} layers on int8.",
         }
+
+    def _takes(self, architecture: str) -> bool:
+        """Whether it runs on a GPU of this architecture; TensorRT for RTX does not on those of data centres."""
+        return True
 
     def _targets(self, bindings: ModuleType, spec: BuildSpec) -> list[str]:
         """Architectures of the GPUs that can run the engine."""
@@ -165,6 +174,9 @@ class TensorRTForRTX(_TensorRTRuntime):
         if reason := self.missing():
             raise RuntimeUnavailableError(reason)
         check_targets(importlib.import_module(self.module), targets)
+
+    def _takes(self, architecture: str) -> bool:
+        return architecture in offered_targets(importlib.import_module(self.module))
 
     def _targets(self, bindings: ModuleType, spec: BuildSpec) -> list[str]:
         return list(spec.targets or offered_targets(bindings))
