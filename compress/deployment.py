@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from compress import evaluation, handoffs, ledger, onnx_export, quantization, stages
-from compress.engines import RUNTIMES, BuildSpec, Precision, Runtime, Session
+from compress.engines import RUNTIMES, BuildSpec, Built, Precision, Runtime, Session
 from compress.engines.onnxruntime import recorder
 from compress.errors import HandoffError
 from compress.files import atomic, write_text
@@ -92,14 +92,9 @@ def build_engines(work: Run, source: Source) -> Facts:
         for variant in variants if runtime.ahead_of_time and runtime.runs_here else [last]:
             work.progress("build", number / len(RUNTIMES), f"{runtime.name}, {variant}")
             onnx_path = file_for(work, variant, runtime)
-            spec = spec_for(work, source, min(work.request.batch_size, 8))
-            engine_path = work.artifacts / f"{onnx_path.stem}.{runtime.name}.engine"
             expected = reference(variant, flavour=runtime.flavour) if runtime.runs_here else None
             try:
-                built = runtime.build(onnx_path, engine_path, spec)
-                layers, row = built.passport.get("layers", []), None
-                if expected is not None:
-                    row, layers = _compare_running(work, runtime, built.path or onnx_path, variant, expected, images)
+                built, row, layers = _built(work, source, runtime, onnx_path, variant, expected, images)
             except HandoffError as error:
                 notes.append(_refused(work, runtime, error))
                 break
@@ -130,6 +125,23 @@ def build_engines(work: Run, source: Source) -> Facts:
         "agreeing": agreeing,
         "notes": [f"Left out: {', '.join(names)}. {reason}" for reason, names in absent.items()] + notes,
     }
+
+
+def _built(
+    work: Run,
+    source: Source,
+    runtime: Runtime,
+    onnx_path: Path,
+    variant: str,
+    expected: np.ndarray | None,
+    images: Sequence[Tensor],
+) -> tuple[Built, Facts | None, list[Facts]]:
+    """What was built, its hand-off from the torch model's answers `expected` if it runs here, and its layers."""
+    engine_path = work.artifacts / f"{onnx_path.stem}.{runtime.name}.engine"
+    built = runtime.build(onnx_path, engine_path, spec_for(work, source, min(work.request.batch_size, 8)))
+    if expected is None:
+        return built, None, built.passport.get("layers", [])
+    return built, *_compare_running(work, runtime, built.path or onnx_path, variant, expected, images)
 
 
 def _refused(work: Run, runtime: Runtime, error: HandoffError) -> str:

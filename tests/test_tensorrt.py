@@ -114,7 +114,7 @@ def test_an_rtx_engine_is_not_for_the_gpus_of_data_centres(device, tmp_path):
     runtime = RUNTIMES["tensorrt-rtx"]
     built = runtime.build(files()["tensorrt"], tmp_path / "model.engine", SPEC)
     assert not runtime.runs_here and not built.ran
-    assert runtime.unfit(built.passport)[0].endswith("SM121, and the NVIDIA H100 here is SM90.")
+    assert runtime.unfit(built.passport)[0].endswith("SM89, and the NVIDIA H100 here is SM90.")
 
 
 def loaded(device, folder: Path, release: str = "tensorrt 11.4.0.106"):
