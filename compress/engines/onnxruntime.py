@@ -26,6 +26,8 @@ _FUSION_SUFFIX = re.compile(r"_token_\d+$")
 _NORM_SUFFIX = "_bn_nchwc"
 """Of a BatchNorm that stands alone: the library runs it as a convolution, but the file has no such layer."""
 _ONLY_ERRORS = 3
+_DISABLED = ["WeightBiasQuantization"]
+"""It rounds biases that a file holds as floats, and quantizes weights of layers that stay float, on grids of its own."""
 EXACT_NOTE = (
     "This CPU has no int8 dot product: ONNX Runtime was told to use its exact 8-bit kernels "
     "(session.x64quantprecision), because its fast ones overflow here."
@@ -121,7 +123,9 @@ def _open(path: Path, options: Any, content: bytes | None = None) -> Any:
 
     onnxruntime.disable_telemetry_events()
     try:
-        return onnxruntime.InferenceSession(content or str(path), options, providers=["CPUExecutionProvider"])
+        return onnxruntime.InferenceSession(
+            content or str(path), options, providers=["CPUExecutionProvider"], disabled_optimizers=_DISABLED
+        )
     except Exception as error:  # noqa: BLE001 - every status of the library is an exception class of its own
         raise HandoffError(f"ONNX Runtime cannot load {path.name}: {error}") from error
 
