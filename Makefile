@@ -32,8 +32,8 @@ app: setup  ## the web app on http://127.0.0.1:7860
 test: setup-dev lint  ## all tests; browser tests need Chromium
 	$(PY) -m pytest
 
-test-slow: setup-dev  ## 200 random networks, each pruned and compared with its masked form
-	ESPALIER_RANDOM_NETWORKS=200 $(PY) -m pytest tests/test_pruning_random.py
+test-slow: setup-dev  ## 200 random networks, each compared with its masked form; the examples from end to end
+	ESPALIER_SLOW=1 ESPALIER_RANDOM_NETWORKS=200 $(PY) -m pytest tests/test_pruning_random.py tests/test_examples.py
 
 test-gpu: setup-dev  ## the tests that need an NVIDIA GPU
 	$(PY) -m pytest -m gpu

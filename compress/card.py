@@ -18,6 +18,7 @@ CHART_TITLES = {
     "latency": "Latency",
     "accuracy": "Accuracy at each step",
     "sqnr": "Noise that each layer adds",
+    "mixed": "Mixed precision",
     "channels": "Channels kept, layer by layer",
     "training": "Training",
 }

@@ -26,12 +26,13 @@ MAX_POINTS = 400
 
 
 def figures(report: Report, *, dark: bool = False) -> dict[str, go.Figure]:
-    """The charts of a run, by key: size, latency, accuracy, sqnr, channels, training. One without data is left out."""
+    """The charts of a run, by key: size, latency, accuracy, sqnr, mixed, channels, training. One without data is left out."""
     drawers: dict[str, Callable[[Report], go.Figure | None]] = {
         "size": _size,
         "latency": _latency,
         "accuracy": _accuracy,
         "sqnr": _sqnr,
+        "mixed": _mixed,
         "channels": _channels,
         "training": _training,
     }
@@ -142,6 +143,27 @@ def _sqnr(report: Report) -> go.Figure | None:
     figure.update_yaxes(title="signal to noise, dB", rangemode="tozero")
     figure.update_xaxes(tickangle=-60, tickfont_size=9)
     return figure.update_layout(height=400, legend={"orientation": "h", "y": 1.18, "x": 0})
+
+
+def _mixed(report: Report) -> go.Figure | None:
+    if not report.mixed_precision:
+        return None
+    figure = go.Figure(
+        go.Scatter(
+            x=[step.weight_bits for step in report.mixed_precision],
+            y=[100 * step.accuracy for step in report.mixed_precision],
+            mode="lines+markers+text",
+            text=[str(len(step.widened)) for step in report.mixed_precision],
+            textposition="top center",
+            marker_size=9,
+            line_color=COLOURS["quantized"],
+            cliponaxis=False,
+            hovertemplate="%{text} layers with more bits<br>%{x:.2f} bits per weight, %{y:.1f} %<extra></extra>",
+        )
+    )
+    figure.update_xaxes(title="mean bits per weight; the number at a point: layers with more bits")
+    figure.update_yaxes(title="held-out accuracy, %, by calibration alone")
+    return figure.update_layout(height=320)
 
 
 def _channels(report: Report) -> go.Figure | None:

@@ -217,6 +217,17 @@ class Epoch(_Facts):
     """Top-1 on held-out images of the training part, never on the test part."""
 
 
+class MixedStep(_Facts):
+    """A point of the trade-off of mixed precision, by calibration alone."""
+
+    widened: tuple[str, ...]
+    """Layers with more bits than asked, the most sensitive first."""
+    accuracy: float
+    """On held-out images of the training part, 0..1; of agreement where the images have no labels."""
+    weight_bits: float
+    """Mean over all weights."""
+
+
 class Verdict(_Facts):
     text: str
     runtime: str | None
@@ -243,6 +254,8 @@ class Report(_Facts):
     cross_checks: tuple[CrossCheck, ...]
     worth: tuple[Worth, ...]
     """Empty when nothing was quantized."""
+    mixed_precision: tuple[MixedStep, ...]
+    """In the order tried, the last one chosen; empty when no budget was given."""
     measurements: tuple[Measurement, ...]
     engines: tuple[Engine, ...]
     stages: tuple[Stage, ...]

@@ -15,6 +15,7 @@ from compress.report import (
     Handoff,
     Layer,
     Measurement,
+    MixedStep,
     Report,
     Stage,
     Variant,
@@ -68,6 +69,10 @@ def collect(work: Run, source: Source) -> Report:
         loss=ledger.loss(hops, ledger.blame(facts)),
         cross_checks=ledger.cross_checks(work.folder, facts["measure"]["ledger"]),
         worth=tuple(Worth(**row) for row in facts["measure"]["worth"]),
+        mixed_precision=tuple(
+            MixedStep(widened=row["widened"], accuracy=row["score"], weight_bits=row["weight_bits"])
+            for row in (facts["quantize"]["mixed"] or {}).get("steps", ())
+        ),
         measurements=measurements,
         engines=tuple(Engine(**row) for row in facts["build"]["engines"]),
         stages=tuple(

@@ -18,6 +18,7 @@ def tables(report: Report) -> dict[str, Table]:
         "latency": _latency_table(report),
         "accuracy": _accuracy_table(report),
         "sqnr": _sqnr_table(report),
+        "mixed": _mixed_table(report),
         "channels": _channels_table(report),
         "training": _training_table(report),
     }
@@ -166,6 +167,20 @@ def _channels_table(report: Report) -> Table:
 
 def _share(share: float | None) -> str:
     return "—" if share is None else f"{100 * share:.2g} %"
+
+
+def _mixed_table(report: Report) -> Table:
+    return ("Layers with more bits", "Mean bits per weight", "Held-out accuracy", "Newly widened"), [
+        (
+            str(len(step.widened)),
+            f"{step.weight_bits:.2f}",
+            f"{100 * step.accuracy:.2f} %",
+            ", ".join(step.widened[len(before) :]) or "—",
+        )
+        for step, before in zip(
+            report.mixed_precision, ((), *(s.widened for s in report.mixed_precision)), strict=False
+        )
+    ]
 
 
 def _training_table(report: Report) -> Table:

@@ -15,6 +15,7 @@ from compress.report import (
     Layer,
     Loss,
     Measurement,
+    MixedStep,
     Report,
     Stage,
     Variant,
@@ -104,6 +105,10 @@ def example_report() -> Report:
                 agrees=False,
                 text="quantized.onnxruntime.onnx <on two runtimes> gets 120 different answers.",
             ),
+        ),
+        mixed_precision=(
+            MixedStep(widened=(), accuracy=0.81, weight_bits=4.0),
+            MixedStep(widened=("layer1.0.conv1", "layer1.0.conv2"), accuracy=0.9, weight_bits=4.3),
         ),
         worth=(
             Worth(

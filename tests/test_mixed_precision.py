@@ -3,8 +3,11 @@
 import copy
 
 import torch
-from quantization_networks import accuracy, calibration, images, trained
+from image_files import encoded, photo
+from quantization_networks import SIZE, accuracy, calibration, images, trained
 
+import compress
+from compress import charts, tables
 from compress.quantization import assign_bits, choose, fake_quantized, prepare, quantize
 from compress.quantization.bits import FLOAT
 from compress.quantization.mixed import sensitivity
@@ -60,3 +63,23 @@ def test_few_bits_widen_to_eight_and_a_hopeless_target_says_so():
 def test_what_is_good_enough_stays_as_it_is():
     result = chosen(trained(), (8, 8), accuracy(trained()) - 0.02)
     assert result.within and len(result.steps) == 1 and not result.plan.stays_float
+
+
+def test_a_run_keeps_to_its_budget_and_charts_the_way_there(tmp_path):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for number in range(60):
+        (folder / f"{number}.png").write_bytes(encoded(photo(number)))
+    request = compress.Request(
+        model="custom", checkpoint="random", data=str(folder), input_size=SIZE, mean=(0.5,) * 3, std=(0.5,) * 3,
+        pruner="none", weight_bits=2, activation_bits=2, first_last_bits=2, qat_epochs=0, max_quantization_loss=100,
+    )  # fmt: skip
+    report = compress.run(request, model=trained(), out=tmp_path / "within")
+    (step,) = report.mixed_precision
+    assert step.widened == () and any("Mixed precision: no layer got more bits" in note for note in report.notes)
+    request = request.model_copy(update={"max_quantization_loss": 0.0})
+    report = compress.run(request, model=trained(), out=tmp_path / "strict")
+    assert [len(step.widened) for step in report.mixed_precision][:2] == [0, 1]
+    bits = {layer.name: layer.weight_bits for layer in report.layers}
+    assert {name for name, width in bits.items() if width == 8} == set(report.mixed_precision[-1].widened)
+    assert {"mixed"} <= set(charts.figures(report)) and len(tables.tables(report)["mixed"][1]) >= 2

@@ -36,6 +36,8 @@ _FUSION_SUFFIX = re.compile(r"_token_\d+$")
 _NORM_SUFFIX = "_bn_nchwc"
 """Of a BatchNorm that stands alone: the library runs it as a convolution, but the file has no such layer."""
 _ONLY_ERRORS = 3
+_DISABLED = ["WeightBiasQuantization"]
+"""It rounds biases that a file holds as floats, and quantizes weights of layers that stay float, on grids of its own."""
 UNREADABLE_NOTE = (
     "ONNX Runtime does not say in which precision its TensorRT provider executes a layer; build with tensorrt for that."
 )
@@ -202,7 +204,9 @@ def _load(path: Path, options: Any, providers: Sequence[Any] = (_CPU,), content:
 
     onnxruntime.disable_telemetry_events()
     try:
-        return onnxruntime.InferenceSession(content or str(path), options, providers=list(providers))
+        return onnxruntime.InferenceSession(
+            content or str(path), options, providers=list(providers), disabled_optimizers=_DISABLED
+        )
     except Exception as error:  # noqa: BLE001 - every status of the library is an exception class of its own
         raise HandoffError(f"ONNX Runtime cannot load {path.name}: {error}") from error
 

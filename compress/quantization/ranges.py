@@ -22,6 +22,7 @@ from compress.files import write_tensors, write_text
 from compress.quantization.prepare import prepare
 
 _VERSION = 2
+_SAFE_BITS = 6
 RANGES_FILE, WEIGHTS_FILE = "quantization.json", "quantized.safetensors"
 
 
@@ -51,6 +52,16 @@ class WeightGrid:
         """The integers of a float weight, int8, same shape; channels are the first dimension."""
         scale = torch.tensor(self.scales, dtype=torch.float32).reshape(-1, *[1] * (weight.dim() - 1))
         return torch.round(torch.clamp(weight.detach() / scale, -self.highest, self.highest)).to(torch.int8)
+
+    def in_container(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """(codes int8, scales float32 [channels]) that a file stores: the same values, on a finer scale below 7 bits.
+
+        Runtimes round a bias to whole multiples of input scale times weight scale; of a coarse grid that would be a
+        large part of an output code. The finer scale is smaller by a power of two, so that nothing else is rounded, and the
+        codes stay within 63, where 8-bit kernels without a dot product cannot overflow.
+        """
+        factor = 2 ** max(0, _SAFE_BITS - self.highest.bit_length())
+        return self.codes(weight) * factor, torch.tensor(self.scales, dtype=torch.float32) / factor
 
     def dequantized(self, weight: Tensor) -> Tensor:
         """The float weight moved onto the grid."""

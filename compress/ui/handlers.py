@@ -43,6 +43,7 @@ CHARTS = {
         "Signal to noise of each layer's weights, and of its output given the inputs that it has there: fake-quantized "
         "against float, and each file against fake-quantized, where equal is 144.5 dB. Lower is noisier.",
     ),
+    "mixed": ("Mixed precision", "What widening the most sensitive layers gives back, before any training."),
     "channels": ("Channels of each layer", "What was cut, and what stays because other layers depend on it."),
     "training": ("Training", "How the smaller model recovered."),
 }
