@@ -24,7 +24,7 @@ from compress.sources import Source
 Facts = dict[str, Any]
 
 NO_FLAVOUR = (
-    "it reads 8-bit integers whose zero is code 0, and the learnt offsets need others; take lsq, or lsq-plus with at most 7 "
+    "TensorRT reads 8-bit integers whose zero is code 0, and the learnt offsets need others; take lsq, or lsq-plus with at most 7 "
     "activation bits."
 )
 COMPARED_IMAGES = 256
@@ -81,16 +81,10 @@ def build_engines(work: Run, source: Source) -> Facts:
     flavours = _flavours(work, source, last)
     reference = cache(partial(_reference_logits, work, source, images=images))
     engines, rows, files, parents, agreeing, notes = [], [], [], {}, [], []
-    absent: dict[str, list[str]] = {}
-    for number, runtime in enumerate(RUNTIMES.values()):
-        if reason := runtime.missing():
-            absent.setdefault(reason, []).append(runtime.name)
-            continue
-        if runtime.flavour not in flavours:
-            notes.append(f"{runtime.name} was left out: {NO_FLAVOUR}")
-            continue
+    present, absent = _present(flavours)
+    for number, runtime in enumerate(present):
         for variant in variants if runtime.ahead_of_time and runtime.runs_here else [last]:
-            work.progress("build", number / len(RUNTIMES), f"{runtime.name}, {variant}")
+            work.progress("build", number / len(present), f"{runtime.name}, {variant}")
             onnx_path = file_for(work, variant, runtime)
             expected = reference(variant, flavour=runtime.flavour) if runtime.runs_here else None
             try:
@@ -123,7 +117,7 @@ def build_engines(work: Run, source: Source) -> Facts:
         "files": files,
         "parents": parents,
         "agreeing": agreeing,
-        "notes": [f"Left out: {', '.join(names)}. {reason}" for reason, names in absent.items()] + notes,
+        "notes": absent + notes,
     }
 
 
@@ -142,6 +136,19 @@ def _built(
     if expected is None:
         return built, None, built.passport.get("layers", [])
     return built, *_compare_running(work, runtime, built.path or onnx_path, variant, expected, images)
+
+
+def _present(flavours: Sequence[quantization.Flavour]) -> tuple[list[Runtime], list[str]]:
+    """The runtimes that have their tools here and a file to build, and a note for each reason why others have not."""
+    reasons: dict[str, list[str]] = {}
+    present = []
+    for runtime in RUNTIMES.values():
+        reason = runtime.missing() or (None if runtime.flavour in flavours else NO_FLAVOUR)
+        if reason is None:
+            present.append(runtime)
+        else:
+            reasons.setdefault(reason, []).append(runtime.name)
+    return present, [f"Left out: {', '.join(names)}. {reason}" for reason, names in reasons.items()]
 
 
 def _refused(work: Run, runtime: Runtime, error: HandoffError) -> str:

@@ -92,7 +92,8 @@ def _network_flags(bindings: ModuleType) -> int:
 
 def offered_targets(bindings: ModuleType) -> tuple[str, ...]:
     """The GPU architectures that this version compiles for ahead of time; only TensorRT for RTX has them."""
-    return tuple(name for name in bindings.ComputeCapability.__members__ if name.startswith("SM"))
+    names = (name for name in bindings.ComputeCapability.__members__ if name.startswith("SM"))
+    return tuple(sorted(names, key=lambda name: int(name.removeprefix("SM"))))
 
 
 def check_targets(bindings: ModuleType, targets: tuple[str, ...]) -> None:

@@ -15,7 +15,8 @@ from gradio.components import Component
 
 from compress.errors import CompressError
 from compress.quantizers import QUANTIZERS
-from compress.request import FULL_PRECISION, HALF_PRECISION, QUANTIZED_BITS, Request
+from compress.request import Request
+from compress.request_rules import FULL_PRECISION, HALF_PRECISION, QUANTIZED_BITS
 
 INTEGERS, HALF, FULL = "integers", "half", "full"
 UPLOAD = "upload"
