@@ -30,7 +30,7 @@ from torchvision.models.vision_transformer import VisionTransformer
 
 from bench.randomised import randomise
 from compress import catalog, evaluation, machine, models, onnx_export, pruning
-from compress.deployment import FLOAT_TOLERANCE
+from compress.handoffs import FLOAT_TOLERANCE
 from compress.engines import RUNTIMES, BuildSpec
 from compress.files import write_text
 from compress.images import Preprocessing

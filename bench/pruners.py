@@ -19,7 +19,8 @@ import torch
 from torch import nn
 
 import compress
-from compress import data, machine, pruning, recipes, training
+from bench import made_on
+from compress import data, pruning, recipes, training
 from compress.errors import CompressError
 from compress.evaluation import share
 from compress.sources import Source, open_source
@@ -77,8 +78,6 @@ def _fine_tune(model: nn.Module, request: compress.Request, source: Source) -> N
 def table(rows: list[Row], dense: float, request: compress.Request, images: int) -> str:
     """The page, in Markdown."""
     half = 100 * (share(round(dense * HELD_OUT), HELD_OUT).high - dense)
-    where = machine.describe(torch.get_num_threads())
-    made = f"{where.cpu}, {where.threads} thread(s), torch {where.versions['torch']}, NNI {where.versions['nni']}"
     lines = [
         "# Pruners",
         "",
@@ -86,7 +85,7 @@ def table(rows: list[Row], dense: float, request: compress.Request, images: int)
         f"{images:,} training images; pruners that look at images or train had {request.pruning_epochs:g} x as many for it. "
         f"Accuracy is on {HELD_OUT:,} held-out training images (about {half:.1f} points either way, one seed); the dense "
         f"model reaches {100 * dense:.1f} %, and was itself trained on these images. Made by `python -m bench.pruners` "
-        f"on {made}.",
+        f"on {made_on()}.",
         "",
         "| pruner | what it does | needs | pruned | fine-tuned | parameters not zero | seconds to prune | to fine-tune |",
         "|---|---|---|---|---|---|---|---|",

@@ -20,7 +20,8 @@ import torch
 from torch import nn
 
 import compress
-from compress import data, evaluation, machine, onnx_export, quantization, recipes, training
+from bench import made_on
+from compress import data, evaluation, onnx_export, quantization, recipes, training
 from compress.engines import RUNTIMES, BuildSpec
 from compress.files import write_text
 from compress.quantizers import QUANTIZERS
@@ -143,8 +144,6 @@ def table(rows: list[Row], dense: float, request: compress.Request, tested: int,
     """The page, in Markdown."""
     interval = evaluation.share(round(dense * tested), tested)
     half = 50 * (interval.high - interval.low)
-    where = machine.describe(torch.get_num_threads())
-    made = f"{where.cpu}, {where.threads} thread(s), torch {where.versions['torch']}, NNI {where.versions['nni']}"
     lines = [
         "# Quantizers",
         "",
@@ -152,7 +151,7 @@ def table(rows: list[Row], dense: float, request: compress.Request, tested: int,
         f"peak learning rate of {request.qat_learning_rate:g}, the original as teacher. Accuracy is that of the exported file "
         f"by ONNX Runtime on {tested:,} test images (about {half:.1f} points either way, one seed); the float model "
         f"reaches {100 * dense:.1f} %. The first and the last layer keep 8 bits. *Agreement*: of the file with the "
-        f"fake-quantized model. Made by `python -m bench.quantizers` on {made}.",
+        f"fake-quantized model. Made by `python -m bench.quantizers` on {made_on()}.",
         "",
         "| quantizer | calibration | bits: weights / activations | calibrated | trained | agreement | integer layers | seconds |",
         "|---|---|---|---|---|---|---|---|",

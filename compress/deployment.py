@@ -23,10 +23,6 @@ from compress.sources import Source
 
 Facts = dict[str, Any]
 
-NO_FLAVOUR = (
-    "TensorRT reads 8-bit integers whose zero is code 0, and the learnt offsets need others; take lsq, or lsq-plus with at most 7 "
-    "activation bits."
-)
 COMPARED_IMAGES = 256
 INFER_SCRIPT = Path(__file__).parent / "templates" / "infer.py"
 PARENTS = {"baseline": "the request", "pruned": "baseline", "half": "pruned", "quantized": "pruned"}
@@ -143,7 +139,7 @@ def _present(flavours: Sequence[quantization.Flavour]) -> tuple[list[Runtime], l
     reasons: dict[str, list[str]] = {}
     present = []
     for runtime in RUNTIMES.values():
-        reason = runtime.missing() or (None if runtime.flavour in flavours else NO_FLAVOUR)
+        reason = runtime.missing() or (None if runtime.flavour in flavours else quantization.NO_TENSORRT_FILE)
         if reason is None:
             present.append(runtime)
         else:

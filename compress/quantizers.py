@@ -8,6 +8,12 @@ CPU_RUNTIMES = ("onnxruntime", "openvino")
 ALL_RUNTIMES = (*CPU_RUNTIMES, "tensorrt", "tensorrt-rtx")
 
 
+NO_TENSORRT_FILE = (
+    "TensorRT reads 8-bit integers whose zero is code 0, and learnt offsets of 8 bits need others; take lsq, or lsq-plus "
+    "with at most 7 activation bits."
+)
+
+
 @dataclass(frozen=True)
 class Quantizer:
     """One way to quantize, as the shell and the web form list it."""
@@ -47,7 +53,8 @@ QUANTIZERS: dict[str, Quantizer] = {
         Quantizer(
             "lsq-plus", "Learned step size and offset", "LSQ whose signed activations learn an offset, too.",
             True, _BITS, _BITS, ALL_RUNTIMES,
-            "With 8-bit activations there is no TensorRT file: its zero must be code 0. With 7 and fewer there is.",
+            "With 8-bit activations there is no TensorRT file: its zero must be code 0. With 7 and fewer there is, and "
+            "tensors that keep 8 bits have no offset.",
             "https://arxiv.org/abs/2004.09576",
         ),
         Quantizer(

@@ -56,7 +56,9 @@ def rehearse(request: Request, source: Source) -> Rehearsal:
     with tempfile.TemporaryDirectory() as folder:
         files = found.attempt(lambda: _exported(request, source, model, Path(folder), found))
         for runtime in RUNTIMES.values() if files else ():
-            if runtime.missing() is None:
+            if runtime.flavour not in files:
+                found.runtimes[runtime.name] = f"left out: {quantization.NO_TENSORRT_FILE}"
+            elif runtime.missing() is None:
                 _build(request, source, runtime, files[runtime.flavour], found)
     return found
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from compress.errors import RequestError
-from compress.quantizers import QUANTIZERS
+from compress.quantizers import NO_TENSORRT_FILE, QUANTIZERS
 
 if TYPE_CHECKING:
     from compress.request import Request
@@ -27,6 +27,7 @@ def allowed(kind: type[Request], name: str) -> str:
 def refuse_contradictions(request: Request) -> None:
     """Raises `RequestError` on the first contradiction."""
     _refuse_impossible_bits(request)
+    _refuse_contradictory_bits(request)
     if request.std is not None and min(request.std) <= 0:
         raise RequestError("std", request.std, allowed(type(request), "std"))
     if (request.mean is None) != (request.std is None):
@@ -59,6 +60,9 @@ def _refuse_impossible_bits(request: Request) -> None:
             request.activation_bits,
             f"{max(wide)} as well, because weight_bits and activation_bits of 16 or 32 go together",
         )
+
+
+def _refuse_contradictory_bits(request: Request) -> None:
     if request.first_last_bits not in (*QUANTIZED_BITS, FULL_PRECISION):
         raise RequestError("first_last_bits", request.first_last_bits, allowed(type(request), "first_last_bits"))
     for name in ("layer_bits", "quantization_config_list", "max_quantization_loss"):
@@ -69,6 +73,8 @@ def _refuse_impossible_bits(request: Request) -> None:
         raise RequestError(
             changed[0], getattr(request, changed[0]), "nothing, because quantization_config_list is given and says it"
         )
+    if request.quantizer == "lsq-plus" and request.activation_bits == 8 and request.runtime.startswith("tensorrt"):
+        raise RequestError("runtime", request.runtime, f"another one: {NO_TENSORRT_FILE.removesuffix('.')}")
     binary = next((name for name, bits in request.layer_bits.items() if bits.startswith("1")), None)
     if binary and request.quantizer != "bnn":
         raise RequestError("layer_bits", {binary: request.layer_bits[binary]}, "2 to 8 bits: 1 is for quantizer bnn")

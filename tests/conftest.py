@@ -1,5 +1,19 @@
 """Shared by all tests: two threads at most, and no test may leave torch's global state changed."""
 
+import gpu_double
+import pytest
 import torch
 
 torch.set_num_threads(min(2, torch.get_num_threads()))
+
+
+@pytest.fixture
+def device(monkeypatch):
+    """`device(release)` puts a GPU that is not there in place of the packages of that release, and returns it."""
+
+    def put(release: str, **options) -> gpu_double.Gpu:
+        double = gpu_double.Gpu(**options)
+        gpu_double.install(monkeypatch, double, release)
+        return double
+
+    return put

@@ -7,10 +7,9 @@ import json
 import sys
 from pathlib import Path
 
-import gpu_double
 import numpy as np
 import pytest
-from gpu_double import RELEASES, Gpu
+from gpu_double import RELEASES
 from PIL import Image
 from quantization_networks import CLASSES, SIZE, Mixed
 from tensorrt_files import SCRIPT, SPEC, answers, files, runtime_of
@@ -19,18 +18,6 @@ from compress import models
 from compress.engines import RUNTIMES
 from compress.engines import passport as passports
 from compress.images import Preprocessing
-
-
-@pytest.fixture
-def device(monkeypatch):
-    """`device(release)` puts the double in place and returns it."""
-
-    def put(release: str, **options) -> Gpu:
-        double = Gpu(**options)
-        gpu_double.install(monkeypatch, double, release)
-        return double
-
-    return put
 
 
 @pytest.fixture

@@ -116,6 +116,14 @@ def test_offsets_of_8_bits_have_no_tensorrt_file_and_those_of_7_have():
     assert eight.ranges.flavours == ("onnxruntime",) and seven.ranges.flavours == ("tensorrt", "onnxruntime")
 
 
+def test_a_tensor_that_keeps_8_bits_among_few_has_no_offset_so_that_tensorrt_reads_the_file():
+    prepared = prepare(trained())
+    plan = assign_bits(prepared, 4, 4, first_last_bits=8)
+    ranges = quantize(prepared, plan, quantizer="lsq-plus", calibration=[images(64, 2)[0]], train=None).ranges
+    assert (ranges.activations["q_x"].lowest, ranges.activations["q_x"].highest) == (-127, 127)
+    assert ranges.flavours == ("tensorrt", "onnxruntime")
+
+
 def test_dorefa_starts_where_the_weights_are():
     """Equation 9 on two bits: odd thirds of a gain, the nearest to each weight; tanh cancels at the start."""
     layer = nn.Sequential(nn.Conv2d(3, 1, 1, bias=False), nn.Flatten())
@@ -270,6 +278,11 @@ def test_requests_take_text_and_former_names():
     [
         ({"quantizer": "bnn"}, "weight_bits: got 8, expected 1 with bnn, or 16, or 32."),
         ({"quantizer": "dorefa"}, "weight_bits: got 8, expected a whole number from 2 to 7 with dorefa, or 16, or 32."),
+        (
+            {"quantizer": "lsq-plus", "runtime": "tensorrt-rtx"},
+            "runtime: got 'tensorrt-rtx', expected another one: TensorRT reads 8-bit integers whose zero is code 0, and "
+            "learnt offsets of 8 bits need others; take lsq, or lsq-plus with at most 7 activation bits.",
+        ),
         ({"quantizer": "quick"}, "expected one of qat, ptq, lsq, lsq-plus, dorefa, bnn, none."),
         (
             {"layer_bits": {"fc": "9"}},

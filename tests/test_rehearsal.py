@@ -49,6 +49,12 @@ def test_each_runtime_was_tried(found):
     assert texts["onnxruntime"] == "runs here; 3 of 3 layers on integers"
 
 
+def test_a_runtime_that_no_file_is_for_is_left_out_with_the_reason():
+    texts = {row["runtime"]: row["text"] for row in check(quantizer="lsq-plus")["runtimes"]}
+    assert texts["tensorrt-rtx"].startswith("left out: TensorRT reads 8-bit integers whose zero is code 0")
+    assert texts["onnxruntime"] == "runs here; 3 of 3 layers on integers"
+
+
 @pytest.mark.parametrize(
     ("asked", "module", "sentence"),
     [

@@ -7,10 +7,9 @@ import json
 import os
 from pathlib import Path
 
-import gpu_double
 import numpy as np
 import pytest
-from gpu_double import RELEASES, Gpu
+from gpu_double import RELEASES
 from quantization_networks import CLASSES, SIZE
 from tensorrt_files import LAYERS, SPEC, answers, batch, files, runtime_of
 
@@ -19,19 +18,6 @@ from compress.engines import passport as passports
 from compress.engines.tensorrt_build import layers_of_build_log, layers_of_inspector
 from compress.errors import HandoffError, RequestError, RuntimeUnavailableError
 from compress.files import sha256
-
-
-@pytest.fixture
-def device(monkeypatch):
-    """`device(release)` puts the double in place and returns it."""
-
-    def put(release: str, **options) -> Gpu:
-        double = Gpu(**options)
-        gpu_double.install(monkeypatch, double, release)
-        return double
-
-    return put
-
 
 # ---- TensorRT for RTX, for real -----------------------------------------------------------------------------------
 
@@ -114,7 +100,7 @@ def test_an_rtx_engine_is_not_for_the_gpus_of_data_centres(device, tmp_path):
     runtime = RUNTIMES["tensorrt-rtx"]
     built = runtime.build(files()["tensorrt"], tmp_path / "model.engine", SPEC)
     assert not runtime.runs_here and not built.ran
-    assert runtime.unfit(built.passport)[0].endswith("SM89, and the NVIDIA H100 here is SM90.")
+    assert runtime.unfit(built.passport)[0].endswith("SM121, and the NVIDIA H100 here is SM90.")
 
 
 def loaded(device, folder: Path, release: str = "tensorrt 11.4.0.106"):

@@ -7,6 +7,7 @@ files import tensorrt, tensorrt_rtx and pycuda. TensorRT for RTX builds without 
 from __future__ import annotations
 
 import importlib
+from abc import abstractmethod
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -144,9 +145,9 @@ class _TensorRTRuntime(Runtime):
         """Whether it runs on a GPU of this architecture; TensorRT for RTX does not on those of data centres."""
         return True
 
+    @abstractmethod
     def _targets(self, bindings: ModuleType, spec: BuildSpec) -> list[str]:
         """Architectures of the GPUs that can run the engine."""
-        raise NotImplementedError
 
 
 class TensorRT(_TensorRTRuntime):

@@ -24,7 +24,7 @@ from compress.quantization.local_noise import LocalNoise, by_layer, file_noise, 
 from compress.quantization.mixed import Choice, choose
 from compress.quantization.prepare import left_float, prepare, quantization_points, quantized_layers
 from compress.quantization.ranges import Quantized, Ranges, restore, save
-from compress.quantizers import QUANTIZERS, Quantizer
+from compress.quantizers import NO_TENSORRT_FILE, QUANTIZERS, Quantizer
 
 __all__ = [
     "BitPlan",
@@ -35,6 +35,7 @@ __all__ = [
     "Flavour",
     "LayerBits",
     "LocalNoise",
+    "NO_TENSORRT_FILE",
     "QUANTIZERS",
     "Quantized",
     "Quantizer",

@@ -42,11 +42,6 @@ class BitPlan:
     def stays_float(self) -> frozenset[str]:
         return frozenset(name for name, bits in self.layers.items() if bits.stays_float)
 
-    def with_float(self, names: frozenset[str]) -> BitPlan:
-        """The same with more layers in floating point."""
-        layers = {name: LayerBits(FLOAT, FLOAT) if name in names else bits for name, bits in self.layers.items()}
-        return BitPlan(self.weight_bits, self.activation_bits, layers)
-
     def of_points(self, prepared: fx.GraphModule) -> dict[str, int]:
         """Bits of each quantization point: the widest layer that reads it decides, and all members of a group agree."""
         bits = {

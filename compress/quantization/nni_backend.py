@@ -98,7 +98,9 @@ def _activation_jobs(
         # An int8 container holds 0..127 but not 0..255: below 8 bits a tensor without negative values uses all levels.
         unsigned = point.non_negative and bits[name] < 8
         target = Target(name, bits[name], low.amin(), high.amax(), unsigned, point.scale_group)
-        method = ACTIVATION_METHODS["lsq" if quantizer == "lsq-plus" and point.non_negative else quantizer]
+        # An offset of 8 bits has codes that TensorRT cannot read: few bits elsewhere must not lose its file for the image's.
+        plain = point.non_negative or bits[name] == 8 > plan.activation_bits
+        method = ACTIVATION_METHODS["lsq" if quantizer == "lsq-plus" and plain else quantizer]
         jobs.append((method, target, OUTPUT))
     return jobs
 

@@ -7,6 +7,7 @@ LSQ, a zero point of 127.5 for LSQ+), and ends in numbers that integers hold exa
 from __future__ import annotations
 
 import sys
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -97,7 +98,7 @@ class _ClampRound(torch.autograd.Function):
         return (gradient if ctx.is_weight else gradient * ctx.saved_tensors[0]), None
 
 
-class Method:
+class Method(ABC):
     """One way to learn a grid. `quantizer` is NNI's object, `wrapper` NNI's wrapper around the layer or point."""
 
     nni: str
@@ -105,6 +106,8 @@ class Method:
     apply: str
     """NNI's name for what a wrapper does with its tensor."""
     scheme = "symmetric"
+    per_channel = True
+    """A weight has one scale for each output channel in NNI's own setting."""
 
     def config(self, target: Target, role: str) -> dict[str, Any]:
         """An entry of NNI's config list."""
@@ -114,18 +117,17 @@ class Method:
             entry["target_settings"] = {WEIGHT: {**setting, "granularity": "out_channel"}}
         return entry
 
-    per_channel = True
-
+    @abstractmethod
     def start(self, quantizer: Any, wrapper: Any, target: Target, role: str) -> None:
-        raise NotImplementedError
+        """Put the wrapper's tensor on the grid that `target` begins with, before any training."""
 
-    def share(self, wrappers: list[Any]) -> None:
+    def share(self, wrappers: list[Any]) -> None:  # noqa: B027 - a hook that most leave out
         """Make activations of one group use one scale from now on; they start with equal ranges."""
 
-    def finish(self, wrapper: Any, role: str) -> None:
+    def finish(self, wrapper: Any, role: str) -> None:  # noqa: B027 - a hook that most leave out
         """After the last step of training, while still wrapped."""
 
-    def settle(self, wrappers: list[Any]) -> None:
+    def settle(self, wrappers: list[Any]) -> None:  # noqa: B027 - a hook that most leave out
         """After `finish`: what differs within a group becomes equal."""
 
     def weight_grid(self, wrapper: Any, target: Target) -> WeightGrid:
@@ -141,13 +143,19 @@ class Method:
         return ActivationGrid(scale, 0 if target.unsigned else -target.highest, target.highest)
 
 
-class Qat(Method):
-    """Ranges follow the tensors while the model trains (Jacob et al. 2018, section 3.1)."""
+class _FromRange(Method):
+    """The scale follows from a range, by NNI's own formula."""
 
-    nni, apply = "QATQuantizer", CLAMP_ROUND
+    apply = CLAMP_ROUND
 
     def config(self, target: Target, role: str) -> dict[str, Any]:
         return super().config(target, role) | ({"quant_scheme": "affine"} if target.unsigned else {})
+
+
+class Qat(_FromRange):
+    """Ranges follow the tensors while the model trains (Jacob et al. 2018, section 3.1)."""
+
+    nni = "QATQuantizer"
 
     def start(self, quantizer: Any, wrapper: Any, target: Target, role: str) -> None:
         space = wrapper.quantization_target_spaces[role]
@@ -204,13 +212,10 @@ def _follow_present_weights(quantizer: Any, wrapper: Any) -> None:
     functions.insert(functions.index(quantizer.update_scale_zp), widen_empty_channels)
 
 
-class Ptq(Method):
+class Ptq(_FromRange):
     """Ranges are those of calibration and stay."""
 
-    nni, apply = "PtqQuantizer", CLAMP_ROUND
-
-    def config(self, target: Target, role: str) -> dict[str, Any]:
-        return super().config(target, role) | ({"quant_scheme": "affine"} if target.unsigned else {})
+    nni = "PtqQuantizer"
 
     def start(self, quantizer: Any, wrapper: Any, target: Target, role: str) -> None:
         wrapper._track_funcs.remove(quantizer.track_min_max_val)
@@ -232,8 +237,7 @@ class Lsq(Method):
         scale = torch.maximum(target.high, -target.low) / target.highest
         scale = scale.reshape(_per_channel_shape(wrapper) if role == WEIGHT else (1,))
         _learn(wrapper, f"{role}_scale", scale, _Exponential())
-        if not isinstance(self, LsqPlus):
-            space.zero_point = torch.zeros_like(scale)
+        space.zero_point = torch.zeros_like(scale)
 
     def share(self, wrappers: list[Any]) -> None:
         for name in wrappers[0].parametrizations:
