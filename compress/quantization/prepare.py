@@ -17,8 +17,8 @@ from torch import fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 from torchvision.ops import stochastic_depth
 
-from compress.attention import PrunedMultiheadAttention
 from compress.errors import QuantizationError
+from compress.quantization import decompose
 
 # What a node computes, by module class, function or tensor method. Anything not listed is "other" and stays float.
 _KINDS: dict[str, tuple[object, ...]] = {
@@ -82,7 +82,9 @@ def prepare(model: nn.Module) -> fx.GraphModule:
 
 def quantized_layers(prepared: fx.GraphModule) -> tuple[str, ...]:
     """Names of the Conv2d and Linear layers whose weights become integers, in execution order."""
-    names = (str(node.target) for node in prepared.graph.nodes if _kind(node, prepared) in _INTEGER_LAYERS)
+    readers = _integer_readers(prepared)
+    nodes = (node for node in prepared.graph.nodes if node in readers)
+    names = (str(node.target) for node in nodes if _kind(node, prepared) in _INTEGER_LAYERS)
     return tuple(dict.fromkeys(names))
 
 
@@ -92,16 +94,31 @@ def quantization_points(prepared: nn.Module) -> dict[str, QPoint]:
 
 
 def left_float(prepared: fx.GraphModule) -> list[dict[str, str]]:
-    """The layers with weights that stay in floating point: `layer`, `type`, and `reason` in a user's words."""
-    integer = set(quantized_layers(prepared))
-    parts = []
+    """The parts with weights, and the attention, that stay in floating point: `layer`, `type`, and `reason` in a user's
+    words."""
+    integer, products = set(quantized_layers(prepared)), decompose.products(prepared)
+    images = decompose.computed_from_images(prepared)
+    constant = {str(node.target) for node in prepared.graph.nodes if node.op == "call_module" and node not in images}
+    parts = [{"layer": name, "type": kind, "reason": _PRODUCT} for name, kind in products.items()]
     for name, module in prepared.named_modules():
-        own = [*module.parameters(recurse=False)]
+        own = [key for key, _ in module.named_parameters(recurse=False)]
         inside = any(name.startswith(parent + ".") and isinstance(prepared.get_submodule(parent), nn.MultiheadAttention)
                      for parent in _parents(name))  # fmt: skip
-        if own and name not in integer and not inside:
-            parts.append({"layer": name, "type": type(module).__name__, "reason": _why_float(module)})
+        if not own or name in integer or name in products or inside:
+            continue
+        if type(module) is nn.Module or module is prepared:  # what tracing leaves of a module: its learned constants
+            parts += [
+                {"layer": f"{name}.{key}".lstrip("."), "type": "Parameter", "reason": _LEARNED_CONSTANT} for key in own
+            ]
+        else:
+            reason = _CONSTANT if name in constant else _why_float(module)
+            parts.append({"layer": name, "type": type(module).__name__, "reason": reason})
     return parts
+
+
+_PRODUCT = "attention multiplies activations with each other, which stays in floating point"
+_LEARNED_CONSTANT = "a learned constant is added or multiplied in floating point"
+_CONSTANT = "its result is the same for every image, so the runtime computes it once"
 
 
 def _parents(name: str) -> Iterator[str]:
@@ -111,7 +128,7 @@ def _parents(name: str) -> Iterator[str]:
 
 def _why_float(module: nn.Module) -> str:
     if isinstance(module, nn.MultiheadAttention):
-        return "attention multiplies activations with each other, which stays in floating point"
+        return _PRODUCT
     if isinstance(module, nn.modules.batchnorm._BatchNorm):
         return "this BatchNorm does not follow a convolution directly, so it cannot be folded into one"
     if isinstance(module, (nn.LayerNorm, nn.GroupNorm)):
@@ -121,17 +138,9 @@ def _why_float(module: nn.Module) -> str:
     return f"there is no integer kernel for {type(module).__name__}"
 
 
-class _Tracer(fx.Tracer):
-    """Attention stays one module whether it has lost heads or not."""
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, PrunedMultiheadAttention) or super().is_leaf_module(m, module_qualified_name)
-
-
 def _trace(model: nn.Module) -> fx.GraphModule:
     try:
-        tracer = _Tracer()
-        return fx.GraphModule(model, tracer.trace(model), type(model).__name__)
+        return decompose.trace(model)
     except Exception as error:  # noqa: BLE001 - tracing runs the model's own code, which may raise anything
         raise QuantizationError(
             f"{type(model).__name__} cannot be traced by torch.fx ({error}); quantization needs a forward() without "
@@ -219,7 +228,7 @@ def _tensors_to_quantize(graph_module: fx.GraphModule) -> list[fx.Node]:
     chosen: dict[fx.Node, None] = {}
     for node in graph_module.graph.nodes:
         kind = _kind(node, graph_module)
-        if kind == "conv":
+        if kind == "conv" and node in readers:
             chosen[_after_relu(node, graph_module)] = None
         if kind == "concat" and node in readers:
             chosen[node] = None
@@ -240,13 +249,16 @@ def _makes_list(node: fx.Node) -> bool:
 
 
 def _integer_readers(graph_module: fx.GraphModule) -> set[fx.Node]:
-    """Layers always; additions, concatenations and pools only when an integer kernel reads their result.
+    """Layers that see the image; additions, concatenations and pools only when an integer kernel reads their result.
 
     An addition before a LayerNorm, say, gains nothing from integers and would only lose accuracy.
     """
     readers: set[fx.Node] = set()
     passes: set[fx.Node] = set()
+    images = decompose.computed_from_images(graph_module)
     for node in reversed(graph_module.graph.nodes):
+        if node not in images:
+            continue
         kind = _kind(node, graph_module)
         feeds_integers = any(user in readers or user in passes for user in node.users)
         if kind in _INTEGER_LAYERS or (kind in _INTEGER_WHEN_READ and feeds_integers):
