@@ -5,7 +5,7 @@ PY := $(VENV)/bin/python
 OUT ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help setup setup-dev demo app test test-slow test-gpu lint bench pruners-table coverage assets clean
+.PHONY: help setup setup-dev demo app test test-slow test-gpu lint bench pruners-table quantizers-table coverage assets clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-14s %s\n", $$1, $$2}'
@@ -32,8 +32,8 @@ app: setup  ## the web app on http://127.0.0.1:7860
 test: setup-dev lint  ## all tests; browser tests need Chromium
 	$(PY) -m pytest
 
-test-slow: setup-dev  ## 200 random networks, each pruned and compared with its masked form
-	ESPALIER_RANDOM_NETWORKS=200 $(PY) -m pytest tests/test_pruning_random.py
+test-slow: setup-dev  ## 200 random networks, each compared with its masked form; the examples from end to end
+	ESPALIER_SLOW=1 ESPALIER_RANDOM_NETWORKS=200 $(PY) -m pytest tests/test_pruning_random.py tests/test_examples.py
 
 test-gpu: setup-dev  ## the tests that need an NVIDIA GPU
 	$(PY) -m pytest -m gpu
@@ -48,6 +48,9 @@ bench: setup  ## the figures of the README's table; see bench/README.md
 
 pruners-table: setup  ## docs/pruners.md: every pruner on the bundled model, the better part of an hour
 	$(PY) -m bench.pruners
+
+quantizers-table: setup  ## docs/quantizers.md: every quantizer on the bundled model at 8 and 4 bits
+	$(PY) -m bench.quantizers
 
 coverage: setup  ## docs/coverage.md: every torchvision classifier, proved; hours
 	$(PY) -m bench.coverage

@@ -41,7 +41,7 @@ Row = dict[str, Any]
 SPARSITY, CLASSES, SEED = 0.5, 10, 0
 AUXILIARY = "+aux"
 WITH_AUXILIARY = ("googlenet", "inception_v3")
-SIZES = {"inception_v3": 96, "maxvit_t": 224, "vit_h_14": 56}
+SIZES = {"inception_v3": 96, "inception_v3+aux": 299, "maxvit_t": 224, "vit_h_14": 56}
 """Images in pixels where 64 are too few or do not fit the patches."""
 LIMIT_S = 1800
 _PATH = re.compile(r"\b\w+(\.\w+)+\b")
@@ -91,7 +91,7 @@ def names() -> tuple[str, ...]:
 
 def subject(name: str) -> Subject:
     plain = name.removesuffix(AUXILIARY)
-    size = SIZES.get(plain, 64)
+    size = SIZES.get(name, SIZES.get(plain, 64))
     if plain in REDUCED:
         return Subject(plain, None, size)
     architecture = models.fresh(plain, CLASSES, size)

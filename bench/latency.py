@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 import compress
-from compress import charts
+from compress.tables import fastest
 
 
 def main() -> None:
@@ -28,8 +28,8 @@ def main() -> None:
     for name in options.models:
         request = compress.Request(model=name, checkpoint="random", data="none", batch_size=8, calibration_images=64)
         report = compress.run(request, out=options.out / name)
-        dense, pruned = (charts.fastest(report, variant, precision="fp32") for variant in ("baseline", "pruned"))
-        best = charts.fastest(report, "quantized")
+        dense, pruned = (fastest(report, variant, precision="fp32") for variant in ("baseline", "pruned"))
+        best = fastest(report, "quantized")
         assert dense and pruned and best, "every variant was measured"
         outside = sum(
             stage.seconds for stage in report.stages if stage.name in ("prune", "quantize", "export", "build")

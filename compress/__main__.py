@@ -38,7 +38,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print the machine-readable f
 RunFolder = Annotated[Path, typer.Argument(help="Folder of a run.", show_default=False)]
 JobId = Annotated[str, typer.Argument(help="Id of a run, as `jobs list` prints it.", show_default=False)]
 CANCELLED, FAILED, MISUSED = 143, 1, 2
-REPEATABLE = ("exclude", "layer_sparsity")
+REPEATABLE = ("exclude", "layer_sparsity", "layer_bits")
 """Options that may be given several times."""
 
 
@@ -100,10 +100,10 @@ def run(
     if as_json:
         typer.echo(report.to_json(), nl=False)
         return
-    from compress import charts
+    from compress.tables import tables
 
     typer.echo(f"\n{report.verdict.text}\n")
-    typer.echo(_text_table(*charts.tables(report)["summary"]))
+    typer.echo(_text_table(*tables(report)["summary"]))
     typer.echo(
         f"\nReport     {folder / 'report.html'}\nFiles      {folder / 'artifacts'}"
         f"\nVerify     python -m compress verify {folder}"
@@ -159,22 +159,28 @@ def pruners(as_json: Json = False) -> None:
 @cli.command()
 def quantizers(as_json: Json = False) -> None:
     """How floating point becomes integers."""
-    from compress.quantization import QUANTIZERS
+    from compress.quantizers import QUANTIZERS
 
     _list(
         [
             {
                 "name": q.name,
                 "what": q.summary,
-                "needs": "data" if q.needs_data else "nothing",
-                "bits": f"{min(q.bits)} to {max(q.bits)}",
+                "trains": "yes" if q.trains else "no",
+                "weight bits": _numbers(q.weight_bits),
+                "activation bits": _numbers(q.activation_bits),
                 "integers on": ", ".join(q.integer_runtimes),
+                "note": q.note,
                 "paper": q.paper,
             }
             for q in QUANTIZERS.values()
         ],
         as_json,
     )
+
+
+def _numbers(bits: tuple[int, ...]) -> str:
+    return f"{bits[0]} to {bits[-1]}" if len(bits) > 1 else str(bits[0])
 
 
 @cli.command()
@@ -251,8 +257,9 @@ def _request(values: dict[str, Any], file: Path | None) -> Request:
     for name in ("mean", "std"):
         if name in given:
             given[name] = given[name].replace(",", " ").split()
-    if not given.get("config_list", "[").lstrip().startswith("["):
-        given["config_list"] = _config_list(Path(given["config_list"]))
+    for name in ("config_list", "quantization_config_list"):
+        if not given.get(name, "[").lstrip().startswith("["):
+            given[name] = _config_list(name, Path(given[name]))
     if file is None:
         return Request(**given)
     if given:
@@ -262,11 +269,11 @@ def _request(values: dict[str, Any], file: Path | None) -> Request:
     return Request.from_file(file)
 
 
-def _config_list(path: Path) -> str:
+def _config_list(name: str, path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise RequestError("config_list", str(path), f"a readable JSON file, or JSON itself ({error})") from None
+        raise RequestError(name, str(path), f"a readable JSON file, or JSON itself ({error})") from None
 
 
 def _show_progress(event: dict[str, Any]) -> None:

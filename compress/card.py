@@ -11,11 +11,14 @@ from plotly.offline import get_plotlyjs
 from compress import charts
 from compress.report import Report
 from compress.request import FINE_GRAINED_PRUNER
+from compress.tables import tables
 
 CHART_TITLES = {
     "size": "Size",
     "latency": "Latency",
     "accuracy": "Accuracy at each step",
+    "sqnr": "Noise that each layer adds",
+    "mixed": "Mixed precision",
     "channels": "Channels kept, layer by layer",
     "training": "Training",
 }
@@ -54,7 +57,7 @@ def _facts(report: Report) -> dict[str, Any]:
     request = report.request
     return {
         "report": report,
-        "tables": charts.tables(report),
+        "tables": tables(report),
         "title": f"{report.architecture}, {_what_was_done(report)}",
         "command": shell_command(request),
         "seconds": sum(stage.seconds for stage in report.stages),
@@ -68,7 +71,8 @@ def _what_was_done(report: Report) -> str:
         share = f"{100 * request['sparsity']:.0f} % of the {what} ({request['pruner']})"
         done.append(f"Channels pruned ({request['pruner']}, NNI config list)" if request.get("config_list") else share)
     if any(layer.weight_bits < 16 for layer in report.layers):
-        done.append(f"{request['weight_bits']}-bit weights, {request['activation_bits']}-bit activations")
+        bits = f"{request['weight_bits']}-bit weights, {request['activation_bits']}-bit activations"
+        done.append("quantized by an NNI config list" if request.get("quantization_config_list") else bits)
     elif any(layer.weight_bits == 16 for layer in report.layers):
         done.append("half precision")
     return " and ".join(done) or "measured"
@@ -96,7 +100,7 @@ def shell_command(request: dict[str, Any]) -> str:
         elif isinstance(value, dict):
             for key, item in value.items():
                 words += [option, f"{key}={item}"]
-        elif name == "config_list":
+        elif name.endswith("config_list"):
             words += [option, json.dumps(value)]
         elif isinstance(value, list | tuple):
             for item in value if name == "exclude" else [",".join(map(str, value))]:

@@ -1,23 +1,22 @@
-"""Plotly figures and the tables behind them, drawn from a report and from nothing else.
+"""Plotly figures, drawn from a report and from nothing else.
 
-Backgrounds are transparent and the ink follows `dark`, so that a figure sits on either page. Every figure has a table
-of the same numbers for those who cannot see it.
+Backgrounds are transparent and the ink follows `dark`, so that a figure sits on either page. `compress.tables` has a
+table of the same numbers for those who cannot see a figure.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from compress.report import Measurement, Report, Variant
-
-Table = tuple[tuple[str, ...], list[tuple[str, ...]]]
-"""Headers and rows, all formatted."""
+from compress.report import Hop, Measurement, Report
+from compress.tables import smallest_file
 
 COLOURS = {"baseline": "#8a94a6", "pruned": "#3b82f6", "quantized": "#10a37f", "half": "#10a37f"}
 LOSS_COLOURS = {"finetune": "#3b82f6", "quantize": "#10a37f"}
+SQNR_COLOURS, SQNR_DASHES = ("#8a94a6", "#10a37f", "#3b82f6", "#a855f7"), ("dot", "solid", "solid", "solid")
 INK = {False: "#1f2937", True: "#e5e7eb"}
 GRID = "rgba(128,128,128,.22)"
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif"
@@ -27,48 +26,18 @@ MAX_POINTS = 400
 
 
 def figures(report: Report, *, dark: bool = False) -> dict[str, go.Figure]:
-    """The charts of a run, by key: size, latency, accuracy, channels, training. One without data is left out."""
+    """The charts of a run, by key: size, latency, accuracy, sqnr, mixed, channels, training. One without data is left out."""
     drawers: dict[str, Callable[[Report], go.Figure | None]] = {
         "size": _size,
         "latency": _latency,
         "accuracy": _accuracy,
+        "sqnr": _sqnr,
+        "mixed": _mixed,
         "channels": _channels,
         "training": _training,
     }
     drawn = {key: draw(report) for key, draw in drawers.items()}
     return {key: _dress(figure, dark) for key, figure in drawn.items() if figure is not None}
-
-
-def tables(report: Report) -> dict[str, Table]:
-    """The numbers of each chart under the chart's key, and `summary`: the baseline beside each variant."""
-    return {
-        "summary": _summary_table(report),
-        "size": _size_table(report),
-        "latency": _latency_table(report),
-        "accuracy": _accuracy_table(report),
-        "channels": _channels_table(report),
-        "training": _training_table(report),
-    }
-
-
-def smallest_file(variant: Variant) -> int | None:
-    """Bytes of the variant's smallest deployable file."""
-    return min(variant.file_bytes.values(), default=None)
-
-
-def fastest(
-    report: Report, variant: str, *, batch_size: int = 1, precision: str | None = None, runtime: str | None = None
-) -> Measurement | None:
-    """The quickest measurement of a variant, of one precision or through one runtime where given."""
-    rows = [
-        m
-        for m in report.measurements
-        if m.variant == variant
-        and m.batch_size == batch_size
-        and precision in (None, m.precision)
-        and runtime in (None, m.runtime)
-    ]
-    return min(rows, key=lambda m: m.p50_ms, default=None)
 
 
 # ---- figures ------------------------------------------------------------------------------------------------------
@@ -125,7 +94,7 @@ def _latency(report: Report) -> go.Figure | None:
 def _accuracy(report: Report) -> go.Figure | None:
     if not report.ledger:
         return None
-    names = [f"{hop.name}<br><sub>{hop.through}</sub>" for hop in report.ledger]
+    names = [f"{_in_lines(hop.name)}<br><sub>{hop.through}</sub>" for hop in report.ledger]
     values = [100 * hop.accuracy for hop in report.ledger]
     high = [100 * hop.accuracy_ci95[1] - v for hop, v in zip(report.ledger, values, strict=True)]
     low = [v - 100 * hop.accuracy_ci95[0] for hop, v in zip(report.ledger, values, strict=True)]
@@ -138,13 +107,63 @@ def _accuracy(report: Report) -> go.Figure | None:
             textposition="top center",
             line_color=COLOURS["pruned"],
             marker_size=9,
+            customdata=[_flips(hop) for hop in report.ledger],
+            hovertemplate="%{x}: %{y:.2f} %<br>%{customdata}<extra></extra>",
             error_y={"type": "data", "array": high, "arrayminus": low, "thickness": 1.2, "width": 4},
         )
     )
     kind = "agreement with the original" if report.data.kind != "labelled" else "top-1 accuracy"
     figure.update_traces(cliponaxis=False)
     figure.update_yaxes(title=f"{kind}, %  (95 % interval)")
-    return figure.update_layout(height=340)
+    return figure.update_layout(height=400)
+
+
+def _sqnr(report: Report) -> go.Figure | None:
+    """Of each quantized layer in order; a layer without a value leaves a gap."""
+    layers = [layer for layer in report.layers if layer.sqnr_db is not None or layer.output_sqnr_db is not None]
+    if not layers:
+        return None
+    files = sorted({file for layer in layers for file in layer.file_sqnr_db})
+    series = {
+        "weights": [layer.sqnr_db for layer in layers],
+        "output": [layer.output_sqnr_db for layer in layers],
+        **{_file_name(file): [layer.file_sqnr_db.get(file) for layer in layers] for file in files},
+    }
+    figure = go.Figure()
+    for (name, values), colour, dash in zip(series.items(), SQNR_COLOURS, SQNR_DASHES, strict=False):
+        figure.add_scatter(
+            x=[layer.name for layer in layers],
+            y=values,
+            name=name,
+            mode="lines+markers",
+            marker_size=5,
+            line={"color": colour, "dash": dash, "width": 1.6},
+            hovertemplate="%{x}: %{y:.1f} dB<extra>" + name + "</extra>",
+        )
+    figure.update_yaxes(title="signal to noise, dB", rangemode="tozero")
+    figure.update_xaxes(tickangle=-60, tickfont_size=9)
+    return figure.update_layout(height=400, legend={"orientation": "h", "y": 1.18, "x": 0})
+
+
+def _mixed(report: Report) -> go.Figure | None:
+    if not report.mixed_precision:
+        return None
+    figure = go.Figure(
+        go.Scatter(
+            x=[step.weight_bits for step in report.mixed_precision],
+            y=[100 * step.accuracy for step in report.mixed_precision],
+            mode="lines+markers+text",
+            text=[str(len(step.widened)) for step in report.mixed_precision],
+            textposition="top center",
+            marker_size=9,
+            line_color=COLOURS["quantized"],
+            cliponaxis=False,
+            hovertemplate="%{text} layers with more bits<br>%{x:.2f} bits per weight, %{y:.1f} %<extra></extra>",
+        )
+    )
+    figure.update_xaxes(title="mean bits per weight; the number at a point: layers with more bits")
+    figure.update_yaxes(title="held-out accuracy, %, by calibration alone")
+    return figure.update_layout(height=320)
 
 
 def _channels(report: Report) -> go.Figure | None:
@@ -224,129 +243,7 @@ def _dress(figure: go.Figure, dark: bool) -> go.Figure:
     return figure
 
 
-# ---- tables -------------------------------------------------------------------------------------------------------
-
-
-def _summary_table(report: Report) -> Table:
-    dense = report.variants[0]
-    reference = fastest(report, dense.name, precision="fp32")
-    rows = []
-    for variant in report.variants:
-        through = report.verdict.runtime if variant is report.variants[-1] else None
-        quickest, file = fastest(report, variant.name, runtime=through), smallest_file(variant)
-        rows.append(
-            (
-                variant.name,
-                _count(variant.parameters),
-                _count(variant.macs),
-                _megabytes(file),
-                _times(smallest_file(dense), file),
-                _percent(variant.accuracy, variant.accuracy_ci95),
-                "—" if quickest is None else f"{quickest.p50_ms:.2f} ms",
-                "—" if quickest is None else f"{quickest.runtime}, {quickest.precision}",
-                _times(reference and reference.p50_ms, quickest and quickest.p50_ms),
-            )
-        )
-    answer = "Accuracy" if report.data.kind == "labelled" else "Agreement"
-    return ("Variant", "Parameters", "MACs", "File", "Smaller", answer, "Batch 1, p50", "Through", "Faster"), rows
-
-
-def _size_table(report: Report) -> Table:
-    files = sorted({name for variant in report.variants for name in variant.file_bytes})
-    rows = [
-        (v.name, f"{v.parameters:,}", f"{v.macs:,}", *(_megabytes(v.file_bytes.get(name)) for name in files))
-        for v in report.variants
-    ]
-    return ("Variant", "Parameters", "MACs", *files), rows
-
-
-def _latency_table(report: Report) -> Table:
-    headers = (
-        "Variant",
-        "Runtime",
-        "Asked",
-        "Really",
-        "Integer layers",
-        "Batch",
-        "p50 ms",
-        "p90 ms",
-        "p99 ms",
-        "Images/s",
-        "Samples",
-        "Remarks",
-    )
-    return headers, [
-        (
-            m.variant,
-            m.runtime,
-            m.precision_requested,
-            m.precision,
-            "—" if m.integer_layers is None else f"{m.integer_layers} of {m.candidate_layers}",
-            str(m.batch_size),
-            f"{m.p50_ms:.3f}",
-            f"{m.p90_ms:.3f}",
-            f"{m.p99_ms:.3f}",
-            f"{m.throughput_per_s:.0f}",
-            str(len(m.samples_ms)),
-            "; ".join((*(("noisy",) if m.noisy else ()), *m.notes)),
-        )
-        for m in sorted(report.measurements, key=lambda m: (m.batch_size, m.p50_ms))
-    ]
-
-
-def _accuracy_table(report: Report) -> Table:
-    headers = ("Hop", "Through", "Accuracy", "95 % interval", "Agrees with the hop before", "Images")
-    return headers, [
-        (
-            hop.name,
-            hop.through,
-            f"{100 * hop.accuracy:.2f} %",
-            f"{100 * hop.accuracy_ci95[0]:.2f} to {100 * hop.accuracy_ci95[1]:.2f} %",
-            "—" if hop.agreement_with_previous is None else f"{100 * hop.agreement_with_previous:.2f} %",
-            f"{hop.n:,}",
-        )
-        for hop in report.ledger
-    ]
-
-
-def _channels_table(report: Report) -> Table:
-    sizes = ("Layer", "Type", "Channels", "Kept", "MACs before", "MACs after")
-    return (*sizes, "Pruned, off by", "Refitted", "Weight bits", "SQNR dB", "Why"), [
-        (
-            layer.name,
-            layer.type,
-            str(layer.channels_before),
-            str(layer.channels_after),
-            f"{layer.macs_before:,}",
-            f"{layer.macs_after:,}",
-            _share(layer.pruned_error),
-            _share(layer.refitted_error),
-            str(layer.weight_bits),
-            "—" if layer.sqnr_db is None else f"{layer.sqnr_db:.1f}",
-            layer.reason,
-        )
-        for layer in report.layers
-    ]
-
-
-def _share(share: float | None) -> str:
-    return "—" if share is None else f"{100 * share:.2g} %"
-
-
-def _training_table(report: Report) -> Table:
-    return ("Stage", "Epoch", "Loss", "Held-out accuracy", "Seconds"), [
-        (
-            e.stage,
-            str(e.epoch),
-            f"{e.train_loss:.4f}",
-            "—" if e.accuracy is None else f"{100 * e.accuracy:.2f} %",
-            f"{e.seconds:.1f}",
-        )
-        for e in report.curves
-    ]
-
-
-# ---- words --------------------------------------------------------------------------------------------------------
+# ---- words -----------------------------------------------------------------------------------------------------------
 
 
 def _colour(variant: str) -> str:
@@ -361,19 +258,16 @@ def _short(value: float) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
 
 
-def _count(value: int) -> str:
-    return f"{value / 1e6:.2f} M" if value < 1e9 else f"{value / 1e9:.2f} G"
+def _flips(hop: Hop) -> str:
+    if hop.previous is None:
+        return "the first"
+    return f"{hop.lost:,} answers lost, {hop.gained:,} gained<br>against {hop.previous}"
 
 
-def _megabytes(size: int | None) -> str:
-    return "—" if size is None else f"{size / 1e6:.2f} MB"
+def _in_lines(name: str) -> str:
+    """At most two."""
+    return "<br>".join((_file_name(name) if name.endswith(".onnx") else name).rsplit(" ", 1))
 
 
-def _times(before: float | None, after: float | None) -> str:
-    return "—" if not before or not after else f"{before / after:.1f}x"
-
-
-def _percent(value: float | None, interval: Sequence[float] | None) -> str:
-    if value is None:
-        return "—"
-    return f"{100 * value:.2f} %" + (f" (±{50 * (interval[1] - interval[0]):.1f})" if interval else "")
+def _file_name(file: str) -> str:
+    return f"{file.removeprefix('quantized.').removesuffix('.onnx')} file"

@@ -4,6 +4,9 @@ Every message is one sentence or two: what was given, what is allowed, what to d
 Python show it as it stands, so it never carries a traceback or another library's own words without explanation.
 """
 
+import difflib
+from collections.abc import Iterable
+
 
 class CompressError(Exception):
     """Anything Espalier refuses or fails to do; its text is written for the user."""
@@ -55,3 +58,11 @@ class StorageError(CompressError):
 
 class RunError(CompressError):
     """A run cannot be found, started, cancelled or resumed."""
+
+
+def such_as(names: Iterable[str], wanted: str) -> str:
+    """Names of layers or modules close to `wanted`, as the end of a sentence; a layer stands for its modules, too."""
+    names = list(names)
+    parts = {".".join(name.split(".")[:depth]) for name in names for depth in range(1, name.count(".") + 2)}
+    close = difflib.get_close_matches(wanted, sorted(parts), n=3, cutoff=0.5) or names[:3]
+    return f", such as {', '.join(close)}"

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from compress import deployment, preflight, stages, summary
+from compress import deployment, measuring, preflight, stages, summary
 from compress.files import storage_error
 from compress.report import Report
 from compress.request import Request
@@ -53,7 +53,7 @@ def run(
         work.stage("quantize", lambda: stages.quantize(work, source))
         work.stage("export", lambda: deployment.export(work, source))
         work.stage("build", lambda: deployment.build_engines(work, source))
-        work.stage("measure", lambda: deployment.measure(work, source))
+        work.stage("measure", lambda: measuring.measure(work, source))
         work.stage("report", lambda: summary.write_report(work, source))
 
         return Report.from_file(work.folder / "report.json")

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from itertools import islice
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
-from compress import data, pruning, training
+from compress import data, evaluation, pruning, quantization, training
 from compress.errors import TrainingError
 from compress.pruning.reconstruction import Refit, reconstruct
 from compress.request import Request
@@ -18,6 +18,7 @@ from compress.sources import Source
 TEST_BATCH = 128
 BATCHNORM_IMAGES = 1024
 FLOAT_BITS = 16
+SENSITIVITY_IMAGES = 64
 MOST_PIXELS = 2**22
 """Of all images together that a refit walks through: a large image has more positions to fit than a small one."""
 HELD_OUT = 500
@@ -48,6 +49,68 @@ def usable_plan(request: Request, source: Source) -> pruning.Plan:
     has_images = source.dataset.kind != "none"
     pruning.require_usable(source.model, source.example, plan, request.pruner, has_images=has_images)
     return plan
+
+
+def prepared_with_bits(request: Request, model: nn.Module) -> tuple[fx.GraphModule, quantization.BitPlan]:
+    """`model` ready to be quantized as asked, and the bits of each layer; raises `QuantizationError`."""
+    prepared = quantization.prepare(model)
+    if request.quantization_config_list is not None:
+        offsets = request.quantizer == "lsq-plus"
+        plan = quantization.bits_of_config_list(model, prepared, request.quantization_config_list, offsets)
+    else:
+        plan = quantization.assign_bits(
+            prepared,
+            request.weight_bits,
+            request.activation_bits,
+            first_last_bits=request.first_last_bits,
+            layer_bits=request.layer_bits,
+        )
+    if plan.stays_float:
+        prepared = quantization.prepare(model, stays_float=plan.stays_float)
+    return prepared, plan
+
+
+def mixed_precision(
+    request: Request, source: Source, model: nn.Module, plan: quantization.BitPlan, images: Tensor
+) -> quantization.Choice:
+    """Widens layers of `plan` until calibration alone keeps to `max_quantization_loss`."""
+    pairs = _scored_pairs(request, source, model, images)
+
+    def quantize(wider: quantization.BitPlan) -> quantization.Quantized:
+        return quantization.quantize(
+            quantization.prepare(model, stays_float=wider.stays_float),
+            wider,
+            quantizer=request.quantizer,
+            estimator=request.calibration,
+            calibration=images.split(TEST_BATCH),
+            train=None,
+        )
+
+    def score(scored: nn.Module) -> float:
+        answer = evaluation.torch_answer(scored)
+        right = sum(int((answer(batch.numpy()).argmax(1) == truth.numpy()).sum()) for batch, truth in pairs)
+        return right / sum(len(batch) for batch, _ in pairs)
+
+    return quantization.choose(
+        plan,
+        quantize,
+        lambda quantized: score(quantization.fake_quantized(quantized)),
+        images[:SENSITIVITY_IMAGES],
+        score(model) - (request.max_quantization_loss or 0) / 100,
+    )
+
+
+def _scored_pairs(request: Request, source: Source, model: nn.Module, images: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Held-out training images and their labels; the model's own answers where there are no labels or no such images."""
+    if source.dataset.kind != "none" and len(held_out := training_images(request, source).held_out):
+        pairs = list(data.batches(held_out, TEST_BATCH, shuffle=False, seed=0, preprocessing=source.preprocessing))
+        if source.dataset.kind == "labelled":
+            return pairs
+        batches = [batch for batch, _ in pairs]
+    else:
+        batches = list(images.split(TEST_BATCH))
+    answer = evaluation.torch_answer(model)
+    return [(batch, torch.from_numpy(answer(batch.numpy()).argmax(1))) for batch in batches]
 
 
 def pruning_training(

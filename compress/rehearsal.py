@@ -111,17 +111,18 @@ def _exported(
         path = folder / "float.onnx"
         onnx_export.export(model, path, input_size=size, precision="fp16" if request.half_precision else "fp32")
         return dict.fromkeys(quantization.FLAVOURS, path)
-    prepared = quantization.prepare(model)
+    prepared, plan = recipes.prepared_with_bits(request, model)
     found.float_layers = quantization.left_float(prepared)
     images = data.calibration_images(source.dataset, CALIBRATION_IMAGES, source.preprocessing, request.seed)
     quantized = quantization.quantize(
         prepared,
-        weight_bits=request.weight_bits,
-        activation_bits=request.activation_bits,
+        plan,
+        quantizer=request.quantizer,
+        estimator=request.calibration,
         calibration=[images],
         train=None,
     )
-    paths = {flavour: folder / f"quantized.{flavour}.onnx" for flavour in quantization.FLAVOURS}
+    paths = {flavour: folder / f"quantized.{flavour}.onnx" for flavour in quantized.ranges.flavours}
     onnx_export.export_flavours(quantized, paths, input_size=size)
     return paths
 

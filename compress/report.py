@@ -81,8 +81,61 @@ class Hop(_Facts):
     accuracy: float
     """Fraction 0..1; of agreement with the baseline when the images have no labels."""
     accuracy_ci95: tuple[float, float]
+    previous: str | None
+    """The hop it is compared with: where its model, or its file, came from; null for the first."""
     agreement_with_previous: float | None
+    lost: int | None
+    """Answers that were right at the previous hop and are wrong here; `n` images, as `gained`."""
+    gained: int | None
     n: int
+
+
+class CrossCheck(_Facts):
+    """One file on two runtimes: the same images, the answers compared with each other."""
+
+    file: str
+    first: str
+    second: str
+    n: int
+    different: int
+    """Images that get another class."""
+    accuracy_difference_points: float
+    """Of the second runtime minus the first."""
+    agrees: bool
+    text: str
+
+
+class Loss(_Facts):
+    """Where most was lost on the way, in one sentence."""
+
+    text: str
+    hop: str | None
+    """Null when no hop turned more answers wrong than right."""
+    through: str | None
+    layer: str | None
+    """Null where no layer can be named: training, and what a runtime does inside."""
+
+
+class Worth(_Facts):
+    """Whether 8-bit integers pay on one runtime: medians of one image, measured in the same race, of one structure."""
+
+    runtime: str
+    variant: str
+    """The float model of the same structure."""
+    text: str
+    fp32_ms: float
+    half_precision: str | None
+    """bf16 or fp16, read back; null where the runtime offers neither on this machine."""
+    half_ms: float | None
+    int8_ms: float
+    speedup: float
+    """Of int8 over the faster of the two."""
+    float_layers: tuple[str, ...]
+    """Quantized layers that the runtime executes in floating point all the same."""
+    conversions: int | None
+    """Operations left in the int8 file that only turn floats into integers or back; null where it cannot be told."""
+    layer_bits: dict[str, int]
+    """What to ask for instead: these layers in 32 bits; empty when int8 pays, or when there is no layer to exclude."""
 
 
 class Measurement(_Facts):
@@ -140,6 +193,10 @@ class Layer(_Facts):
     weight_bits: int
     sqnr_db: float | None
     """Signal to quantization noise ratio of the layer's weights."""
+    output_sqnr_db: float | None
+    """Of its output in the fake-quantized model, given the inputs that it has there: the noise that this layer adds."""
+    file_sqnr_db: dict[str, float]
+    """Local SQNR of its output in each ONNX file against the fake-quantized model; 144.5 when they are equal."""
     group: str | None
     """Layers of one group lose the same channels; null when the layer stays whole."""
     reason: str
@@ -158,6 +215,17 @@ class Epoch(_Facts):
     seconds: float
     accuracy: float | None
     """Top-1 on held-out images of the training part, never on the test part."""
+
+
+class MixedStep(_Facts):
+    """A point of the trade-off of mixed precision, by calibration alone."""
+
+    widened: tuple[str, ...]
+    """Layers with more bits than asked, the most sensitive first."""
+    accuracy: float
+    """On held-out images of the training part, 0..1; of agreement where the images have no labels."""
+    weight_bits: float
+    """Mean over all weights."""
 
 
 class Verdict(_Facts):
@@ -182,6 +250,12 @@ class Report(_Facts):
     variants: tuple[Variant, ...]
     handoffs: tuple[Handoff, ...]
     ledger: tuple[Hop, ...]
+    loss: Loss
+    cross_checks: tuple[CrossCheck, ...]
+    worth: tuple[Worth, ...]
+    """Empty when nothing was quantized."""
+    mixed_precision: tuple[MixedStep, ...]
+    """In the order tried, the last one chosen; empty when no budget was given."""
     measurements: tuple[Measurement, ...]
     engines: tuple[Engine, ...]
     stages: tuple[Stage, ...]

@@ -9,66 +9,35 @@ from __future__ import annotations
 import json
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Any, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from compress.errors import RequestError
+from compress.quantizers import QUANTIZERS
+from compress.request_values import (
+    ConfigList,
+    EstimatorName,
+    LayerBits,
+    LayerRatios,
+    OptimizerName,
+    PrunerName,
+    QuantizerName,
+    QuantizerNames,
+    RankingName,
+    RuntimeName,
+)
 
-RuntimeName = Literal["auto", "onnxruntime", "openvino", "tensorrt", "tensorrt-rtx"]
-PrunerName = Literal[
-    "l1-norm",
-    "l2-norm",
-    "fpgm",
-    "level",
-    "taylor",
-    "activation-apoz",
-    "activation-mean",
-    "slim",
-    "linear",
-    "agp",
-    "movement",
-    "admm",
-    "lottery-ticket",
-    "none",
-]
 SEARCHING_PRUNERS = ("simulated-annealing", "auto-compress", "amc")
 FINE_GRAINED_PRUNER = "level"
-RankingName = Literal["per-group", "global"]
-QuantizerName = Literal["qat", "none"]
-OptimizerName = Literal["adamw", "sgd"]
 _PLAN_FIELDS = ("sparsity", "exclude", "layer_sparsity", "ranking", "max_layer_sparsity", "config_list")
+_BIT_FIELDS = ("weight_bits", "activation_bits", "first_last_bits", "layer_bits")
 QUANTIZED_BITS = range(2, 9)
 HALF_PRECISION, FULL_PRECISION = 16, 32
 
 
 def _field(default: Any, help: str, allowed: str, **limits: Any) -> Any:
     return Field(default, description=help, json_schema_extra={"allowed": allowed}, **limits)
-
-
-def _ratios_from_text(value: Any) -> Any:
-    """`layer1=0.3 layer2.0.conv1=0.5` (shell and form; or a list of such words) and JSON text become a dictionary."""
-    if isinstance(value, list | tuple):
-        value = " ".join(map(str, value))
-    if not isinstance(value, str):
-        return value
-    if value.lstrip().startswith("{"):
-        return json.loads(value)
-    pairs = [word.partition("=") for word in value.replace(",", " ").split()]
-    names = [name for name, _, _ in pairs]
-    if len(set(names)) != len(names):
-        raise ValueError("a name is given twice")
-    return {name: ratio for name, _, ratio in pairs}
-
-
-def _entries_from_text(value: Any) -> Any:
-    return json.loads(value) if isinstance(value, str) else value
-
-
-Ratio = Annotated[float, Field(ge=0, lt=1)]
-LayerRatios = Annotated[dict[str, Ratio], BeforeValidator(_ratios_from_text)]
-ConfigList = Annotated[tuple[dict[str, Any], ...], BeforeValidator(_entries_from_text)]
-Fraction3 = Annotated[tuple[float, float, float] | None, Field()]
 
 
 class Request(BaseModel):
@@ -236,17 +205,54 @@ class Request(BaseModel):
     )
     # ---- quantization -----------------------------------------------------------------------------------------
     quantizer: QuantizerName = _field(
-        "qat", "NNI quantization-aware training; `none` keeps floating point", "one of qat, none"
+        "qat",
+        "how the grids of weights and activations are found, see `compress quantizers`; `none` keeps floating point",
+        f"one of {', '.join(get_args(QuantizerNames))}",
     )
     weight_bits: int = _field(
-        8, "bits per weight: 2 to 8, 16 (half precision) or 32 (none)", "a whole number from 2 to 8, or 16, or 32"
+        8,
+        "bits per weight: 2 to 8 (1 with bnn, at most 7 with dorefa), 16 (half precision) or 32 (none)",
+        "a whole number from 2 to 8, or 16, or 32",
     )
     activation_bits: int = _field(
         8, "bits per activation: 2 to 8, 16 (half precision) or 32 (none)", "a whole number from 2 to 8, or 16, or 32"
     )
+    first_last_bits: int = _field(
+        8,
+        "the first and the last layer get at least these bits, because they bear fewer worst; 32 keeps both in floating "
+        "point, 2 is no rule",
+        "a whole number from 2 to 8, or 32",
+    )
+    layer_bits: LayerBits = _field(
+        {},
+        "bits of single layers or modules, such as `layer1=4 layer2.0.conv1=4/8 fc=32`: of the weights, of weights and of "
+        "what the layer reads, or 32 to keep it in floating point; the longer of two names wins",
+        "layer or module names with bits, such as layer1=4, conv1=4/8 or fc=32",
+    )
+    max_quantization_loss: float | None = _field(
+        None,
+        "mixed precision: points of accuracy that calibration alone may lose on held-out training images; the layers that "
+        "bear few bits worst are widened (to 8 bits, or from 8 to floating point) until it holds, before any training",
+        "a number of points from 0 to 100",
+        ge=0,
+        le=100,
+    )
+    quantization_config_list: ConfigList | None = _field(
+        None,
+        "an NNI config list for the quantizer (JSON; in the shell a file) in the keys of NNI 3.0 or 2.x, instead of "
+        "weight_bits, activation_bits, first_last_bits and layer_bits",
+        "a JSON list of objects, as in NNI's tutorials",
+        min_length=1,
+    )
+    calibration: EstimatorName = _field(
+        "average",
+        "how calibration turns what it sees into a range: `average` of each batch's extremes, `minmax` of all, or clipped "
+        "at a `percentile`, at the least `mse` or the least `entropy` lost",
+        f"one of {', '.join(get_args(EstimatorName))}",
+    )
     qat_epochs: float = _field(
         0.25,
-        "passes over the training images with simulated quantization; 0 only calibrates",
+        "passes over the training images with simulated quantization; 0 only calibrates, as ptq always does",
         "a number from 0 to 1000",
         ge=0,
         le=1000,
@@ -278,17 +284,7 @@ class Request(BaseModel):
         self._refuse_contradictions()
 
     def _refuse_contradictions(self) -> None:
-        for name in ("weight_bits", "activation_bits"):
-            bits = getattr(self, name)
-            if bits not in (*QUANTIZED_BITS, HALF_PRECISION, FULL_PRECISION):
-                raise RequestError(name, bits, _allowed(name))
-        wide = {HALF_PRECISION, FULL_PRECISION} & {self.weight_bits, self.activation_bits}
-        if wide and self.weight_bits != self.activation_bits:
-            raise RequestError(
-                "activation_bits",
-                self.activation_bits,
-                f"{max(wide)} as well, because weight_bits and activation_bits of 16 or 32 go together",
-            )
+        self._refuse_impossible_bits()
         if self.std is not None and min(self.std) <= 0:
             raise RequestError("std", self.std, _allowed("std"))
         if (self.mean is None) != (self.std is None):
@@ -299,6 +295,36 @@ class Request(BaseModel):
         self._refuse_contradictory_plan()
         if self.pruner == "none" and not self.quantizes and self.weight_bits == FULL_PRECISION:
             raise RequestError("quantizer", self.quantizer, "something to do: choose a pruner, a quantizer, or 16 bits")
+
+    def _refuse_impossible_bits(self) -> None:
+        for name in ("weight_bits", "activation_bits"):
+            taken, words = tuple(QUANTIZED_BITS), "a whole number from 2 to 8"
+            if self.quantizer != "none":
+                taken = getattr(QUANTIZERS[self.quantizer], name)
+                numbers = f"a whole number from {taken[0]} to {taken[-1]}" if len(taken) > 1 else str(taken[0])
+                words = f"{numbers} with {self.quantizer}"
+            if getattr(self, name) not in (*taken, HALF_PRECISION, FULL_PRECISION):
+                raise RequestError(name, getattr(self, name), f"{words}, or 16, or 32")
+        wide = {HALF_PRECISION, FULL_PRECISION} & {self.weight_bits, self.activation_bits}
+        if wide and self.weight_bits != self.activation_bits:
+            raise RequestError(
+                "activation_bits",
+                self.activation_bits,
+                f"{max(wide)} as well, because weight_bits and activation_bits of 16 or 32 go together",
+            )
+        if self.first_last_bits not in (*QUANTIZED_BITS, FULL_PRECISION):
+            raise RequestError("first_last_bits", self.first_last_bits, _allowed("first_last_bits"))
+        for name in ("layer_bits", "quantization_config_list", "max_quantization_loss"):
+            if getattr(self, name) not in (None, {}) and not self.quantizes:
+                raise RequestError(name, getattr(self, name), "nothing, because nothing is quantized")
+        changed = [n for n in _BIT_FIELDS if getattr(self, n) != type(self).model_fields[n].default]
+        if self.quantization_config_list is not None and changed:
+            raise RequestError(
+                changed[0], getattr(self, changed[0]), "nothing, because quantization_config_list is given and says it"
+            )
+        binary = next((name for name, bits in self.layer_bits.items() if bits.startswith("1")), None)
+        if binary and self.quantizer != "bnn":
+            raise RequestError("layer_bits", {binary: self.layer_bits[binary]}, "2 to 8 bits: 1 is for quantizer bnn")
 
     def _refuse_contradictory_plan(self) -> None:
         changed = {name for name in _PLAN_FIELDS if getattr(self, name) != type(self).model_fields[name].default}
@@ -335,8 +361,8 @@ class Request(BaseModel):
 
     @property
     def quantizes(self) -> bool:
-        """True when the result runs on integers (2 to 8 bits)."""
-        return self.quantizer != "none" and self.weight_bits in QUANTIZED_BITS
+        """True when the result runs on integers (1 to 8 bits)."""
+        return self.quantizer != "none" and self.weight_bits not in (HALF_PRECISION, FULL_PRECISION)
 
     @property
     def half_precision(self) -> bool:

@@ -12,25 +12,21 @@ report    report.json, report.html, README.md
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import asdict
 from functools import partial
 from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from compress import baseline as baseline_gate
-from compress import counting, data, evaluation, models, pruning, quantization, recipes, training
+from compress import counting, data, evaluation, handoffs, ledger, models, pruning, quantization, recipes, training
+from compress.files import write_text
 from compress.pruning.equality import TOLERANCE
 from compress.recipes import TEST_BATCH
 from compress.runs import Run
 from compress.sources import Source
 
 Facts = dict[str, Any]
-
-SYNTHETIC_TEST_IMAGES = 256
 
 
 def measure_baseline(work: Run, source: Source) -> Facts:
@@ -39,12 +35,12 @@ def measure_baseline(work: Run, source: Source) -> Facts:
     if source.dataset.kind == "labelled":
         checked = baseline_gate.gate(source.model, source.dataset, source.preprocessing, seed=work.request.seed)
     files = _save_model(work, source, source.model, "stages/baseline")
-    hop = _torch_hop(work, source, "baseline", source.model)
+    hop = ledger.torch_hop(work, source, ledger.FIRST, source.model)
     return {
         **_size_facts(source, source.model),
         "ledger": [hop],
         "gate": checked and checked.as_dict(),
-        "files": files + [hop["answers"]],
+        "files": [*files, hop["answers"], ledger.TRUTH],
     }
 
 
@@ -74,8 +70,8 @@ def prune_and_shrink(work: Run, source: Source) -> Facts:
     work.progress("prune", 0.8, "shrunk, equal to the masked model; refitting what stays")
     refits = recipes.recover(request, source, model, shrunk.model, shrunk.kept)
     files = _save_model(work, source, shrunk.model, "stages/shrunk")
-    hop = _torch_hop(work, source, "pruned and refitted" if refits else "pruned", shrunk.model)
-    equal = handoff(
+    hop = ledger.torch_hop(work, source, "pruned and refitted" if refits else "pruned", shrunk.model)
+    equal = handoffs.row(
         "masked",
         "shrunk",
         "largest difference of logits",
@@ -98,7 +94,7 @@ def _zero_weights(work: Run, source: Source, model: nn.Module, plan: pruning.Pla
     sparse = pruning.zero_weights(model, plan, work.request.sparsity)
     recipes.recover(work.request, source, model, sparse.model, {})
     files = _save_model(work, source, sparse.model, "stages/shrunk")
-    hop = _torch_hop(work, source, "pruned", sparse.model)
+    hop = ledger.torch_hop(work, source, "pruned", sparse.model)
     note = (
         f"{100 * work.request.sparsity:g} % of the weights in each of {len(sparse.zeros)} layers were set to zero and stay "
         "zero. Every layer keeps its shape, so no runtime here computes faster; it is good for files that compress better "
@@ -131,7 +127,7 @@ def fine_tune(work: Run, source: Source) -> Facts:
         recipe = recipes.recipe_of(request, source, request.finetune_epochs, request.learning_rate)
         curve = _train(work, source, "finetune", model, recipe)
     files = _save_model(work, source, model, "artifacts")
-    hop = _torch_hop(work, source, "fine-tuned", model)
+    hop = ledger.torch_hop(work, source, "fine-tuned", model)
     return {
         **_size_facts(source, model),
         "curve": curve,
@@ -142,7 +138,7 @@ def fine_tune(work: Run, source: Source) -> Facts:
 
 
 def quantize(work: Run, source: Source) -> Facts:
-    """NNI quantization-aware training, or calibration only."""
+    """One of NNI's quantizers: training on the grid, or calibration only."""
     request = work.request
     if not request.quantizes:
         return {
@@ -150,12 +146,21 @@ def quantize(work: Run, source: Source) -> Facts:
             "curve": [],
             "ledger": [],
             "files": [],
+            "mixed": None,
             "left_float": [],
+            "bits": {},
             "sqnr_db": {},
+            "noise": {"layers": {}},
         }
     model = load_model(work, source, "artifacts")
-    prepared = quantization.prepare(model)
+    prepared, plan = recipes.prepared_with_bits(request, model)
     images = data.calibration_images(source.dataset, request.calibration_images, source.preprocessing, request.seed)
+    mixed = None
+    if request.max_quantization_loss is not None:
+        work.progress("quantize", 0.0, "looking for the layers that bear few bits worst")
+        mixed = recipes.mixed_precision(request, source, model, plan, images)
+        plan = mixed.plan
+        prepared = quantization.prepare(model, stays_float=plan.stays_float)
     curve: list[Facts] = []
 
     def train(wrapped: nn.Module) -> None:
@@ -165,90 +170,49 @@ def quantize(work: Run, source: Source) -> Facts:
     trains = source.dataset.kind != "none" and request.qat_epochs > 0
     quantized = quantization.quantize(
         prepared,
-        weight_bits=request.weight_bits,
-        activation_bits=request.activation_bits,
+        plan,
+        quantizer=request.quantizer,
+        estimator=request.calibration,
         calibration=images.split(TEST_BATCH),
         train=train if trains else None,
     )
     folder = work.folder / "stages" / "quantized"
     folder.mkdir(parents=True, exist_ok=True)
     quantization.save(quantized, folder)
-    hop = _torch_hop(work, source, "fake-quantized", quantization.fake_quantized(quantized))
+    hop = ledger.torch_hop(work, source, "fake-quantized", quantization.fake_quantized(quantized))
+    write_text(work.artifacts / "quantization.json", quantized.ranges.to_json())
     files = [str(path.relative_to(work.folder)) for path in sorted(folder.iterdir())]
+    noise = quantization.quantization_noise(quantized, ledger.traced(images))
     return {
         "skipped": None,
         "curve": curve,
         "ledger": [hop],
-        "files": files + [hop["answers"]],
+        "files": [*files, "artifacts/quantization.json", hop["answers"]],
         "label": quantized.ranges.label,
+        "mixed": mixed and {"sensitivity": mixed.sensitivity, "steps": [asdict(step) for step in mixed.steps]},
+        "note": mixed and _mixed_note(mixed, request.max_quantization_loss),
         "left_float": quantization.left_float(prepared),
+        "bits": {name: grid.bits for name, grid in quantized.ranges.weights.items()},
         "sqnr_db": quantization.weight_sqnr_db(quantized),
+        "noise": ledger.noise_facts(noise),
     }
+
+
+def _mixed_note(mixed: quantization.Choice, budget: float) -> str:
+    first, last = mixed.steps[0], mixed.steps[-1]
+    names = ", ".join(last.widened) or "no layer"
+    found = (
+        f"Mixed precision: {names} got more bits; on held-out images {100 * first.score:.1f} % were right before and "
+    )
+    found += f"{100 * last.score:.1f} % after, by calibration alone."
+    if mixed.within:
+        return found
+    return (
+        f"{found} That does not keep to the {budget:g} points asked for; training may, or ask for more bits everywhere."
+    )
 
 
 # ---- what the stages share ----------------------------------------------------------------------------------------
-
-
-def test_batches(source: Source, size: int = TEST_BATCH) -> Iterator[tuple[Tensor, Tensor]]:
-    """(images, labels) of the test part in order; synthetic images with label -1 when there are none."""
-    if source.dataset.kind == "none":
-        images = data.calibration_images(source.dataset, SYNTHETIC_TEST_IMAGES, source.preprocessing, seed=1)
-        yield from ((chunk, torch.full((len(chunk),), -1)) for chunk in images.split(size))
-    else:
-        yield from data.batches(source.dataset.test, size, shuffle=False, seed=0, preprocessing=source.preprocessing)
-
-
-def ledger_hop(
-    work: Run, source: Source, name: str, through: str, answer: evaluation.Answer, batch_size: int = TEST_BATCH
-) -> Facts:
-    """All test images through `answer`; right answers are counted against labels, or against the baseline's."""
-    logits, labels = [], []
-    for images, truth in test_batches(source, batch_size):
-        logits.append(answer(images.numpy()))
-        labels.append(truth.numpy())
-    answers, truth = np.concatenate(logits), np.concatenate(labels)
-    path = work.folder / "stages" / "answers" / f"{name.replace(' ', '-').replace(',', '')}-{through}.npy"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    np.save(path, answers.astype(np.float32))
-    if source.dataset.kind != "labelled":
-        truth = truth if name == "baseline" else baseline_answers(work).argmax(1)
-    score = (
-        evaluation.share(len(answers), len(answers))
-        if name == "baseline" and truth[0] < 0
-        else evaluation.accuracy(answers, truth)
-    )
-    return {
-        "name": name,
-        "through": through,
-        "accuracy": score.value,
-        "accuracy_ci95": [score.low, score.high],
-        "n": score.n,
-        "answers": str(path.relative_to(work.folder)),
-    }
-
-
-def baseline_answers(work: Run) -> np.ndarray:
-    return np.load(work.folder / "stages" / "answers" / "baseline-torch.npy")
-
-
-def _torch_hop(work: Run, source: Source, name: str, model: nn.Module) -> Facts:
-    return ledger_hop(work, source, name, "torch", evaluation.torch_answer(model))
-
-
-def handoff(
-    source: str, target: str, check: str, difference: evaluation.Difference, tolerance: str, passed: bool
-) -> Facts:
-    return {
-        "source": source,
-        "target": target,
-        "check": check,
-        "max_abs_diff": difference.max_abs_diff,
-        "reference_scale": difference.reference_scale,
-        "top1_agreement": difference.top1_agreement,
-        "n_images": difference.n_images,
-        "tolerance": tolerance,
-        "passed": passed,
-    }
 
 
 def _train(
@@ -274,9 +238,7 @@ def _train(
 
 def load_quantized(work: Run, source: Source) -> quantization.Quantized:
     """What the quantize stage left, on the graph that the pruned model is prepared to again."""
-    return quantization.restore(
-        quantization.prepare(load_model(work, source, "artifacts")), work.folder / "stages" / "quantized"
-    )
+    return quantization.restore(load_model(work, source, "artifacts"), work.folder / "stages" / "quantized")
 
 
 def _save_model(work: Run, source: Source, model: nn.Module, folder: str) -> list[str]:

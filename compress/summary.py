@@ -5,23 +5,22 @@ from __future__ import annotations
 import datetime
 from typing import Any
 
-import numpy as np
-
 import compress
-from compress import card, evaluation, machine
+from compress import card, ledger, machine
 from compress.files import write_text
 from compress.report import (
     Data,
     Engine,
     Epoch,
     Handoff,
-    Hop,
     Layer,
     Measurement,
+    MixedStep,
     Report,
     Stage,
     Variant,
     Verdict,
+    Worth,
 )
 from compress.runs import STAGES, Run
 from compress.sources import Source
@@ -54,6 +53,7 @@ def collect(work: Run, source: Source) -> Report:
     facts = {name: work.facts(name) for name in STAGES if name != "report"}
     measurements = tuple(Measurement(**row) for row in facts["measure"]["measurements"])
     variants = _variants(facts, measurements, source)
+    hops = ledger.collect(work.folder, facts)
     return Report(
         espalier_version=compress.__version__,
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -65,7 +65,14 @@ def collect(work: Run, source: Source) -> Report:
         data=_data(source),
         variants=variants,
         handoffs=tuple(Handoff(**row) for name in ("prune", "export", "build") for row in facts[name]["handoffs"]),
-        ledger=_ledger(work, facts),
+        ledger=hops,
+        loss=ledger.loss(hops, ledger.blame(facts)),
+        cross_checks=ledger.cross_checks(work.folder, facts["measure"]["ledger"]),
+        worth=tuple(Worth(**row) for row in facts["measure"]["worth"]),
+        mixed_precision=tuple(
+            MixedStep(widened=row["widened"], accuracy=row["score"], weight_bits=row["weight_bits"])
+            for row in (facts["quantize"]["mixed"] or {}).get("steps", ())
+        ),
         measurements=measurements,
         engines=tuple(Engine(**row) for row in facts["build"]["engines"]),
         stages=tuple(
@@ -165,23 +172,6 @@ def _variants(facts: Facts, measurements: tuple[Measurement, ...], source: Sourc
     return tuple(rows)
 
 
-def _ledger(work: Run, facts: Facts) -> tuple[Hop, ...]:
-    hops, before = [], None
-    for name in ("baseline", "prune", "finetune", "quantize", "measure"):
-        for row in facts[name]["ledger"]:
-            answers = np.load(work.folder / row["answers"])
-            agreement = None if before is None else evaluation.compare(before, answers).top1_agreement
-            hops.append(
-                Hop(
-                    **{key: row[key] for key in ("name", "through", "accuracy", "accuracy_ci95", "n")},
-                    agreement_with_previous=agreement,
-                )
-            )
-            if name != "measure":  # every runtime is compared with the torch model that it came from
-                before = answers
-    return tuple(hops)
-
-
 def _layers(facts: Facts, work: Run) -> tuple[Layer, ...]:
     after = {layer["name"]: layer for layer in facts["finetune"]["layers"]}
     groups = {
@@ -192,11 +182,12 @@ def _layers(facts: Facts, work: Run) -> tuple[Layer, ...]:
     stays = {row["layer"]: row["reason"] for row in facts["prune"]["left_out"]}
     quantized = facts["quantize"]["sqnr_db"]
     refits = {row["layer"]: row for row in facts["prune"]["refits"]}
+    noise, files = facts["quantize"]["noise"]["layers"], facts["export"]["noise"]
     rows = []
     for layer in facts["baseline"]["layers"]:
         name = layer["name"]
         group, reason = groups.get(name, (None, stays.get(name, "nothing was pruned")))
-        bits = work.request.weight_bits if name in quantized else 16 if work.request.half_precision else 32
+        bits = facts["quantize"]["bits"].get(name, 16 if work.request.half_precision else 32)
         rows.append(
             Layer(
                 name=name,
@@ -207,6 +198,8 @@ def _layers(facts: Facts, work: Run) -> tuple[Layer, ...]:
                 macs_after=after[name]["macs"],
                 weight_bits=bits,
                 sqnr_db=quantized.get(name),
+                output_sqnr_db=noise.get(name),
+                file_sqnr_db={file: row["layers"][name] for file, row in files.items() if name in row["layers"]},
                 group=group,
                 reason=reason,
                 pruned_error=refits.get(name, {}).get("error_before"),
@@ -233,8 +226,7 @@ def _data(source: Source) -> Data:
 
 def _notes(facts: Facts, source: Source) -> tuple[str, ...]:
     notes = [f"Stage {name}: {f['skipped']}." for name, f in facts.items() if f.get("skipped")]
-    if note := facts["prune"].get("note"):
-        notes.append(note)
+    notes += [facts[name]["note"] for name in ("prune", "quantize") if facts[name].get("note")]
     if source.dataset.kind == "none":
         notes.append(
             "No images were given: nothing was trained, ranges come from synthetic images, and agreement with the original "

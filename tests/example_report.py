@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from compress.report import (
+    CrossCheck,
     Data,
     Engine,
     Environment,
@@ -12,11 +13,14 @@ from compress.report import (
     Handoff,
     Hop,
     Layer,
+    Loss,
     Measurement,
+    MixedStep,
     Report,
     Stage,
     Variant,
     Verdict,
+    Worth,
 )
 from compress.request import Request
 from compress.runs import STAGES
@@ -71,14 +75,55 @@ def example_report() -> Report:
                 through=through,
                 accuracy=accuracy,
                 accuracy_ci95=(accuracy - 0.012, accuracy + 0.012),
+                previous=previous,
                 agreement_with_previous=agreement,
+                lost=lost,
+                gained=gained,
                 n=2000,
             )
-            for name, through, accuracy, agreement in (
-                ("baseline", "torch", 0.912, None),
-                ("pruned", "torch", 0.909, 0.97),
-                ("quantized", "openvino", 0.907, 0.98),
+            for name, through, accuracy, previous, agreement, lost, gained in (
+                ("baseline", "torch", 0.912, None, None, None, None),
+                ("pruned", "torch", 0.909, "baseline, torch", 0.97, 33, 27),
+                ("quantized.onnxruntime.onnx", "openvino", 0.907, "pruned, torch", 0.98, 22, 18),
             )
+        ),
+        loss=Loss(
+            text="Most was lost at pruned (torch): 33 of 2,000 answers turned wrong there and 27 right (0.3 points); its "
+            "worst layer is layer1.0.conv1, whose output is 12 % off the original's.",
+            hop="pruned",
+            through="torch",
+            layer="layer1.0.conv1",
+        ),
+        cross_checks=(
+            CrossCheck(
+                file="quantized.onnxruntime.onnx",
+                first="onnxruntime",
+                second="openvino",
+                n=2000,
+                different=120,
+                accuracy_difference_points=-5.8,
+                agrees=False,
+                text="quantized.onnxruntime.onnx <on two runtimes> gets 120 different answers.",
+            ),
+        ),
+        mixed_precision=(
+            MixedStep(widened=(), accuracy=0.81, weight_bits=4.0),
+            MixedStep(widened=("layer1.0.conv1", "layer1.0.conv2"), accuracy=0.9, weight_bits=4.3),
+        ),
+        worth=(
+            Worth(
+                runtime="openvino",
+                variant="pruned",
+                text="On openvino int8 is worth it: 0.14 ms against 0.30 ms in bf16 of the same structure, 2.1x as fast.",
+                fp32_ms=0.6,
+                half_precision="bf16",
+                half_ms=0.3,
+                int8_ms=0.14,
+                speedup=2.14,
+                float_layers=(),
+                conversions=None,
+                layer_bits={},
+            ),
         ),
         measurements=tuple(
             _measurement(*row)
@@ -110,6 +155,8 @@ def example_report() -> Report:
                 macs_after=10**6 // 4,
                 weight_bits=8,
                 sqnr_db=38.0,
+                output_sqnr_db=35.0 - number,
+                file_sqnr_db={"quantized.onnxruntime.onnx": 90.0},
                 group="a",
                 reason="feeds the same <sum>",
                 pruned_error=0.2,

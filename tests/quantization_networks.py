@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from compress.quantization import Quantized, prepare, quantize
+from compress.quantization import Quantized, assign_bits, prepare, quantize
 
 CLASSES, SIZE = 6, 24
 
@@ -78,16 +78,20 @@ def calibration() -> tuple[Tensor, ...]:
     return images(128, seed=2)[0].split(32)
 
 
+def quantized_at(
+    model: nn.Module, weight_bits: int = 8, activation_bits: int = 8, *, batches=None, train=None, **options
+) -> Quantized:
+    """`model` quantized with the same bits in every layer; by default without training."""
+    prepared = prepare(model)
+    plan = assign_bits(prepared, weight_bits, activation_bits)
+    images = calibration() if batches is None else batches
+    return quantize(prepared, plan, calibration=images, train=train, **options)
+
+
 @functools.cache
 def calibrated(weight_bits: int = 8, activation_bits: int = 8) -> Quantized:
     """The trained network, quantized by calibration alone."""
-    return quantize(
-        prepare(trained()),
-        weight_bits=weight_bits,
-        activation_bits=activation_bits,
-        calibration=calibration(),
-        train=None,
-    )
+    return quantized_at(trained(), weight_bits, activation_bits)
 
 
 def scratch_folder() -> Path:

@@ -39,7 +39,10 @@ def refused(capsys, monkeypatch, tmp_path):
         (("--sparsity", "0"), "Error: sparsity: got '0', expected a fraction strictly between 0 and 1."),
         (("--sparsity", "1"), "Error: sparsity: got '1', expected a fraction strictly between 0 and 1."),
         (("--sparsity", "nan"), "Error: sparsity: got 'nan', expected a fraction strictly between 0 and 1."),
-        (("--weight-bits", "1"), "Error: weight_bits: got 1, expected a whole number from 2 to 8, or 16, or 32."),
+        (
+            ("--weight-bits", "1"),
+            "Error: weight_bits: got 1, expected a whole number from 2 to 8 with qat, or 16, or 32.",
+        ),
         (
             ("--model", "resnet19"),
             "Error: model: got 'resnet19', expected a torchvision classifier; did you mean resnet",

@@ -148,9 +148,25 @@ def test_the_ledger_goes_from_the_dense_model_to_the_deployed_file(report):
         ("fine-tuned", "torch"),
         ("fake-quantized", "torch"),
     ]
-    assert ("quantized", "onnxruntime") in names[4:]
+    assert names[4:] == [
+        ("quantized.tensorrt.onnx", "onnxruntime"),
+        ("quantized.onnxruntime.onnx", "onnxruntime"),
+        ("quantized.onnxruntime.onnx", "openvino"),
+    ]
+    assert [hop.previous for hop in report.ledger[4:]] == [
+        "fake-quantized, torch",
+        "fake-quantized, torch",
+        "quantized.onnxruntime.onnx, onnxruntime",
+    ]
+    for before, hop in zip(report.ledger[:3], report.ledger[1:4], strict=True):
+        assert hop.n * (before.accuracy - hop.accuracy) == pytest.approx(hop.lost - hop.gained)
+    assert report.loss.hop in {hop.name for hop in report.ledger} | {None} and report.loss.text.endswith(".")
+    assert {row.runtime for row in report.worth} == {"onnxruntime", "openvino"}
+    assert all(20 < layer.output_sqnr_db < 70 and min(layer.file_sqnr_db.values()) > 40 for layer in report.layers)
     dense, refitted, tuned = (hop.accuracy for hop in report.ledger[:3])
-    assert refitted > dense - 0.04, "the refit alone brings most of it back; without it, a quarter of the answers are right"
+    assert refitted > dense - 0.04, (
+        "the refit alone brings most of it back; without it, a quarter of the answers are right"
+    )
     assert tuned > dense - 0.04
 
 

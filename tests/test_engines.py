@@ -16,7 +16,7 @@ import onnx
 import pytest
 import torch
 from onnx import numpy_helper
-from quantization_networks import SIZE, answers, calibrated, images, scratch_folder, trained
+from quantization_networks import SIZE, answers, calibrated, images, quantized_at, scratch_folder, trained
 from torch import nn
 from torchvision import models
 
@@ -26,7 +26,7 @@ from compress.engines import tensorrt as tensorrt_engines
 from compress.engines.openvino import without_overflow
 from compress.errors import HandoffError, RuntimeUnavailableError
 from compress.onnx_export import export, export_flavours
-from compress.quantization import FLAVOURS, fake_quantized, prepare, quantize
+from compress.quantization import FLAVOURS, fake_quantized
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU_RUNTIMES = ("onnxruntime", "openvino")
@@ -68,13 +68,7 @@ def test_fp32_is_really_fp32(name):
 def test_every_layer_of_resnet18_and_mobilenet_v2_runs_on_integers(tmp_path):
     for name, layers in (("resnet18", 21), ("mobilenet_v2", 53)):
         torch.manual_seed(0)
-        quantized = quantize(
-            prepare(models.get_model(name, num_classes=10)),
-            weight_bits=8,
-            activation_bits=8,
-            calibration=[torch.randn(8, 3, 32, 32)],
-            train=None,
-        )
+        quantized = quantized_at(models.get_model(name, num_classes=10), batches=[torch.randn(8, 3, 32, 32)])
         paths = {flavour: tmp_path / f"{name}.{flavour}.onnx" for flavour in FLAVOURS}
         export_flavours(quantized, paths, input_size=32)
         for runtime in (RUNTIMES[name] for name in CPU_RUNTIMES):
@@ -140,7 +134,7 @@ def test_no_sum_of_products_overflows(name, tmp_path):
     with torch.no_grad():
         model[0].weight.fill_(1.0)
     batch = torch.linspace(-1, 1, 2)[:, None, None, None].expand(2, 3, 8, 8).contiguous()
-    quantized = quantize(prepare(model), weight_bits=8, activation_bits=8, calibration=[batch], train=None)
+    quantized = quantized_at(model, batches=[batch])
     path = tmp_path / "model.onnx"
     export_flavours(quantized, {RUNTIMES[name].flavour: path}, input_size=8)
     expected = answers(model, batch).numpy()

@@ -6,8 +6,9 @@ from example_report import example_report
 from compress import card, charts
 from compress.report import Report
 from compress.summary import verdict
+from compress.tables import tables
 
-KEYS = {"size", "latency", "accuracy", "channels", "training"}
+KEYS = {"size", "latency", "accuracy", "sqnr", "channels", "training"}
 
 
 @pytest.fixture(scope="module")
@@ -17,9 +18,9 @@ def report() -> Report:
 
 def test_every_chart_has_a_table_of_its_numbers(report):
     assert set(charts.figures(report)) == KEYS
-    tables = charts.tables(report)
-    assert set(tables) == KEYS | {"summary"}
-    for headers, rows in tables.values():
+    found = tables(report)
+    assert set(found) == KEYS | {"summary"}
+    for headers, rows in found.values():
         assert rows and all(len(row) == len(headers) for row in rows)
 
 
@@ -45,7 +46,13 @@ def test_names_are_escaped_in_the_html_report(report):
 
 
 def test_the_command_makes_the_same_request(report):
-    request = {**report.request, "sparsity": 0.25, "exclude": ["layer1", "fc"], "augment": True, "mean": [0.1, 0.2, 0.3]}
+    request = {
+        **report.request,
+        "sparsity": 0.25,
+        "exclude": ["layer1", "fc"],
+        "augment": True,
+        "mean": [0.1, 0.2, 0.3],
+    }
     words = card.shell_command(request)
     assert words.startswith("python -m compress run --model resnet18 --data fashion-mnist")
     for part in ("--sparsity 0.25", "--exclude layer1 --exclude fc", "--augment", "--mean 0.1,0.2,0.3"):

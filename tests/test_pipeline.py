@@ -137,7 +137,9 @@ def test_zeros_of_single_weights_last_through_training_quantization_and_export(t
         tensors = [onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer]
         assert zero_share(tensor for tensor in tensors if tensor.ndim > 1) >= 0.59, name
     assert report.variant("quantized").accuracy > 0.8
-    assert any("stay zero. Every layer keeps its shape, so no runtime here computes faster" in note for note in report.notes)
+    assert any(
+        "stay zero. Every layer keeps its shape, so no runtime here computes faster" in note for note in report.notes
+    )
     assert all(layer.channels_before == layer.channels_after for layer in report.layers)
     assert report.layers[0].reason == "keeps its shape: its smallest weights become zero"
 
@@ -147,7 +149,9 @@ def test_a_pruner_that_trains_runs_through_and_one_without_images_is_refused(tra
     report = compress.run(request, model=trained, out=tmp_path / "run")
     pruned = {layer.name: (layer.channels_before, layer.channels_after) for layer in report.layers}
     assert pruned["blocks.0.conv1"] == (32, 16) and report.variant("quantized").accuracy > 0.8
-    with pytest.raises(RequestError, match="pruner: got 'agp', expected one that needs no images, because data is `none`"):
+    with pytest.raises(
+        RequestError, match="pruner: got 'agp', expected one that needs no images, because data is `none`"
+    ):
         compress.run(ask(pruner="agp"), model=trained, out=tmp_path / "refused")
     found = pipeline.check(ask(pruner="slim", data="none"), model=trained)
     assert not found["possible"] and "l1-norm, l2-norm, fpgm, level" in found["text"]
@@ -186,8 +190,9 @@ def test_quantizing_without_pruning_and_pruning_without_quantizing(trained, fold
 
 def test_fewer_bits_are_called_what_they_are(trained, folder, tmp_path):
     report = compress.run(ask(weight_bits=4, data=str(folder)), model=trained, out=tmp_path / "run")
-    assert any("4-bit weights and 8-bit activations in int8 containers" in note for note in report.notes)
-    assert {layer.weight_bits for layer in report.layers} == {4}
+    assert any("4-bit weights and 8-bit activations in int8 containers, except" in note for note in report.notes)
+    bits = [layer.weight_bits for layer in report.layers]
+    assert (bits[0], bits[-1], set(bits[1:-1])) == (8, 8, {4}), "the first and the last layer keep 8 bits"
 
 
 def test_a_wrong_hand_off_ends_the_run_with_both_numbers(trained, tmp_path, monkeypatch):

@@ -78,8 +78,16 @@ FAMILIES = {
     "regnet_y": lambda: models.regnet_y_400mf(num_classes=10),
     "convnext": lambda: ConvNeXt([CNBlockConfig(32, 64, 2), CNBlockConfig(64, None, 1)], num_classes=10),
     "vit": lambda: VisionTransformer(48, 16, 2, 2, 64, 128, num_classes=10),
-    "swin_v2": lambda: SwinTransformer([4, 4], 32, [2, 2], [2, 4], [4, 4], num_classes=10,
-                                       block=SwinTransformerBlockV2, downsample_layer=PatchMergingV2),
+    "swin_v2": lambda: SwinTransformer(
+        [4, 4],
+        32,
+        [2, 2],
+        [2, 4],
+        [4, 4],
+        num_classes=10,
+        block=SwinTransformerBlockV2,
+        downsample_layer=PatchMergingV2,
+    ),
 }
 
 
@@ -133,8 +141,15 @@ class Auxiliary(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.stem, self.body, self.fc = conv_bn(3, 32), conv_bn(32, 32), nn.Linear(32, 5)
-        self.aux = nn.Sequential(conv_bn(32, 16), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Dropout(0.5),
-                                 nn.Linear(64, 24), nn.ReLU(), nn.Linear(24, 5))
+        self.aux = nn.Sequential(
+            conv_bn(32, 16),
+            nn.AdaptiveAvgPool2d(2),
+            nn.Flatten(),
+            nn.Dropout(0.5),
+            nn.Linear(64, 24),
+            nn.ReLU(),
+            nn.Linear(24, 5),
+        )
 
     def forward(self, x: Tensor):
         x = self.stem(x)
@@ -348,8 +363,11 @@ def test_a_module_that_nni_cannot_replace_is_an_error():
 
 def test_a_plan_of_another_model_is_refused():
     other = plan(models.resnet50(), images(), sparsity=0.5)
-    with pytest.raises(PruningError, match="The plan was made for another model: it expects 256 output channels in "
-                                           r"layer1\.0\.conv3 and finds no such layer"):
+    with pytest.raises(
+        PruningError,
+        match="The plan was made for another model: it expects 256 output channels in "
+        r"layer1\.0\.conv3 and finds no such layer",
+    ):
         prune(models.resnet18(), images(), other, "l1-norm")
 
 

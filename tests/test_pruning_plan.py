@@ -44,8 +44,15 @@ def test_resnet_keeps_the_answer_and_joins_what_is_added():
 
 @pytest.mark.parametrize(
     "build",
-    [models.densenet121, models.squeezenet1_1, models.shufflenet_v2_x0_5, models.mobilenet_v3_small, models.mnasnet0_5,
-     models.efficientnet_b0, models.regnet_x_400mf],
+    [
+        models.densenet121,
+        models.squeezenet1_1,
+        models.shufflenet_v2_x0_5,
+        models.mobilenet_v3_small,
+        models.mnasnet0_5,
+        models.efficientnet_b0,
+        models.regnet_x_400mf,
+    ],
 )
 def test_every_layer_is_in_the_plan_once_and_keeps_a_multiple_of_eight(build):
     network = build(weights=None)
@@ -163,9 +170,12 @@ class Branches(nn.Module):
 
 
 def test_an_untraceable_model_names_the_line():
-    with pytest.raises(PruningError, match=r"Branches cannot be traced by torch\.fx: symbolically traced variables "
-                                           r"cannot be used.*at test_pruning_plan\.py, line \d+, in forward: "
-                                           r"`if x\.mean\(\) > 0:`"):
+    with pytest.raises(
+        PruningError,
+        match=r"Branches cannot be traced by torch\.fx: symbolically traced variables "
+        r"cannot be used.*at test_pruning_plan\.py, line \d+, in forward: "
+        r"`if x\.mean\(\) > 0:`",
+    ):
         trace(Branches())
 
 
@@ -173,7 +183,9 @@ def test_auxiliary_heads_are_part_of_the_plan():
     network = models.googlenet(weights=None, aux_logits=True, init_weights=False)
     found = plan(network, IMAGE, sparsity=0.5)
     left = reasons(found)
-    assert {left[layer] for layer in ("fc", "aux1.fc2", "aux2.fc2")} == {"gives the answer: its outputs are the classes"}
+    assert {left[layer] for layer in ("fc", "aux1.fc2", "aux2.fc2")} == {
+        "gives the answer: its outputs are the classes"
+    }
     assert group_of(found, "aux1.conv.conv").channels_after == 64 and group_of(found, "aux1.fc1").channels_after == 512
 
 
@@ -199,8 +211,11 @@ class Alternatives(nn.Module):
 
 
 def test_what_training_uses_instead_is_refused_by_name():
-    with pytest.raises(PruningError, match=r"TrainedOtherwise uses block\.slow\.0 in training only, and not beside the "
-                                           r"layers that evaluation uses \(block\.fast\.0 is left out\)"):
+    with pytest.raises(
+        PruningError,
+        match=r"TrainedOtherwise uses block\.slow\.0 in training only, and not beside the "
+        r"layers that evaluation uses \(block\.fast\.0 is left out\)",
+    ):
         plan(TrainedOtherwise(), IMAGE, sparsity=0.5)
 
 

@@ -16,6 +16,7 @@ from quantization_networks import (
     calibrated,
     calibration,
     images,
+    quantized_at,
     train,
     trained,
 )
@@ -23,8 +24,8 @@ from torch import nn
 
 from compress.errors import QuantizationError
 from compress.quantization import (
-    QUANTIZERS,
     Ranges,
+    assign_bits,
     fake_quantized,
     prepare,
     quantization_points,
@@ -33,8 +34,6 @@ from compress.quantization import (
     save,
     weight_sqnr_db,
 )
-
-EIGHT = {"weight_bits": 8, "activation_bits": 8}
 
 
 def test_calibration_alone_keeps_the_accuracy():
@@ -49,8 +48,7 @@ def test_training_recovers_what_few_bits_lose():
     lost = accuracy(fake_quantized(calibrated(2, 4)))
     quantized = quantize(
         prepared,
-        weight_bits=2,
-        activation_bits=4,
+        assign_bits(prepared, 2, 4),
         calibration=calibration(),
         train=lambda model: train(model, steps=60, learning_rate=0.001),
     )
@@ -71,7 +69,7 @@ def test_the_reference_is_what_nni_simulates_bit_for_bit():
             model.eval()
             seen.append(model(batch))
 
-    quantized = quantize(prepare(trained()), **EIGHT, calibration=calibration(), train=observe_only)
+    quantized = quantized_at(trained(), train=observe_only)
     assert torch.equal(answers(fake_quantized(quantized), batch), seen[0])
 
 
@@ -82,7 +80,7 @@ def test_no_final_weight_is_clipped_by_a_range_that_lags():
             for parameter in model.parameters():
                 parameter.mul_(1.5)
 
-    quantized = quantize(prepare(trained()), **EIGHT, calibration=calibration(), train=jump)
+    quantized = quantized_at(trained(), train=jump)
     for name, grid in quantized.ranges.weights.items():
         weight = quantized.model.get_submodule(name).weight.detach()
         scales = torch.tensor(grid.scales).reshape(-1, *[1] * (weight.dim() - 1))
@@ -122,7 +120,7 @@ def test_an_empty_channel_gets_a_range_that_no_bias_overflows():
     model = copy.deepcopy(trained())
     with torch.no_grad():
         model.last.weight[3] = 0
-    quantized = quantize(prepare(model), **EIGHT, calibration=calibration(), train=None)
+    quantized = quantized_at(model)
     scales = torch.tensor(quantized.ranges.weights["last"].scales)
     torch.testing.assert_close(scales[3], scales.max() / 4096)
 
@@ -135,41 +133,41 @@ def test_ranges_are_exact_in_json():
         assert np.float32(grid.scale) == grid.scale, f"{name} is not a float32 value"
         assert np.float32(again.activations[name].scale).tobytes() == np.float32(grid.scale).tobytes()
     with pytest.raises(QuantizationError, match="ranges cannot be read .*version 7"):
-        Ranges.from_json(ranges.to_json().replace('"version": 1', '"version": 7'))
+        Ranges.from_json(ranges.to_json().replace('"version": 2', '"version": 7'))
 
 
 def test_a_saved_result_is_restored_where_nni_is_missing(tmp_path):
     quantized = calibrated()
     save(quantized, tmp_path)
-    again = restore(prepare(Mixed()), tmp_path)
+    again = restore(Mixed(), tmp_path)
     batch = images(4, seed=8)[0]
     assert torch.equal(answers(fake_quantized(again), batch), answers(fake_quantized(quantized), batch))
     program = (
         "import sys; sys.modules['nni'] = None; sys.path[:0] = ['.', 'tests']\n"
         "from pathlib import Path; from quantization_networks import Mixed\n"
-        "from compress.quantization import prepare, restore\n"
-        f"print(restore(prepare(Mixed()), Path({str(tmp_path)!r})).ranges.label)"
+        "from compress.quantization import restore\n"
+        f"print(restore(Mixed(), Path({str(tmp_path)!r})).ranges.label)"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
     assert (done.stdout.strip(), done.returncode) == ("int8", 0), done.stderr
     with pytest.raises(QuantizationError, match="has no readable quantized model"):
-        restore(prepare(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten())), tmp_path)
+        restore(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten()), tmp_path)
 
 
 def test_a_layer_that_no_image_reaches_is_named():
     with pytest.raises(QuantizationError, match="no calibration image reached this layer"):
-        quantize(prepare(trained()), **EIGHT, calibration=[], train=None)
+        quantized_at(trained(), batches=[])
 
 
 def test_a_value_that_is_not_finite_names_the_layer():
     broken = [torch.full((2, 3, 24, 24), float("nan"))]
     with pytest.raises(QuantizationError, match="^x: values from nan to nan were observed"):
-        quantize(prepare(trained()), **EIGHT, calibration=broken, train=None)
+        quantized_at(trained(), batches=broken)
     model = copy.deepcopy(trained())
     with torch.no_grad():
         model.fc.weight[0, 0] = float("inf")
     with pytest.raises(QuantizationError, match="^fc: values from .* to inf were observed"):
-        quantize(prepare(model), **EIGHT, calibration=calibration(), train=None)
+        quantized_at(model)
 
 
 def test_a_dead_layer_is_named():
@@ -177,32 +175,23 @@ def test_a_dead_layer_is_named():
     with torch.no_grad():
         model.left.weight.zero_()
     with pytest.raises(QuantizationError, match="^left: all its weights are zero"):
-        quantize(prepare(model), **EIGHT, calibration=calibration(), train=None)
+        quantized_at(model)
     model = copy.deepcopy(trained())
     with torch.no_grad():
         model.last.bias.fill_(-1e6)
     with pytest.raises(QuantizationError, match="its output is zero for every calibration image"):
-        quantize(prepare(model), **EIGHT, calibration=calibration(), train=None)
+        quantized_at(model)
 
 
-@pytest.mark.parametrize(("weight_bits", "activation_bits", "field"), [(1, 8, "weight_bits"), (8, 9, "activation_bits")])
+@pytest.mark.parametrize(
+    ("weight_bits", "activation_bits", "field"), [(1, 8, "weight_bits"), (8, 9, "activation_bits")]
+)
 def test_other_bits_are_refused(weight_bits, activation_bits, field):
     with pytest.raises(QuantizationError, match=f"{field}: got .*, expected a whole number from 2 to 8"):
-        quantize(
-            prepare(trained()),
-            weight_bits=weight_bits,
-            activation_bits=activation_bits,
-            calibration=calibration(),
-            train=None,
-        )
+        quantized_at(trained(), weight_bits, activation_bits)
 
 
 def test_more_bits_mean_less_noise_in_every_layer():
     eight, four = weight_sqnr_db(calibrated()), weight_sqnr_db(calibrated(4, 4))
     assert eight.keys() == calibrated().ranges.weights.keys()
     assert all(eight[name] > four[name] + 18 for name in eight)  # 6 dB a bit
-
-
-def test_the_registry_says_what_qat_can_do():
-    qat = QUANTIZERS["qat"]
-    assert qat.bits == tuple(range(2, 9)) and "tensorrt-rtx" in qat.integer_runtimes

@@ -19,8 +19,8 @@ from compress.request import Request
         ({"sparsity": 0}, "sparsity: got 0, expected a fraction strictly between 0 and 1."),
         ({"sparsity": 1}, "sparsity: got 1, expected a fraction strictly between 0 and 1."),
         ({"sparsity": math.nan}, "sparsity: got nan, expected a fraction strictly between 0 and 1."),
-        ({"weight_bits": 1}, "weight_bits: got 1, expected a whole number from 2 to 8, or 16, or 32."),
-        ({"activation_bits": 9}, "activation_bits: got 9, expected a whole number from 2 to 8, or 16, or 32."),
+        ({"weight_bits": 1}, "weight_bits: got 1, expected a whole number from 2 to 8 with qat, or 16, or 32."),
+        ({"activation_bits": 9}, "activation_bits: got 9, expected a whole number from 2 to 8 with qat, or 16, or 32."),
         (
             {"weight_bits": 16},
             "activation_bits: got 8, expected 16 as well, because weight_bits and activation_bits of 16 or 32 go",

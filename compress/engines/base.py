@@ -66,6 +66,8 @@ class Session(ABC):
 
     precision: str
     """Read back from the runtime: `int8` when any layer runs on integers, else the precision of the layers."""
+    conversions: int | None = None
+    """Operations on activations that only turn floats into integers or back; None where it cannot be read back."""
     notes: tuple[str, ...] = ()
     """What was changed to get right answers on this machine, and anything else that a reader of timings must know."""
 
@@ -106,6 +108,11 @@ class Runtime(ABC):
     @abstractmethod
     def runs_here(self) -> bool:
         """Whether files can be executed on this machine."""
+
+    @property
+    def half_precision(self) -> Precision | None:
+        """16-bit floats that it computes an fp32 file in when asked to, in this machine's hardware; None without any."""
+        return None
 
     @abstractmethod
     def build(self, onnx_path: Path, engine_path: Path, spec: BuildSpec) -> Built:

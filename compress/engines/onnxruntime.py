@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import re
 import tempfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,14 @@ _INTEGER_KERNELS = frozenset(
     {"QLinearConv", "ConvInteger", "QGemm", "QLinearMatMul", "MatMulIntegerToFloat", "DynamicQuantizeMatMul"}
 )
 _FLOAT_KERNELS = frozenset({"Conv", "FusedConv", "NhwcFusedConv", "Gemm", "FusedGemm", "MatMul", "FusedMatMul"})
+_CONVERSIONS = frozenset({"QuantizeLinear", "DequantizeLinear"})
 _PRECISION = {onnx.TensorProto.FLOAT: "fp32", onnx.TensorProto.FLOAT16: "fp16", onnx.TensorProto.BFLOAT16: "bf16"}
 _FUSION_SUFFIX = re.compile(r"_token_\d+$")
 _NORM_SUFFIX = "_bn_nchwc"
 """Of a BatchNorm that stands alone: the library runs it as a convolution, but the file has no such layer."""
 _ONLY_ERRORS = 3
+_DISABLED = ["WeightBiasQuantization"]
+"""It rounds biases that a file holds as floats, and quantizes weights of layers that stay float, on grids of its own."""
 EXACT_NOTE = (
     "This CPU has no int8 dot product: ONNX Runtime was told to use its exact 8-bit kernels "
     "(session.x64quantprecision), because its fast ones overflow here."
@@ -58,7 +62,9 @@ class _OnnxRuntimeSession(Session):
     def __init__(self, path: Path, spec: BuildSpec) -> None:
         self._path, self._spec = path, spec
         self._session: Any = _open(path, _options(spec))
-        self._kernels = _read_kernels(path, spec)
+        graph = _optimized(path, spec)
+        self._kernels = _read_kernels(graph)
+        self.conversions = sum(node.op_type in _CONVERSIONS for node in graph.node)
         self.precision = precision_of(self._kernels, "fp32")
         exact = self.precision == "int8" and not machine.has_int8_dot_product()
         self.notes = (EXACT_NOTE,) if exact else ()
@@ -73,6 +79,33 @@ class _OnnxRuntimeSession(Session):
         self._session = None
 
 
+def recorder(path: Path, nodes: Mapping[str, str], threads: int) -> Callable[[np.ndarray], dict[str, np.ndarray]]:
+    """What stands inside an ONNX file: images float32 [N, 3, H, W] -> values float32 of some nodes, and of its output.
+
+    Every operator is executed as the file spells it, one by one: fused kernels have no values in between to look at.
+
+    Args:
+        nodes: key in the result -> name of the node whose first output is asked for; those that are not in the file
+            are left out. The file's own output comes under its own name.
+
+    Raises:
+        HandoffError: ONNX Runtime cannot load the file.
+    """
+    import onnxruntime
+
+    model = onnx.load(path, load_external_data=False)
+    tensors = {node.name: node.output[0] for node in model.graph.node}
+    found = {key: tensors[name] for key, name in nodes.items() if name in tensors}
+    found |= {output.name: output.name for output in model.graph.output}
+    given = {output.name for output in model.graph.output}
+    model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in sorted(set(found.values()) - given))
+    options = _options(BuildSpec(input_size=0, threads=threads))
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
+    session = _open(path, options, model.SerializeToString())
+    return lambda images: dict(zip(found, session.run(list(found.values()), {"images": images}), strict=True))
+
+
 def _options(spec: BuildSpec) -> Any:
     import onnxruntime
 
@@ -84,25 +117,31 @@ def _options(spec: BuildSpec) -> Any:
     return options
 
 
-def _open(path: Path, options: Any) -> Any:
+def _open(path: Path, options: Any, content: bytes | None = None) -> Any:
+    """A session of the file, or of `content` made from it."""
     import onnxruntime
 
     onnxruntime.disable_telemetry_events()
     try:
-        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        return onnxruntime.InferenceSession(
+            content or str(path), options, providers=["CPUExecutionProvider"], disabled_optimizers=_DISABLED
+        )
     except Exception as error:  # noqa: BLE001 - every status of the library is an exception class of its own
         raise HandoffError(f"ONNX Runtime cannot load {path.name}: {error}") from error
 
 
-def _read_kernels(path: Path, spec: BuildSpec) -> tuple[Kernel, ...]:
-    """Load once more with the optimized graph written to a file, and list its layers."""
+def _optimized(path: Path, spec: BuildSpec) -> onnx.GraphProto:
+    """The graph as it is executed: load once more, with the optimized graph written to a file."""
     options = _options(spec)
     with tempfile.TemporaryDirectory() as folder:
         written = Path(folder) / "optimized.onnx"
         options.optimized_model_filepath = str(written)
         options.add_session_config_entry("session.optimized_model_external_initializers_file_name", "weights.bin")
         _open(path, options)
-        graph = onnx.load(written, load_external_data=False).graph
+        return onnx.load(written, load_external_data=False).graph
+
+
+def _read_kernels(graph: onnx.GraphProto) -> tuple[Kernel, ...]:
     constants = {tensor.name: tensor.data_type for tensor in graph.initializer}
     makers = {output: node for node in graph.node for output in node.output}
     found = []

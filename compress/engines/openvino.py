@@ -14,7 +14,7 @@ from google.protobuf.message import DecodeError
 from onnx import numpy_helper
 
 from compress import machine
-from compress.engines.base import BuildSpec, Built, Kernel, Runtime, Session, check_images, precision_of
+from compress.engines.base import BuildSpec, Built, Kernel, Precision, Runtime, Session, check_images, precision_of
 from compress.errors import HandoffError, RuntimeUnavailableError
 
 _LAYERS = frozenset({"Convolution", "FullyConnected"})
@@ -42,6 +42,11 @@ class OpenVino(Runtime):
     @property
     def runs_here(self) -> bool:
         return self.missing() is None
+
+    @property
+    def half_precision(self) -> Precision | None:
+        offered = _import_openvino().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+        return "bf16" if "BF16" in offered else "fp16" if "FP16" in offered else None
 
     def build(self, onnx_path: Path, engine_path: Path, spec: BuildSpec) -> Built:
         with self.load(onnx_path, spec):

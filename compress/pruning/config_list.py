@@ -6,7 +6,6 @@ types, less what it excludes; a later entry overrides an earlier one. What a pla
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,16 +13,11 @@ from typing import Any
 from torch import nn
 
 from ..errors import RequestError
-from .wishes import Wishes, hint
+from ..nni_entries import Selector
+from .wishes import Wishes
 
-_SHARED = {"op_names", "op_types"}
-_NEW = {
-    "op_names_re", "exclude_op_names", "exclude_op_types", "exclude_op_names_re", "sparse_ratio", "max_sparse_ratio",
-    "global_group_id", "target_names", "target_settings",
-}  # fmt: skip
-_OLD = {
-    "op_partial_names", "exclude", "sparsity", "sparsity_per_layer", "total_sparsity", "max_sparsity_per_layer",
-}  # fmt: skip
+_NEW = {"sparse_ratio", "max_sparse_ratio", "global_group_id", "target_names", "target_settings"}
+_OLD = {"sparsity", "sparsity_per_layer", "total_sparsity", "max_sparsity_per_layer"}
 _REFUSED = {
     "sparse_threshold": "sparse_ratio: a threshold does not say how many channels stay",
     "min_sparse_ratio": "max_sparse_ratio or nothing: only an upper limit can be kept",
@@ -33,7 +27,6 @@ _REFUSED = {
     "apply_method": "nothing: channels are removed, not scaled",
     "granularity": "nothing: whole output channels are removed",
 }
-_TYPES = ("Conv2d", "Linear")
 
 
 @dataclass(frozen=True)
@@ -58,8 +51,12 @@ def translate(model: nn.Module, layers: Sequence[str], entries: Sequence[Mapping
     Raises:
         RequestError: an unknown key, both styles of keys, a name that does not exist, or what a plan cannot honour.
     """
-    _refuse_keys(entries)
-    read = [_read(number, entry, model, layers) for number, entry in enumerate(entries, 1)]
+    types = {layer: type(model.get_submodule(layer)).__name__ for layer in layers}
+    selector = Selector(
+        "config_list", types, "a Conv2d or Linear layer", ("Conv2d", "Linear"), "only their channels are removed"
+    )
+    selector.refuse_keys(entries, _NEW, _OLD, _REFUSED)
+    read = [_read(number, entry, selector) for number, entry in enumerate(entries, 1)]
     chosen: dict[str, _Entry] = {}
     excluded = {layer for entry in read for layer in entry.without}
     for entry in read:
@@ -89,25 +86,9 @@ def translate(model: nn.Module, layers: Sequence[str], entries: Sequence[Mapping
     )
 
 
-def _refuse_keys(entries: Sequence[Mapping[str, Any]]) -> None:
-    keys = {key for entry in entries for key in entry}
-    for key in sorted(keys):
-        if key in _REFUSED:
-            raise RequestError("config_list", key, _REFUSED[key])
-        if key not in _SHARED | _NEW | _OLD:
-            raise RequestError("config_list", key, f"one of NNI's keys {', '.join(sorted(_SHARED | _NEW | _OLD))}")
-    new, old = sorted(keys & _NEW), sorted(keys & _OLD)
-    if new and old:
-        raise RequestError(
-            "config_list",
-            f"{new[0]} and {old[0]}",
-            "the keys of one version of NNI: the first is of 3.0, the other of 2.x",
-        )
-
-
-def _read(number: int, entry: Mapping[str, Any], model: nn.Module, layers: Sequence[str]) -> _Entry:
-    selected, without = _select(number, entry, model, layers)
-    named = tuple(_strings(number, entry, "op_names"))
+def _read(number: int, entry: Mapping[str, Any], selector: Selector) -> _Entry:
+    selected, without = selector.select(number, entry)
+    named = tuple(selector.strings(number, entry, "op_names"))
     if "exclude" in entry:
         if entry["exclude"] is not True or _ratio_keys(entry):
             raise RequestError("config_list", f"exclude in entry {number}", "exclude: true without a ratio beside it")
@@ -157,63 +138,3 @@ def _refuse_targets(number: int, entry: Mapping[str, Any]) -> None:
                     f"{key}={value!r} of {target} in entry {number}",
                     "granularity out_channel or default: whole output channels are removed",
                 )
-
-
-def _select(
-    number: int, entry: Mapping[str, Any], model: nn.Module, layers: Sequence[str]
-) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The layers that an entry selects, and those that it would without its own exclusions."""
-    types = {layer: type(model.get_submodule(layer)).__name__ for layer in layers}
-    names = set(_known(number, entry, "op_names", layers)) | _matching(number, entry, "op_names_re", layers)
-    partial = _strings(number, entry, "op_partial_names")
-    names |= {layer for layer in layers if any(part in layer for part in partial)}
-    by_name = any(key in entry for key in ("op_names", "op_names_re", "op_partial_names"))
-    by_type = set(_known_types(number, entry, "op_types"))
-    if not by_name and not by_type:
-        raise RequestError("config_list", f"entry {number} without a selection", "op_names, op_names_re or op_types")
-    wanted = {layer for layer in layers if not by_name or layer in names}
-    wanted = {layer for layer in wanted if not by_type or types[layer] in by_type}
-    out = set(_known(number, entry, "exclude_op_names", layers)) | _matching(
-        number, entry, "exclude_op_names_re", layers
-    )
-    out |= {layer for layer in layers if types[layer] in _known_types(number, entry, "exclude_op_types")}
-    if not wanted - out:
-        raise RequestError(
-            "config_list", f"entry {number}, which selects no layer", "an entry that selects at least one"
-        )
-    return tuple(sorted(wanted - out)), tuple(sorted(wanted & out))
-
-
-def _known(number: int, entry: Mapping[str, Any], key: str, layers: Sequence[str]) -> list[str]:
-    names = _strings(number, entry, key)
-    for name in names:
-        if name not in layers:
-            raise RequestError(
-                "config_list", f"{name} in {key}", f"the name of a Conv2d or Linear layer{hint(layers, name)}"
-            )
-    return names
-
-
-def _known_types(number: int, entry: Mapping[str, Any], key: str) -> list[str]:
-    types = _strings(number, entry, key)
-    for kind in types:
-        if kind not in (*_TYPES, "default"):
-            raise RequestError(
-                "config_list", f"{kind} in {key}", f"{' or '.join(_TYPES)}: only their channels are removed"
-            )
-    return list(_TYPES) if "default" in types else types
-
-
-def _matching(number: int, entry: Mapping[str, Any], key: str, layers: Sequence[str]) -> set[str]:
-    try:
-        patterns = [re.compile(pattern) for pattern in _strings(number, entry, key)]
-    except re.error as error:
-        raise RequestError("config_list", f"{key} in entry {number}", f"regular expressions ({error})") from None
-    return {layer for layer in layers if any(pattern.match(layer) for pattern in patterns)}
-
-
-def _strings(number: int, entry: Mapping[str, Any], key: str) -> list[str]:
-    value = entry.get(key, [])
-    if not isinstance(value, list | tuple) or not all(isinstance(item, str) for item in value):
-        raise RequestError("config_list", f"{key} in entry {number}", "a list of strings")
-    return list(value)

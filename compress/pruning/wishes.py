@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from ..errors import RequestError
+from ..errors import RequestError, such_as
 
 Ranking = Literal["per-group", "global"]
 
@@ -84,13 +83,6 @@ def layers_inside(layers: Sequence[str], name: str, where: str) -> list[str]:
     inside = [layer for layer in layers if layer == name or layer.startswith(f"{name}.")]
     if not inside:
         raise RequestError(
-            where, name, f"the name of a Conv2d or Linear layer, or of a part with some{hint(layers, name)}"
+            where, name, f"the name of a Conv2d or Linear layer, or of a part with some{such_as(layers, name)}"
         )
     return inside
-
-
-def hint(layers: Sequence[str], name: str) -> str:
-    """Names close to `name`, as the end of a sentence."""
-    parts = {".".join(layer.split(".")[:depth]) for layer in layers for depth in range(1, layer.count(".") + 2)}
-    close = difflib.get_close_matches(name, sorted(parts), n=3, cutoff=0.5) or list(layers[:3])
-    return f", such as {', '.join(close)}"

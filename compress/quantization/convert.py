@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import copy
 
+import numpy as np
 import torch
 import torch.ao.quantization.fx._decomposed  # registers torch.ops.quantized_decomposed
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from compress.errors import QuantizationError
-from compress.quantization.flavours import Flavour, code_range
-from compress.quantization.prepare import quantization_points
+from compress.quantization.flavours import Flavour, bias_codes, code_range
+from compress.quantization.prepare import quantization_points, readers_of
 from compress.quantization.ranges import Quantized, WeightGrid
 
 
@@ -48,8 +49,8 @@ class IntegerWeightLayer(nn.Module):
 
     def __init__(self, layer: nn.Conv2d | nn.Linear, grid: WeightGrid) -> None:
         super().__init__()
-        scales = torch.tensor(grid.scales, dtype=torch.float32)
-        self.register_buffer("codes", grid.codes(layer.weight))
+        codes, scales = grid.in_container(layer.weight)
+        self.register_buffer("codes", codes)
         self.register_buffer("scales", scales)
         self.register_buffer("zero_points", torch.zeros(len(scales), dtype=torch.int8))
         self.bias = layer.bias
@@ -69,7 +70,8 @@ def fake_quantized(quantized: Quantized, flavour: Flavour | None = None) -> fx.G
     """A float model on the grid; with a flavour, the grid as that flavour's file holds it.
 
     Without a flavour this is what NNI trained, bit for bit. A flavour leaves out the points that its file leaves out,
-    and its 8-bit container reaches beyond the trained grid (to 255 scales after a ReLU where NNI stops at 127).
+    and its 8-bit container reaches beyond the trained grid (to 255 scales after a ReLU where NNI stops at 127); biases
+    are integers in the `onnxruntime` one.
     """
     model = _copy(quantized)
     for name, grid in quantized.ranges.weights.items():
@@ -81,7 +83,21 @@ def fake_quantized(quantized: Quantized, flavour: Flavour | None = None) -> fx.G
             continue
         lowest, highest = (grid.lowest, grid.highest) if flavour is None else code_range(point, grid, flavour)
         model.set_submodule(name, FakeQuantize(grid.scale, lowest, highest))
+    if flavour == "onnxruntime":
+        _round_biases(model, quantized)
     return model
+
+
+def _round_biases(model: fx.GraphModule, quantized: Quantized) -> None:
+    """Move each bias onto the grid that the file has for it: whole multiples of input scale times weight scale."""
+    for name, layers in readers_of(quantized.model).items():
+        for layer in layers:
+            module = model.get_submodule(layer)
+            if module.bias is None:
+                continue
+            _, scales = quantized.ranges.weights[layer].in_container(quantized.model.get_submodule(layer).weight)
+            unit = np.float32(quantized.ranges.activations[name].scale) * scales.numpy()
+            module.bias.copy_(torch.from_numpy(bias_codes(module.bias.numpy(), unit) * unit))
 
 
 def convert(quantized: Quantized) -> fx.GraphModule:

@@ -7,7 +7,8 @@
 
 Both start from the neutral graph that `convert` exports: int8, zero is code 0, every point present. Scales and weight
 codes are never touched. A grid narrower than its container (fewer than 8 bits; the bound of a ReLU6) needs a clip:
-ONNX Runtime clips the integers behind the kernel, TensorRT the floats in front of the pair, where each can fuse it.
+ONNX Runtime clips the integers behind the kernel, TensorRT the floats in front of the pair, where each can fuse it. In
+the `onnxruntime` flavour biases are integers, too.
 """
 
 from __future__ import annotations
@@ -21,17 +22,21 @@ from compress.engines.base import Flavour
 from compress.quantization.prepare import QPoint
 from compress.quantization.ranges import ActivationGrid, Ranges
 
+_BEYOND = 1e30
+_MOVES = ("MaxPool", "Reshape", "Flatten", "Transpose", "Clip")
 FLAVOURS: tuple[Flavour, ...] = ("tensorrt", "onnxruntime")
 
 
-def zero_point(point: QPoint, flavour: Flavour) -> int:
+def zero_point(point: QPoint, grid: ActivationGrid, flavour: Flavour) -> int:
     """Zero's code. Where it is code 0 of a uint8, the quantization itself is the ReLU and costs nothing."""
-    return 0 if flavour == "tensorrt" or point.non_negative else 128
+    if flavour == "tensorrt" or point.non_negative:
+        return 0
+    return -grid.lowest if grid.highest > 127 else 128
 
 
 def code_range(point: QPoint, grid: ActivationGrid, flavour: Flavour) -> tuple[int, int]:
     """Smallest and largest code that a file of this flavour can hold for this point, zero being code 0."""
-    zero = zero_point(point, flavour)
+    zero = zero_point(point, grid, flavour)
     low, high = (-128, 127) if flavour == "tensorrt" else (-zero, 255 - zero)
     if _narrow(point, grid, flavour):
         return max(low, grid.lowest), min(high, grid.highest)
@@ -54,7 +59,8 @@ def apply_flavour(neutral: ir.Model, points: Mapping[str, QPoint], ranges: Range
         else:
             _edit_for_onnxruntime(model, node, points[name], ranges.activations[name])
     if flavour == "onnxruntime":
-        _quantize_gemm_biases(model)
+        _quantize_biases(model)
+        _keep_float_layers_float(model)
     remove_unused(model)
     return model
 
@@ -73,11 +79,11 @@ def _edit_for_tensorrt(model: ir.Model, quantize: ir.Node, point: QPoint, grid: 
 
 def _edit_for_onnxruntime(model: ir.Model, quantize: ir.Node, point: QPoint, grid: ActivationGrid) -> None:
     ((dequantize, _),) = quantize.outputs[0].uses()
-    zero = zero_point(point, "onnxruntime")
+    zero = zero_point(point, grid, "onnxruntime")
     value = constant(model, f"{point.name}.zero_point.uint8", np.array(zero, dtype=np.uint8))
     quantize.replace_input_with(2, value)
     dequantize.replace_input_with(2, value)
-    quantize.outputs[0].dtype = ir.DataType.UINT8
+    quantize.outputs[0].type = ir.TensorType(ir.DataType.UINT8)  # a clone shares its types with the original
     if _narrow(point, grid, "onnxruntime"):
         low, high = (np.uint8(code + zero) for code in code_range(point, grid, "onnxruntime"))
         clip = _clip(model, quantize.outputs[0], point.name, low, high, ir.DataType.UINT8)
@@ -95,27 +101,53 @@ def _clip(
     return clip
 
 
-def _quantize_gemm_biases(model: ir.Model) -> None:
-    """Store each fully connected layer's bias as int32 in units of input scale times weight scale.
+def _quantize_biases(model: ir.Model) -> None:
+    """Store the bias of each integer layer as int32 in units of input scale times weight scale.
 
-    ONNX Runtime does that by itself for convolutions; a fully connected layer it runs in float instead.
+    ONNX Runtime does that by itself for most convolutions, and runs a fully connected layer in float without it; said in
+    the file, it is the same for every layer and runtime, and `fake_quantized` can do the same.
     """
     for node in list(model.graph):
-        if node.op_type != "Gemm" or len(node.inputs) < 3 or not node.inputs[2].is_initializer():
+        if node.op_type not in ("Conv", "Gemm") or len(node.inputs) < 3 or not node.inputs[2].is_initializer():
             continue
-        sources = [node.inputs[index].producer() for index in (0, 1)]
-        if not all(source is not None and source.op_type == "DequantizeLinear" for source in sources):
+        data, weight = _dequantized_by(node.inputs[0]), _dequantized_by(node.inputs[1])
+        if data is None or weight is None:
             continue
-        name = node.inputs[2].name
-        scale = sources[0].inputs[1].const_value.numpy() * sources[1].inputs[1].const_value.numpy()
-        bias = node.inputs[2].const_value.numpy()
-        codes = np.clip(np.rint(bias.astype(np.float64) / scale), -(2**31), 2**31 - 1).astype(np.int32)
-        arrays = {"codes": codes, "scales": scale.astype(np.float32), "zero_points": np.zeros_like(codes)}
+        name, bias = node.inputs[2].name, node.inputs[2].const_value.numpy()
+        scale = data.inputs[1].const_value.numpy() * weight.inputs[1].const_value.numpy()
+        arrays = {"codes": bias_codes(bias, scale), "scales": scale, "zero_points": np.zeros(bias.shape, np.int32)}
         inputs = [constant(model, f"{name}.{part}", array) for part, array in arrays.items()]
         dequantize = ir.node("DequantizeLinear", inputs, attributes={"axis": 0}, name=f"{name}.dequantize")
         dequantize.outputs[0].name = f"{name}.dequantized"
         model.graph.insert_before(node, dequantize)
         node.replace_input_with(2, dequantize.outputs[0])
+
+
+def bias_codes(bias: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    """Whole multiples, int32, of `scale` (input scale times weight scale, float32 [channels]) nearest to the bias."""
+    return np.clip(np.rint(bias.astype(np.float64) / scale), -(2**31), 2**31 - 1).astype(np.int32)
+
+
+def _dequantized_by(value: ir.Value) -> ir.Node | None:
+    """The DequantizeLinear that a layer's operand comes from, directly or through what only moves values."""
+    node = value.producer()
+    while node is not None and node.op_type in _MOVES:
+        node = node.inputs[0].producer()
+    return node if node is not None and node.op_type == "DequantizeLinear" else None
+
+
+def _keep_float_layers_float(model: ir.Model) -> None:
+    """Clip what a layer with float weights reads, to bounds beyond every value.
+
+    Between a dequantized input and a quantized output ONNX Runtime quantizes float weights by itself, with one scale for
+    all channels (its WeightBiasQuantization), unless another operator stands in between.
+    """
+    for node in list(model.graph):
+        if node.op_type in ("Conv", "Gemm") and node.inputs[1].is_initializer() and not node.inputs[0].is_graph_input():
+            low, high = np.float32(-_BEYOND), np.float32(_BEYOND)
+            clip = _clip(model, node.inputs[0], f"{node.name}.input", low, high, ir.DataType.FLOAT)
+            model.graph.insert_before(node, clip)
+            node.replace_input_with(0, clip.outputs[0])
 
 
 def constant(model: ir.Model, name: str, array: np.ndarray) -> ir.Value:

@@ -61,14 +61,17 @@ class QPoint(nn.Identity):
         """TensorRT fuses what makes and what reads this tensor; a point between them would break the fusion."""
 
 
-def prepare(model: nn.Module) -> fx.GraphModule:
+def prepare(model: nn.Module, *, stays_float: frozenset[str] = frozenset()) -> fx.GraphModule:
     """A copy of `model`, folded and with its quantization points; eval mode, input and output unchanged.
 
+    Layers named in `stays_float` are no integer kernels: no point stands on what only they read or write.
     Raises `QuantizationError` when the model cannot be traced by torch.fx or has nothing to quantize.
     """
     graph_module = _trace(copy.deepcopy(model).eval())
     _make_plain(graph_module)
     _fold_batch_norm(graph_module)
+    for name in stays_float:
+        graph_module.get_submodule(name).stays_float = True
     _insert_points(graph_module)
     graph_module.graph.lint()
     graph_module.recompile()
@@ -121,12 +124,32 @@ _LEARNED_CONSTANT = "a learned constant is added or multiplied in floating point
 _CONSTANT = "its result is the same for every image, so the runtime computes it once"
 
 
+def readers_of(prepared: fx.GraphModule) -> dict[str, tuple[str, ...]]:
+    """The layers that read each quantization point's integers, directly or through pools and reshapes."""
+    found = {}
+    for node in prepared.graph.nodes:
+        if _kind(node, prepared) == "point":
+            found[str(node.target)] = tuple(dict.fromkeys(_layers_behind(node, prepared)))
+    return found
+
+
+def _layers_behind(node: fx.Node, prepared: fx.GraphModule) -> Iterator[str]:
+    for user in node.users:
+        kind = _kind(user, prepared)
+        if kind in _INTEGER_LAYERS:
+            yield str(user.target)
+        elif kind in ("maxpool", "shape"):
+            yield from _layers_behind(user, prepared)
+
+
 def _parents(name: str) -> Iterator[str]:
     pieces = name.split(".")
     return (".".join(pieces[:i]) for i in range(1, len(pieces)))
 
 
 def _why_float(module: nn.Module) -> str:
+    if getattr(module, "stays_float", False):
+        return "it is kept in floating point, as asked"
     if isinstance(module, nn.MultiheadAttention):
         return _PRODUCT
     if isinstance(module, nn.modules.batchnorm._BatchNorm):
@@ -151,6 +174,8 @@ def _trace(model: nn.Module) -> fx.GraphModule:
 def _kind(node: fx.Node, graph_module: fx.GraphModule) -> str:
     if node.op == "call_module":
         module = graph_module.get_submodule(str(node.target))
+        if getattr(module, "stays_float", False):
+            return "other"
         return "point" if isinstance(module, QPoint) else _KIND_OF.get(type(module), "other")
     kind = _KIND_OF.get(node.target, "other") if node.op in ("call_function", "call_method") else "other"
     return "other" if kind == "add" and not _is_tensor_add(node) else kind
@@ -223,13 +248,17 @@ def _tensors_to_quantize(graph_module: fx.GraphModule) -> list[fx.Node]:
 
     A convolution runs on integers in ONNX Runtime only when its result is quantized too, after the ReLU if there is
     one. Maximum pooling keeps its input's scale, so its result needs no point of its own.
+
+    A layer kept in floating point reads what was not rounded, where only such layers read it; ONNX Runtime then computes
+    the convolution before it in floating point, too.
     """
     readers = _integer_readers(graph_module)
     chosen: dict[fx.Node, None] = {}
     for node in graph_module.graph.nodes:
         kind = _kind(node, graph_module)
-        if kind == "conv" and node in readers:
-            chosen[_after_relu(node, graph_module)] = None
+        result = _after_relu(node, graph_module)
+        if kind == "conv" and node in readers and not _only_floats_read(result, graph_module):
+            chosen[result] = None
         if kind == "concat" and node in readers:
             chosen[node] = None
         read = any(user in readers for user in node.users)
@@ -238,6 +267,12 @@ def _tensors_to_quantize(graph_module: fx.GraphModule) -> list[fx.Node]:
         if read and makes_tensor and not passes_scale:
             chosen[node] = None
     return [node for node in graph_module.graph.nodes if node in chosen and not _only_feeds_output(node)]
+
+
+def _only_floats_read(node: fx.Node, graph_module: fx.GraphModule) -> bool:
+    """Whether layers that are kept in floating point, to be spared the rounding, are all that reads it."""
+    modules = [graph_module.get_submodule(str(user.target)) for user in node.users if user.op == "call_module"]
+    return len(modules) == len(node.users) and all(getattr(module, "stays_float", False) for module in modules)
 
 
 def _only_feeds_output(node: fx.Node) -> bool:

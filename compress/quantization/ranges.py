@@ -6,7 +6,6 @@ decimal that reads back as the same double, so the float32 is the same bit for b
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 from dataclasses import dataclass
@@ -15,12 +14,15 @@ from pathlib import Path
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
+from compress.engines.base import Flavour
 from compress.errors import QuantizationError
 from compress.files import write_tensors, write_text
+from compress.quantization.prepare import prepare
 
-_VERSION = 1
+_VERSION = 2
+_SAFE_BITS = 6
 RANGES_FILE, WEIGHTS_FILE = "quantization.json", "quantized.safetensors"
 
 
@@ -39,15 +41,27 @@ class ActivationGrid:
 
 @dataclass(frozen=True)
 class WeightGrid:
-    """One scale per output channel; codes from -`highest` to `highest`."""
+    """One scale per output channel; codes from -`highest` to `highest`, at most 127."""
 
     scales: tuple[float, ...]
     highest: int
+    bits: int
+    """That the codes carry; some quantizers leave codes out (DoReFa's are odd, binary ones are never 0)."""
 
     def codes(self, weight: Tensor) -> Tensor:
         """The integers of a float weight, int8, same shape; channels are the first dimension."""
         scale = torch.tensor(self.scales, dtype=torch.float32).reshape(-1, *[1] * (weight.dim() - 1))
         return torch.round(torch.clamp(weight.detach() / scale, -self.highest, self.highest)).to(torch.int8)
+
+    def in_container(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """(codes int8, scales float32 [channels]) that a file stores: the same values, on a finer scale below 7 bits.
+
+        Runtimes round a bias to whole multiples of input scale times weight scale; of a coarse grid that would be a
+        large part of an output code. The finer scale is smaller by a power of two, so that nothing else is rounded, and the
+        codes stay within 63, where 8-bit kernels without a dot product cannot overflow.
+        """
+        factor = 2 ** max(0, _SAFE_BITS - self.highest.bit_length())
+        return self.codes(weight) * factor, torch.tensor(self.scales, dtype=torch.float32) / factor
 
     def dequantized(self, weight: Tensor) -> Tensor:
         """The float weight moved onto the grid."""
@@ -61,8 +75,11 @@ class Ranges:
 
     weight_bits: int
     activation_bits: int
+    """Of layers without bits of their own."""
     activations: dict[str, ActivationGrid]
     weights: dict[str, WeightGrid]
+    stays_float: tuple[str, ...] = ()
+    """Layers that were kept out of quantization."""
 
     def __post_init__(self) -> None:
         for name, activation in self.activations.items():
@@ -74,17 +91,34 @@ class Ranges:
     @property
     def label(self) -> str:
         """How a file on these grids is called; fewer than 8 bits have no kernels of their own."""
-        if self.weight_bits == self.activation_bits == 8:
+        if self.weight_bits == self.activation_bits == 8 and not self._odd_layers:
             return "int8"
-        return f"{self.weight_bits}-bit weights and {self.activation_bits}-bit activations in int8 containers"
+        general = f"{self.weight_bits}-bit weights and {self.activation_bits}-bit activations in int8 containers"
+        odd = ", ".join(f"{name} {bits}" for name, bits in self._odd_layers.items())
+        return f"{general}, except the weights of {odd}" if odd else general
+
+    @property
+    def _odd_layers(self) -> dict[str, str]:
+        """Layers with other weight bits than the general ones, and what they have."""
+        odd = {name: f"({grid.bits} bits)" for name, grid in self.weights.items() if grid.bits != self.weight_bits}
+        return odd | dict.fromkeys(self.stays_float, "(float)")
+
+    @property
+    def flavours(self) -> tuple[Flavour, ...]:
+        """Those that can hold the grids: TensorRT reads int8 with zero at code 0, so no code above 127."""
+        fits = all(-128 <= grid.lowest and grid.highest <= 127 for grid in self.activations.values())
+        return ("tensorrt", "onnxruntime") if fits else ("onnxruntime",)
 
     def to_json(self) -> str:
         activations = {name: [g.scale, g.lowest, g.highest] for name, g in self.activations.items()}
-        weights = {name: {"highest": g.highest, "scales": list(g.scales)} for name, g in self.weights.items()}
+        weights = {
+            name: {"bits": g.bits, "highest": g.highest, "scales": list(g.scales)} for name, g in self.weights.items()
+        }
         document = {
             "version": _VERSION,
             "weight_bits": self.weight_bits,
             "activation_bits": self.activation_bits,
+            "stays_float": list(self.stays_float),
             "activations": activations,
             "weights": weights,
         }
@@ -100,9 +134,11 @@ class Ranges:
             return cls(
                 weight_bits=int(document["weight_bits"]),
                 activation_bits=int(document["activation_bits"]),
+                stays_float=tuple(str(name) for name in document["stays_float"]),
                 activations={name: ActivationGrid(float(s), int(low), int(high))
                              for name, (s, low, high) in document["activations"].items()},
-                weights={name: WeightGrid(tuple(float(s) for s in grid["scales"]), int(grid["highest"]))
+                weights={name: WeightGrid(tuple(float(s) for s in grid["scales"]), int(grid["highest"]),
+                                          int(grid["bits"]))
                          for name, grid in document["weights"].items()},
             )  # fmt: skip
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -127,14 +163,14 @@ def save(quantized: Quantized, folder: Path) -> tuple[Path, Path]:
     return ranges, weights
 
 
-def restore(prepared: fx.GraphModule, folder: Path) -> Quantized:
-    """What `save` wrote, for the graph that `prepare` makes of the same model; NNI is not needed.
+def restore(model: nn.Module, folder: Path) -> Quantized:
+    """What `save` wrote, for the float model that was quantized; NNI is not needed.
 
     Raises `QuantizationError` when the files are missing, damaged or belong to another model.
     """
-    model = copy.deepcopy(prepared)
     try:
         ranges = Ranges.from_json((folder / RANGES_FILE).read_text(encoding="utf-8"))
+        model = prepare(model, stays_float=frozenset(ranges.stays_float))
         model.load_state_dict(safetensors.torch.load_file(folder / WEIGHTS_FILE))
     except (OSError, UnicodeDecodeError, SafetensorError, RuntimeError) as error:
         raise QuantizationError(f"{folder} has no readable quantized model ({error}); quantize it again.") from error

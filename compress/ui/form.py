@@ -14,6 +14,7 @@ import gradio as gr
 from gradio.components import Component
 
 from compress.errors import CompressError
+from compress.quantizers import QUANTIZERS
 from compress.request import FULL_PRECISION, HALF_PRECISION, QUANTIZED_BITS, Request
 
 INTEGERS, HALF, FULL = "integers", "half", "full"
@@ -44,15 +45,29 @@ SECTIONS = {
         "label_smoothing",
         "augment",
     ),
-    "Quantization": ("activation_bits", "qat_epochs", "qat_learning_rate", "calibration_images"),
+    "Quantization": (
+        "quantizer",
+        "activation_bits",
+        "first_last_bits",
+        "layer_bits",
+        "max_quantization_loss",
+        "quantization_config_list",
+        "qat_epochs",
+        "qat_learning_rate",
+        "calibration",
+        "calibration_images",
+    ),
     "Measuring": ("runtime", "batch_size", "threads", "seed"),
 }
 """Fields that are folded away, by heading."""
-SET_BY_MAIN_FIELDS = ("model", "checkpoint", "data", "sparsity", "quantizer", "weight_bits")
+SET_BY_MAIN_FIELDS = ("model", "checkpoint", "data", "sparsity", "weight_bits")
 SAME = "same as the weights"
 PLACEHOLDERS = {
     "layer_sparsity": "layer1.0.conv1=0.3",
     "max_layer_sparsity": "no limit",
+    "max_quantization_loss": "no limit",
+    "quantization_config_list": '[{"op_types": ["Conv2d"], "target_names": ["_input_", "weight"], "quant_dtype": "int8"}]',
+    "layer_bits": "layer1=4 conv1=4/8 fc=32",
     "config_list": '[{"op_types": ["Conv2d"], "sparse_ratio": 0.5}]',
 }
 
@@ -113,7 +128,7 @@ def main_fields(models: tuple[str, ...]) -> dict[str, Component]:
             [("Integers", INTEGERS), ("16-bit floats", HALF), ("32-bit floats", FULL)], value=INTEGERS, label="Numbers"
         )
         fields["bits"] = gr.Slider(
-            min(QUANTIZED_BITS),
+            1,
             max(QUANTIZED_BITS),
             value=8,
             step=1,
@@ -169,7 +184,7 @@ def _bits(values: Mapping[str, Any]) -> dict[str, Any]:
     if values["arithmetic"] == INTEGERS:
         bits = int(values["bits"])
         activation = bits if values["activation_bits"] in (None, SAME) else int(values["activation_bits"])
-        return {"quantizer": "qat", "weight_bits": bits, "activation_bits": activation}
+        return {"quantizer": values["quantizer"], "weight_bits": bits, "activation_bits": activation}
     width = HALF_PRECISION if values["arithmetic"] == HALF else FULL_PRECISION
     return {"quantizer": "none", "weight_bits": width, "activation_bits": width}
 
@@ -180,6 +195,9 @@ def _component(name: str) -> Component:
     label, info = _label(name), (field.description or "").replace("`", "")
     if name == "class_map":
         return gr.File(label="Class map (.json)", file_types=[".json"], height=130)
+    if name == "quantizer":
+        choices = [(quantizer.title, quantizer.name) for quantizer in QUANTIZERS.values()]
+        return gr.Dropdown(choices, value=field.default, label=label, info=info)
     if name == "activation_bits":
         return gr.Dropdown(
             [SAME, *map(str, QUANTIZED_BITS)],

@@ -222,6 +222,13 @@ def verdict(report: Report) -> str:
     )
 
 
+def findings(report: Report) -> str:
+    """Where most was lost, whether int8 pays on each runtime, and runtimes that answer the same file differently."""
+    apart = [check.text for check in report.cross_checks if not check.agrees]
+    items = [report.loss.text, *(row.text for row in report.worth), *apart]
+    return f'<ul class="soft">{"".join(f"<li>{escape(text)}</li>" for text in items)}</ul>'
+
+
 def _tile(value: str, name: str, how: str, *, bad: bool = False) -> str:
     kind = ' class="bad"' if bad else ""
     return f"<li{kind}><b>{escape(value)}</b><span>{escape(name)}</span><small>{escape(how)}</small></li>"
