@@ -33,12 +33,14 @@ jobs_cli = typer.Typer(
     no_args_is_help=True, add_completion=False, help="Runs that were submitted to the web app's queue."
 )
 cli.add_typer(jobs_cli, name="jobs")
+engine_cli = typer.Typer(no_args_is_help=True, add_completion=False, help="TensorRT engines of finished runs.")
+cli.add_typer(engine_cli, name="engine")
 
 Json = Annotated[bool, typer.Option("--json", help="Print the machine-readable form.")]
 RunFolder = Annotated[Path, typer.Argument(help="Folder of a run.", show_default=False)]
 JobId = Annotated[str, typer.Argument(help="Id of a run, as `jobs list` prints it.", show_default=False)]
 CANCELLED, FAILED, MISUSED = 143, 1, 2
-REPEATABLE = ("exclude", "layer_sparsity", "layer_bits")
+REPEATABLE = ("exclude", "layer_sparsity", "layer_bits", "engine_targets")
 """Options that may be given several times."""
 
 
@@ -209,6 +211,41 @@ def verify(folder: RunFolder, as_json: Json = False) -> None:
         typer.echo("\n".join(problems) or f"{folder} verifies: every file and every hand-off.")
     if problems:
         raise typer.Exit(FAILED)
+
+
+@engine_cli.command("check")
+def engine_check(
+    file: Annotated[Path, typer.Argument(help="An engine; its passport stands beside it.", show_default=False)],
+    as_json: Json = False,
+) -> None:
+    """Whether an engine can run on this machine, and why not; nothing of it is loaded."""
+    from compress import engine_files
+
+    problems = engine_files.check(file)
+    if as_json:
+        typer.echo(json.dumps({"engine": str(file), "can_run": not problems, "problems": problems}))
+    else:
+        typer.echo("\n".join([f"{file} cannot run here.", *problems] if problems else [f"{file} can run here."]))
+    if problems:
+        raise typer.Exit(FAILED)
+
+
+@engine_cli.command("build")
+def engine_build(
+    file: Annotated[Path, typer.Argument(help="An ONNX file of a finished run.", show_default=False)],
+    runtime: Annotated[str, typer.Option(help="tensorrt or tensorrt-rtx.")] = "tensorrt",
+    batch_size: Annotated[int, typer.Option(min=1, max=1024, help="Images per call that it is tuned for.")] = 8,
+    max_batch: Annotated[int, typer.Option(min=1, max=1024, help="Largest number of images per call.")] = 32,
+    target: Annotated[
+        list[str] | None, typer.Option(help="GPU architecture such as SM89, several times; none is any.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """An engine for this machine's version and GPU beside the ONNX file, compared with it where it can run."""
+    from compress import engine_files
+
+    built = engine_files.build(file, runtime, batch_size=batch_size, max_batch=max_batch, targets=tuple(target or ()))
+    typer.echo(json.dumps(built.passport, indent=1) if as_json else f"{built.path}\n{built.text}")
 
 
 @jobs_cli.command("list")

@@ -10,7 +10,7 @@ from plotly.offline import get_plotlyjs
 
 from compress import charts
 from compress.report import Report
-from compress.request import FINE_GRAINED_PRUNER
+from compress.request_rules import FINE_GRAINED_PRUNER
 from compress.tables import tables
 
 CHART_TITLES = {

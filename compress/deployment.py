@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from compress import evaluation, handoffs, ledger, onnx_export, quantization, stages
-from compress.engines import RUNTIMES, BuildSpec, Runtime, Session
+from compress.engines import RUNTIMES, BuildSpec, Built, Precision, Runtime, Session
 from compress.engines.onnxruntime import recorder
 from compress.errors import HandoffError
 from compress.files import atomic, write_text
@@ -24,7 +24,7 @@ from compress.sources import Source
 Facts = dict[str, Any]
 
 NO_FLAVOUR = (
-    "it reads 8-bit integers whose zero is code 0, and the learnt offsets need others; take lsq, or lsq-plus with at most 7 "
+    "TensorRT reads 8-bit integers whose zero is code 0, and the learnt offsets need others; take lsq, or lsq-plus with at most 7 "
     "activation bits."
 )
 COMPARED_IMAGES = 256
@@ -71,60 +71,104 @@ def export(work: Run, source: Source) -> Facts:
 
 
 def build_engines(work: Run, source: Source) -> Facts:
-    """An engine for every runtime that has its tools here, from the last variant; compared where it can run."""
-    variants = work.facts("export")["variants"]
-    last = list(variants)[-1]
+    """An engine for every runtime that has its tools here, from the last variant; compared where it can run.
+
+    Where engines run, the earlier variants get one too: a gain is measured against something.
+    """
+    variants = list(work.facts("export")["variants"])
+    last = variants[-1]
     images = _compared_images(source)
     flavours = _flavours(work, source, last)
-    references = {flavour: _reference_logits(work, source, last, images, flavour) for flavour in flavours}
+    reference = cache(partial(_reference_logits, work, source, images=images))
     engines, rows, files, parents, agreeing, notes = [], [], [], {}, [], []
-    for number, runtime in enumerate(RUNTIMES.values()):
-        if reason := runtime.missing():
-            notes.append(f"{runtime.name} was left out: {reason}")
-            continue
-        if runtime.flavour not in flavours:
-            notes.append(f"{runtime.name} was left out: {NO_FLAVOUR}")
-            continue
-        work.progress("build", number / len(RUNTIMES), runtime.name)
-        onnx_path = file_for(work, last, runtime)
-        spec = BuildSpec(
-            source.preprocessing.input_size,
-            min(work.request.batch_size, 8),
-            work.request.batch_size,
-            work.request.threads,
-        )
-        built = runtime.build(onnx_path, work.artifacts / f"{onnx_path.stem}.{runtime.name}.engine", spec)
-        if built.path:
-            files += [f"artifacts/{built.path.name}", f"artifacts/{built.path.name}.json"]
-            parents |= dict.fromkeys(files[-2:], f"artifacts/{onnx_path.name}")
-        layers = built.passport.get("layers", [])
-        if runtime.runs_here:
-            row, layers = _compare_running(
-                work, runtime, built.path or onnx_path, last, references[runtime.flavour], images
+    present, absent = _present(flavours)
+    for number, runtime in enumerate(present):
+        for variant in variants if runtime.ahead_of_time and runtime.runs_here else [last]:
+            work.progress("build", number / len(present), f"{runtime.name}, {variant}")
+            onnx_path = file_for(work, variant, runtime)
+            expected = reference(variant, flavour=runtime.flavour) if runtime.runs_here else None
+            try:
+                built, row, layers = _built(work, source, runtime, onnx_path, variant, expected, images)
+            except HandoffError as error:
+                notes.append(_refused(work, runtime, error))
+                break
+            if built.path:
+                files += [f"artifacts/{built.path.name}", f"artifacts/{built.path.name}.json"]
+                parents |= dict.fromkeys(files[-2:], f"artifacts/{onnx_path.name}")
+            if row:
+                rows.append(row)
+                if not row["passed"]:
+                    notes.append(_disagreement(work, runtime, row))
+                elif variant == last:
+                    agreeing.append(runtime.name)
+            engines.append(
+                {
+                    "runtime": runtime.name,
+                    "variant": variant,
+                    "file": built.path.name if built.path else onnx_path.name,
+                    "ran": built.ran,
+                    "text": built.text,
+                    "layer_precisions": dict(Counter(layer["precision"] for layer in layers)),
+                }
             )
-            rows.append(row)
-            if row["passed"]:
-                agreeing.append(runtime.name)
-            else:
-                notes.append(_disagreement(work, runtime, row))
-        engines.append(
-            {
-                "runtime": runtime.name,
-                "variant": last,
-                "file": built.path.name if built.path else onnx_path.name,
-                "ran": built.ran,
-                "text": built.text,
-                "layer_precisions": dict(Counter(layer["precision"] for layer in layers)),
-            }
-        )
     return {
         "engines": engines,
         "handoffs": rows,
         "files": files,
         "parents": parents,
         "agreeing": agreeing,
-        "notes": notes,
+        "notes": absent + notes,
     }
+
+
+def _built(
+    work: Run,
+    source: Source,
+    runtime: Runtime,
+    onnx_path: Path,
+    variant: str,
+    expected: np.ndarray | None,
+    images: Sequence[Tensor],
+) -> tuple[Built, Facts | None, list[Facts]]:
+    """What was built, its hand-off from the torch model's answers `expected` if it runs here, and its layers."""
+    engine_path = work.artifacts / f"{onnx_path.stem}.{runtime.name}.engine"
+    built = runtime.build(onnx_path, engine_path, spec_for(work, source, min(work.request.batch_size, 8)))
+    if expected is None:
+        return built, None, built.passport.get("layers", [])
+    return built, *_compare_running(work, runtime, built.path or onnx_path, variant, expected, images)
+
+
+def _present(flavours: Sequence[quantization.Flavour]) -> tuple[list[Runtime], list[str]]:
+    """The runtimes that have their tools here and a file to build, and a note for each reason why others have not."""
+    reasons: dict[str, list[str]] = {}
+    present = []
+    for runtime in RUNTIMES.values():
+        reason = runtime.missing() or (None if runtime.flavour in flavours else NO_FLAVOUR)
+        if reason is None:
+            present.append(runtime)
+        else:
+            reasons.setdefault(reason, []).append(runtime.name)
+    return present, [f"Left out: {', '.join(names)}. {reason}" for reason, names in reasons.items()]
+
+
+def _refused(work: Run, runtime: Runtime, error: HandoffError) -> str:
+    """Ends the run when this runtime, or an engine for it, was asked for; otherwise a note."""
+    if work.request.runtime == runtime.name or (work.request.engine_targets and runtime.name == "tensorrt-rtx"):
+        raise error
+    return f"{runtime.name} was left out: {error}"
+
+
+def spec_for(work: Run, source: Source, batch_size: int, precision: Precision = "fp32") -> BuildSpec:
+    """How a runtime loads a file of this run for `batch_size` images a call."""
+    return BuildSpec(
+        source.preprocessing.input_size,
+        batch_size,
+        max(batch_size, work.request.batch_size),
+        work.request.threads,
+        precision,
+        hint=work.request.runtime_hint,
+        targets=work.request.engine_targets,
+    )
 
 
 # ---- comparing ----------------------------------------------------------------------------------------------------
@@ -206,10 +250,16 @@ def _compare_file(path: Path, source: Source, images: Sequence[Tensor]) -> np.nd
 def _compare_running(
     work: Run, runtime: Runtime, path: Path, variant: str, expected: np.ndarray, images: Sequence[Tensor]
 ) -> tuple[Facts, list[Facts]]:
-    size = images[0].shape[-1]
-    with runtime.load(
-        path, BuildSpec(size, len(images[0]), work.request.batch_size, torch.get_num_threads())
-    ) as session:
+    if runtime.ahead_of_time and len(images[0]) > work.request.batch_size:  # the engine takes no larger batch
+        images = [part for batch in images for part in batch.split(work.request.batch_size)]
+    spec = BuildSpec(
+        images[0].shape[-1],
+        len(images[0]),
+        work.request.batch_size,
+        torch.get_num_threads(),
+        hint=work.request.runtime_hint,
+    )
+    with runtime.load(path, spec) as session:
         got = evaluation.logits(partial(padded, session, len(images[0])), images)
         layers = [{"precision": kernel.precision} for kernel in session.kernels()]
     row = handoffs.judge(variant, f"{path.name} on {runtime.name}", expected, got)

@@ -10,7 +10,18 @@ from pathlib import Path
 from compress.report import Environment
 
 INT8_FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_bf16", "amx_int8")
-PACKAGES = ("torch", "torchvision", "nni", "onnx", "onnxruntime", "openvino", "tensorrt", "tensorrt-rtx", "numpy")
+PACKAGES = (
+    "torch",
+    "torchvision",
+    "nni",
+    "onnx",
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "openvino",
+    "tensorrt",
+    "tensorrt-rtx",
+    "numpy",
+)
 
 
 DOT_PRODUCT = {"avx512_vnni", "avx_vnni", "amx_int8", "asimddp"}

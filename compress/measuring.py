@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from compress import benchmark, ledger, worth
-from compress.deployment import file_for, padded
+from compress.deployment import file_for, padded, spec_for
 from compress.engines import RUNTIMES, BuildSpec, Precision, Runtime, Session
 from compress.runs import Run
 from compress.sources import Source
@@ -67,22 +67,20 @@ class _Contender:
     is_last: bool
 
     def load(self, work: Run, source: Source, batch_size: int) -> Session:
-        return self.runtime.load(
-            self.path,
-            BuildSpec(source.preprocessing.input_size, batch_size, batch_size, work.request.threads, self.precision),
-        )
+        return self.runtime.load(self.path, spec_for(work, source, batch_size, self.precision))
 
 
 def _contenders(work: Run) -> list[_Contender]:
+    """Every variant through every runtime that runs here and took the last variant."""
     variants = list(work.facts("export")["variants"])
-    here = [runtime for runtime in RUNTIMES.values() if runtime.runs_here]
+    built = {(row["runtime"], row["variant"]): row["file"] for row in work.facts("build")["engines"]}
+    here = [r for r in RUNTIMES.values() if r.runs_here and (r.name, variants[-1]) in built]
     found = []
     for variant in variants:
         precision: Precision = {"quantized": "int8", "half": "fp16"}.get(variant, "fp32")
         for runtime in here:
             path = file_for(work, variant, runtime)
-            engine = work.artifacts / f"{path.stem}.{runtime.name}.engine"
-            loads = engine if engine.exists() else path
+            loads = work.artifacts / built[runtime.name, variant] if runtime.ahead_of_time else path
             found.append(_Contender(variant, runtime, path, loads, precision, variant == variants[-1]))
     if work.request.quantizes:  # what int8 has to beat: the same structure in 16-bit floats
         for runtime in here:

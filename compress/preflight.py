@@ -16,9 +16,14 @@ from compress.sources import Source, open_source
 
 
 def require_runtime(request: Request) -> None:
-    """Raises `RuntimeUnavailableError` when the runtime asked for cannot even be built for here."""
+    """Raises `RuntimeUnavailableError` when the runtime asked for cannot even be built for here.
+
+    And `RequestError` for a GPU architecture that the installed TensorRT for RTX does not compile for.
+    """
     if request.runtime != "auto" and (reason := RUNTIMES[request.runtime].missing()):
         raise RuntimeUnavailableError(f"runtime: got {request.runtime!r}, which is not available here. {reason}")
+    if request.engine_targets:
+        RUNTIMES["tensorrt-rtx"].check_targets(request.engine_targets)
 
 
 def require_plan(request: Request, source: Source) -> None:

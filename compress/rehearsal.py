@@ -130,7 +130,13 @@ def _exported(
 def _build(request: Request, source: Source, runtime: Runtime, path: Path, found: Rehearsal) -> None:
     """A runtime that refuses the file is a problem when it was asked for; with `auto` another one is taken."""
     precision = "int8" if request.quantizes else "fp16" if request.half_precision else "fp32"
-    spec = BuildSpec(source.preprocessing.input_size, threads=request.threads, precision=precision)
+    spec = BuildSpec(
+        source.preprocessing.input_size,
+        threads=request.threads,
+        precision=precision,
+        hint=request.runtime_hint,
+        targets=request.engine_targets,
+    )
     try:
         built = runtime.build(path, path.with_name(f"{path.stem}.{runtime.name}.engine"), spec)
         kernels = [Kernel(**row) for row in built.passport.get("layers", [])]
@@ -139,7 +145,7 @@ def _build(request: Request, source: Source, runtime: Runtime, path: Path, found
                 kernels = list(session.kernels())
     except CompressError as error:
         found.runtimes[runtime.name] = str(error)
-        if request.runtime == runtime.name:
+        if request.runtime == runtime.name or (request.engine_targets and runtime.name == "tensorrt-rtx"):
             found.problems.append(str(error))
         return
     integers = sum(kernel.precision == "int8" for kernel in kernels)

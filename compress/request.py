@@ -14,8 +14,15 @@ from typing import Any, get_args
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from compress.errors import RequestError
-from compress.quantizers import QUANTIZERS
+from compress.request_rules import (
+    FINE_GRAINED_PRUNER,
+    FULL_PRECISION,
+    HALF_PRECISION,
+    allowed,
+    refuse_contradictions,
+)
 from compress.request_values import (
+    Architecture,
     ConfigList,
     EstimatorName,
     LayerBits,
@@ -25,15 +32,11 @@ from compress.request_values import (
     QuantizerName,
     QuantizerNames,
     RankingName,
+    RuntimeHint,
     RuntimeName,
 )
 
 SEARCHING_PRUNERS = ("simulated-annealing", "auto-compress", "amc")
-FINE_GRAINED_PRUNER = "level"
-_PLAN_FIELDS = ("sparsity", "exclude", "layer_sparsity", "ranking", "max_layer_sparsity", "config_list")
-_BIT_FIELDS = ("weight_bits", "activation_bits", "first_last_bits", "layer_bits")
-QUANTIZED_BITS = range(2, 9)
-HALF_PRECISION, FULL_PRECISION = 16, 32
 
 
 def _field(default: Any, help: str, allowed: str, **limits: Any) -> Any:
@@ -267,11 +270,23 @@ class Request(BaseModel):
     runtime: RuntimeName = _field(
         "auto",
         "where the result will run; `auto` takes the fastest measured here",
-        "one of auto, onnxruntime, openvino, tensorrt, tensorrt-rtx",
+        f"one of {', '.join(get_args(RuntimeName))}",
     )
     batch_size: int = _field(32, "batch size measured beside batch 1", "a whole number from 1 to 1024", ge=1, le=1024)
     threads: int = _field(
         1, "CPU threads of the runtimes while measuring", "a whole number from 1 to 256", ge=1, le=256
+    )
+    runtime_hint: RuntimeHint = _field(
+        "latency",
+        "what OpenVINO is tuned for: `latency` of one batch, or `throughput`, with the images of a batch as requests side "
+        "by side; the other runtimes have no such choice",
+        "one of latency, throughput",
+    )
+    engine_targets: tuple[Architecture, ...] = _field(
+        (),
+        "GPU architectures that TensorRT for RTX compiles for ahead of time, such as `SM86` and `SM89`; none is any that "
+        "it supports",
+        "GPU architectures such as SM86 and SM89",
     )
     # ---- the run ----------------------------------------------------------------------------------------------
     seed: int = _field(0, "seed of every random choice", "a whole number from 0 to 4294967295", ge=0, le=2**32 - 1)
@@ -281,74 +296,7 @@ class Request(BaseModel):
             super().__init__(**values)
         except ValidationError as error:
             raise _first_refusal(error, values) from None
-        self._refuse_contradictions()
-
-    def _refuse_contradictions(self) -> None:
-        self._refuse_impossible_bits()
-        if self.std is not None and min(self.std) <= 0:
-            raise RequestError("std", self.std, _allowed("std"))
-        if (self.mean is None) != (self.std is None):
-            given, missing = ("mean", "std") if self.std is None else ("std", "mean")
-            raise RequestError(
-                missing, None, f"three numbers, because {given} was given and both belong to one normalisation"
-            )
-        self._refuse_contradictory_plan()
-        if self.pruner == "none" and not self.quantizes and self.weight_bits == FULL_PRECISION:
-            raise RequestError("quantizer", self.quantizer, "something to do: choose a pruner, a quantizer, or 16 bits")
-
-    def _refuse_impossible_bits(self) -> None:
-        for name in ("weight_bits", "activation_bits"):
-            taken, words = tuple(QUANTIZED_BITS), "a whole number from 2 to 8"
-            if self.quantizer != "none":
-                taken = getattr(QUANTIZERS[self.quantizer], name)
-                numbers = f"a whole number from {taken[0]} to {taken[-1]}" if len(taken) > 1 else str(taken[0])
-                words = f"{numbers} with {self.quantizer}"
-            if getattr(self, name) not in (*taken, HALF_PRECISION, FULL_PRECISION):
-                raise RequestError(name, getattr(self, name), f"{words}, or 16, or 32")
-        wide = {HALF_PRECISION, FULL_PRECISION} & {self.weight_bits, self.activation_bits}
-        if wide and self.weight_bits != self.activation_bits:
-            raise RequestError(
-                "activation_bits",
-                self.activation_bits,
-                f"{max(wide)} as well, because weight_bits and activation_bits of 16 or 32 go together",
-            )
-        if self.first_last_bits not in (*QUANTIZED_BITS, FULL_PRECISION):
-            raise RequestError("first_last_bits", self.first_last_bits, _allowed("first_last_bits"))
-        for name in ("layer_bits", "quantization_config_list", "max_quantization_loss"):
-            if getattr(self, name) not in (None, {}) and not self.quantizes:
-                raise RequestError(name, getattr(self, name), "nothing, because nothing is quantized")
-        changed = [n for n in _BIT_FIELDS if getattr(self, n) != type(self).model_fields[n].default]
-        if self.quantization_config_list is not None and changed:
-            raise RequestError(
-                changed[0], getattr(self, changed[0]), "nothing, because quantization_config_list is given and says it"
-            )
-        binary = next((name for name, bits in self.layer_bits.items() if bits.startswith("1")), None)
-        if binary and self.quantizer != "bnn":
-            raise RequestError("layer_bits", {binary: self.layer_bits[binary]}, "2 to 8 bits: 1 is for quantizer bnn")
-
-    def _refuse_contradictory_plan(self) -> None:
-        changed = {name for name in _PLAN_FIELDS if getattr(self, name) != type(self).model_fields[name].default}
-        if self.config_list is not None and changed - {"config_list"}:
-            name = next(name for name in _PLAN_FIELDS if name in changed)
-            raise RequestError(
-                name, getattr(self, name), "nothing, because config_list is given and says what is removed where"
-            )
-        if self.pruner == "none" and changed - {"sparsity"}:
-            name = next(name for name in _PLAN_FIELDS[1:] if name in changed)
-            raise RequestError(name, getattr(self, name), "nothing, because the pruner is none: choose a pruner")
-        if self.pruner == FINE_GRAINED_PRUNER and changed - {"sparsity", "exclude"}:
-            name = next(name for name in _PLAN_FIELDS[2:] if name in changed)
-            raise RequestError(
-                name, getattr(self, name), "nothing, because level treats the layers alike: take another"
-            )
-        if self.max_layer_sparsity is not None and self.ranking != "global":
-            raise RequestError(
-                "max_layer_sparsity", self.max_layer_sparsity, "nothing, because it limits global ranking: ask for that"
-            )
-        if self.max_layer_sparsity is not None and self.max_layer_sparsity < self.sparsity:
-            raise RequestError(
-                "max_layer_sparsity", self.max_layer_sparsity, f"at least the sparsity, which is {self.sparsity:g}"
-            )
+        refuse_contradictions(self)
 
     @property
     def prunes(self) -> bool:
@@ -393,12 +341,6 @@ class Request(BaseModel):
             raise RequestError("request", str(path), f"a readable JSON file ({error})") from None
 
 
-def _allowed(name: str) -> str:
-    extra = Request.model_fields[name].json_schema_extra
-    assert isinstance(extra, dict), f"field {name} has no text for refusals"
-    return str(extra["allowed"])
-
-
 def _first_refusal(error: ValidationError, values: dict[str, Any]) -> RequestError:
     first = error.errors(include_url=False, include_context=False)[0]
     name = str(first["loc"][0]) if first["loc"] else "request"
@@ -406,9 +348,9 @@ def _first_refusal(error: ValidationError, values: dict[str, Any]) -> RequestErr
         reason = (
             "because this one searches a ratio for each layer and belongs to the target search, which is not there yet"
         )
-        return RequestError(name, values["pruner"], f"{_allowed(name)}, {reason}")
+        return RequestError(name, values["pruner"], f"{allowed(Request, name)}, {reason}")
     if name in Request.model_fields:
-        return RequestError(name, values.get(name), _allowed(name))
+        return RequestError(name, values.get(name), allowed(Request, name))
     close = get_close_matches(name, Request.model_fields, n=1)
     hint = f"; did you mean {close[0]}?" if close else "; `python -m compress run --help` lists the fields"
     return RequestError(name, values.get(name), f"no field of this name{hint}")

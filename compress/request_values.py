@@ -10,7 +10,10 @@ from pydantic import AfterValidator, BeforeValidator, Field
 
 from compress.quantizers import FORMER_NAMES
 
-RuntimeName = Literal["auto", "onnxruntime", "openvino", "tensorrt", "tensorrt-rtx"]
+RuntimeName = Literal[
+    "auto", "onnxruntime", "openvino", "onnxruntime-cuda", "onnxruntime-tensorrt", "tensorrt", "tensorrt-rtx"
+]
+RuntimeHint = Literal["latency", "throughput"]
 PrunerName = Literal[
     "l1-norm",
     "l2-norm",
@@ -62,6 +65,7 @@ def _bits(value: str) -> str:
     return value
 
 
+Architecture = Annotated[str, Field(pattern=r"^SM\d{2,3}$")]
 Ratio = Annotated[float, Field(ge=0, lt=1)]
 LayerRatios = Annotated[dict[str, Ratio], BeforeValidator(pairs_from_text)]
 Bits = Annotated[str, BeforeValidator(lambda v: str(v) if type(v) is int else v), AfterValidator(_bits)]

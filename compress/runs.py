@@ -181,10 +181,7 @@ def verify(folder: Path) -> list[str]:
         raise RunError(
             f"{folder} holds no finished run: {MANIFEST} is missing. Give the folder that `compress run` printed."
         )
-    try:
-        listed: dict[str, dict[str, Any]] = json.loads(manifest.read_text(encoding="utf-8"))["files"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise StorageError(f"{manifest} is damaged ({error}). The run has to be repeated.") from error
+    listed = _manifest(folder)
     problems = []
     for name, facts in listed.items():
         path = folder / name
@@ -199,6 +196,57 @@ def verify(folder: Path) -> list[str]:
     }
     problems += [f"{name} is not listed in the manifest" for name in sorted(found - set(listed))]
     return problems
+
+
+def manifest_sha256(path: Path) -> str | None:
+    """The hash that the manifest of the finished run around `path` lists for it; None when there is none.
+
+    Raises:
+        StorageError: the manifest is damaged.
+    """
+    folder = _folder_with(path, MANIFEST)
+    return folder and _manifest(folder).get(str(path.resolve().relative_to(folder)), {}).get("sha256")
+
+
+def recorded_sha256(path: Path) -> str | None:
+    """The same, and for a run under way the hash in the record of the stage that made the file."""
+    if recorded := manifest_sha256(path):
+        return recorded
+    if (folder := _folder_with(path, "stages/build.json")) is None:
+        return None
+    record = json.loads((folder / "stages" / "build.json").read_text(encoding="utf-8"))
+    return record["sha256"].get(str(path.resolve().relative_to(folder)))
+
+
+def add_to_manifest(paths: list[Path], parent: Path) -> None:
+    """Lists new files, made from `parent`, in the manifest of the finished run that holds `parent`."""
+    folder = _folder_with(parent, MANIFEST)
+    if folder is None:
+        raise RunError(f"{parent} belongs to no finished run: no {MANIFEST} lies above it.")
+    name = str(parent.resolve().relative_to(folder))
+    new = {
+        str(path.resolve().relative_to(folder)): {
+            "sha256": sha256(path),
+            "bytes": path.stat().st_size,
+            "parent": name,
+        }
+        for path in paths
+    }
+    files = dict(sorted((_manifest(folder) | new).items()))
+    write_text(folder / MANIFEST, json.dumps({"format": 1, "files": files}, indent=1) + "\n")
+
+
+def _folder_with(path: Path, name: str) -> Path | None:
+    """The nearest folder above `path` that holds `name`."""
+    return next((folder for folder in path.resolve().parents if (folder / name).is_file()), None)
+
+
+def _manifest(folder: Path) -> dict[str, dict[str, Any]]:
+    """The files that a finished run lists, by name. Raises `StorageError` when they cannot be read."""
+    try:
+        return json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise StorageError(f"{folder / MANIFEST} is damaged ({error}). The run has to be repeated.") from error
 
 
 def _belongs_to_manifest(relative: Path) -> bool:

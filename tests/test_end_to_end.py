@@ -76,6 +76,7 @@ def test_exactly_the_promised_files(run):
         "quantized.onnxruntime.onnx",
         "model.safetensors",
         "model.json",
+        "quantization.json",
         "infer.py",
         "quantized.tensorrt.tensorrt-rtx.engine",
         "quantized.tensorrt.tensorrt-rtx.engine.json",

@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
-import json
 import os
 import subprocess
 import sys
-import types
 from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 from onnx import numpy_helper
-from quantization_networks import SIZE, answers, calibrated, images, quantized_at, scratch_folder, trained
+from quantization_networks import SIZE, Mixed, answers, calibrated, images, quantized_at, scratch_folder, trained
 from torch import nn
 from torchvision import models
 
 from compress import machine
 from compress.engines import RUNTIMES, BuildSpec
-from compress.engines import tensorrt as tensorrt_engines
+from compress.engines import onnxruntime as onnxruntime_engine
+from compress.engines.base import LARGEST_SAFE_WEIGHT
 from compress.engines.openvino import without_overflow
 from compress.errors import HandoffError, RuntimeUnavailableError
 from compress.onnx_export import export, export_flavours
@@ -52,6 +51,7 @@ def test_integer_answers_agree_with_the_simulated_model(name):
         got, kernels = session.run(batch.numpy()), session.kernels()
         assert session.precision == "int8"
         assert bool(session.notes) == (not machine.has_int8_dot_product())
+        assert all("--weight-bits 7" in note for note in session.notes)
     assert (expected.argmax(1) == got.argmax(1)).mean() >= 0.98
     assert sum(kernel.precision == "int8" for kernel in kernels) == len(kernels) == LAYERS
 
@@ -143,113 +143,90 @@ def test_no_sum_of_products_overflows(name, tmp_path):
         assert np.abs(session.run(batch.numpy()) - expected).max() <= 0.03 * np.abs(expected).max()
 
 
-# ---- TensorRT -----------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", CPU_RUNTIMES)
+def test_weights_of_seven_bits_need_no_care(name, tmp_path, monkeypatch):
+    """They cannot overflow, so the fast kernels are used, and give the exact ones' answers bit for bit."""
+    assert 2 * 255 * LARGEST_SAFE_WEIGHT < 2**15 < 2 * 255 * (LARGEST_SAFE_WEIGHT + 1)
+    batch = images(16, seed=24)[0].numpy()
+    found, overflows_here = {}, not machine.has_int8_dot_product()
+    for bits in (7, 8):
+        path = tmp_path / f"{bits}.onnx"
+        quantized = quantized_at(Mixed().eval(), bits, 8, batches=[images(32, seed=2)[0]])
+        export_flavours(quantized, {RUNTIMES[name].flavour: path}, input_size=SIZE)
+        for dot_product in (False, True):
+            monkeypatch.setattr(machine, "has_int8_dot_product", lambda told=dot_product: told)
+            with RUNTIMES[name].load(path, BuildSpec(SIZE, batch_size=16)) as session:
+                found[bits, dot_product] = session.notes, session.run(batch)
+    assert found[7, False][0] == found[7, True][0] == found[8, True][0] == ()
+    assert np.array_equal(found[7, False][1], found[7, True][1])
+    if overflows_here:  # elsewhere ONNX Runtime knows that no care is needed
+        (note,) = found[8, False][0]
+        assert f"{LAYERS if name == 'onnxruntime' else 1} layer(s)" in note
 
 
-@pytest.mark.skipif(importlib.util.find_spec("tensorrt") is not None, reason="TensorRT is installed here")
-def test_what_is_missing_is_one_sentence():
-    runtime = RUNTIMES["tensorrt"]
-    assert runtime.missing() == (
-        "TensorRT is not installed: install the packages of requirements-gpu.txt on a host with an NVIDIA GPU, or use "
-        "the Docker image."
+def test_openvino_for_throughput_answers_alike_and_says_how_it_runs():
+    batch = images(5, seed=25)[0].numpy()
+    with RUNTIMES["openvino"].load(files()["fp32"], BuildSpec(SIZE, batch_size=5)) as session:
+        expected = session.run(batch)
+    spec = BuildSpec(SIZE, batch_size=5, threads=2, hint="throughput")
+    with RUNTIMES["openvino"].load(files()["fp32"], spec) as session:
+        assert str(session._compiled.get_property("PERFORMANCE_HINT")).endswith("THROUGHPUT")
+        assert "request(s) of one image run side by side" in session.notes[0] and session.precision == "fp32"
+        np.testing.assert_allclose(session.run(batch), expected, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(session.run(batch[:3]), expected[:3], rtol=1e-5, atol=1e-6)
+
+
+# ---- ONNX Runtime on a GPU, as far as a machine without one can tell ----------------------------------------------
+
+GPU_PROVIDERS = {"onnxruntime-cuda": "CUDAExecutionProvider", "onnxruntime-tensorrt": "TensorrtExecutionProvider"}
+
+
+@pytest.mark.parametrize("name", GPU_PROVIDERS)
+def test_a_provider_that_is_not_built_in_is_missing(name):
+    if GPU_PROVIDERS[name] in onnxruntime.get_available_providers():
+        pytest.skip("this ONNX Runtime has it")
+    assert RUNTIMES[name].missing() == (
+        f"The installed ONNX Runtime offers only {', '.join(onnxruntime.get_available_providers())}; on a host with an "
+        "NVIDIA GPU install onnxruntime-gpu in its place."
     )
-    assert not runtime.runs_here
-    with pytest.raises(RuntimeUnavailableError, match="TensorRT is not installed"):
-        runtime.build(files()["tensorrt"], files()["tensorrt"].with_suffix(".engine"), BuildSpec(SIZE))
+    assert not RUNTIMES[name].runs_here
+    with pytest.raises(RuntimeUnavailableError, match="install onnxruntime-gpu"):
+        RUNTIMES[name].load(files()["fp32"], BuildSpec(SIZE))
 
 
-def test_an_rtx_engine_is_built_without_a_gpu_and_labelled_so(tmp_path):
-    runtime, engine = RUNTIMES["tensorrt-rtx"], tmp_path / "model.engine"
-    assert runtime.missing() is None
-    built = runtime.build(files()["tensorrt"], engine, BuildSpec(SIZE, batch_size=4, max_batch=16))
-    passport = json.loads((tmp_path / "model.engine.json").read_text())
-    assert built.path == engine and built.passport == passport
-    assert passport["sha256"] == tensorrt_engines.sha256(engine) and passport["size_bytes"] == engine.stat().st_size
-    profile = passport["inputs"]["images"]["profile"]
-    assert [shape[0] for shape in (profile["min"], profile["opt"], profile["max"])] == [1, 4, 16]
-    assert (passport["integer_layers"], passport["candidate_layers"]) == (LAYERS, LAYERS)
-    assert {layer["name"] for layer in passport["layers"]} == set(calibrated().ranges.weights)
-    if not runtime.runs_here:
-        assert not built.ran and "built, not run" in built.text
-        with pytest.raises(RuntimeUnavailableError, match="NVIDIA"):
-            runtime.load(engine, BuildSpec(SIZE))
+@pytest.mark.filterwarnings("ignore:Specified provider")
+@pytest.mark.parametrize("name", GPU_PROVIDERS)
+def test_a_silent_fall_back_to_the_cpu_is_refused(name, monkeypatch):
+    """The library itself falls back here, with a warning at most."""
+    if GPU_PROVIDERS[name] in onnxruntime.get_available_providers():
+        pytest.skip("this ONNX Runtime has it")
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [*GPU_PROVIDERS.values()])
+    assert RUNTIMES[name].missing() is None
+    with pytest.raises(
+        HandoffError, match=f"asked for its {GPU_PROVIDERS[name]} and fell back to CPUExecutionProvider"
+    ):
+        RUNTIMES[name].load(files()["fp32"], BuildSpec(SIZE))
 
 
-def test_a_float_engine_has_no_integer_layers(tmp_path):
-    built = RUNTIMES["tensorrt-rtx"].build(files()["fp32"], tmp_path / "model.engine", BuildSpec(SIZE))
-    assert built.passport["integer_layers"] == 0 and built.passport["candidate_layers"] >= 8
-
-
-def test_the_wrong_flavour_is_refused_with_tensorrts_reason(tmp_path):
-    with pytest.raises(HandoffError, match="cannot read onnxruntime.onnx: .*"):
-        RUNTIMES["tensorrt-rtx"].build(files()["onnxruntime"], tmp_path / "model.engine", BuildSpec(SIZE))
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_an_engine_is_only_loaded_as_its_passport_describes_it(tmp_path):
-    engine = tmp_path / "model.engine"
-    engine.write_bytes(b"plan")
-    with pytest.raises(HandoffError, match="has no readable passport"):
-        tensorrt_engines._checked_passport(engine, "tensorrt")
-    passport = {"runtime": "tensorrt", "sha256": tensorrt_engines.sha256(engine)}
-    (tmp_path / "model.engine.json").write_text(json.dumps(passport))
-    assert tensorrt_engines._checked_passport(engine, "tensorrt") == passport
-    engine.write_bytes(b"another plan")
-    with pytest.raises(HandoffError, match="is not the file that its passport describes"):
-        tensorrt_engines._checked_passport(engine, "tensorrt")
-
-
-class Recorder:
-    """Stands for pycuda and TensorRT: writes down each call, and answers with what was prepared for it."""
-
-    def __init__(self, calls: list[str], prefix: str = "", **answers: object) -> None:
-        self._calls, self._prefix, self._answers = calls, prefix, answers
-
-    def __getattr__(self, name: str) -> object:
-        if name.startswith("_"):
-            raise AttributeError(name)
-
-        def call(*arguments: object) -> object:
-            self._calls.append(f"{self._prefix}{name}")
-            answer = self._answers.get(name, Recorder(self._calls, f"{self._prefix}{name}."))
-            return answer(*arguments) if isinstance(answer, types.FunctionType) else answer
-
-        return call
-
-    def __int__(self) -> int:
-        return 4096
-
-
-def test_a_tensorrt_session_copies_runs_and_waits_in_this_order(tmp_path, monkeypatch):
-    calls: list[str] = []
-    stream = types.SimpleNamespace(handle=7, synchronize=lambda: calls.append("synchronize"))
-    context = Recorder(calls, "context.")
-    cuda = Recorder(
-        calls,
-        "cuda.",
-        Device=lambda number: Recorder(calls, "device.", retain_primary_context=context),
-        pagelocked_empty=lambda shape, dtype: np.zeros(shape, dtype),
-        Stream=stream,
+def test_nodes_are_counted_by_the_provider_that_executes_them():
+    spec = BuildSpec(SIZE, batch_size=2)
+    nodes = onnxruntime_engine.nodes_by_provider(
+        files()["fp32"], onnxruntime_engine._options(spec), ["CPUExecutionProvider"], spec
     )
-    cuda.Context = Recorder(calls, "stack.")
-    execution = Recorder(calls, "run.", execute_async_v3=True)
-    engine = Recorder(calls, "engine.", get_tensor_shape=(-1, 6), create_execution_context=execution)
-    bindings = Recorder(calls, "trt.", Runtime=Recorder(calls, "runtime.", deserialize_cuda_engine=engine))
-    monkeypatch.setattr(tensorrt_engines, "_cuda", lambda: cuda)
-    plan = tmp_path / "model.engine"
-    plan.write_bytes(b"plan")
-    passport = {"layers": [{"name": "fc", "type": "gemm", "precision": "int8"}], "targets": []}
-    session = tensorrt_engines._TensorRTSession(bindings, None, plan, BuildSpec(SIZE, 2, 4), passport)
-    assert calls[-3:] == ["run.set_tensor_address", "run.set_tensor_address", "stack.pop"]
-    calls.clear()
-    assert session.run(np.zeros((3, 3, SIZE, SIZE), np.float32)).shape == (3, 6)
-    assert calls == [
-        "context.push", "run.set_input_shape", "cuda.memcpy_htod_async", "run.execute_async_v3",
-        "cuda.memcpy_dtoh_async", "synchronize", "stack.pop",
-    ]  # fmt: skip
-    with pytest.raises(HandoffError, match="5 images were given; this engine takes at most 4 at once"):
-        session.run(np.zeros((5, 3, SIZE, SIZE), np.float32))
-    assert session.precision == "int8"
-    calls.clear()
-    session.close()
-    assert calls[0] == "context.push" and calls[-2:] == ["stack.pop", "context.detach"]
+    assert set(nodes) == {"CPUExecutionProvider"} and nodes["CPUExecutionProvider"] >= LAYERS
+
+
+def test_options_of_the_gpu_providers_follow_the_file():
+    def options(file):
+        return onnxruntime_engine.gpu_providers(
+            "TensorrtExecutionProvider", BuildSpec(SIZE, 2, 8), onnx.load(files()[file])
+        )
+
+    assert [name for name, _ in options("fp32")] == ["TensorrtExecutionProvider", "CUDAExecutionProvider"]
+    (_, integers), (_, cuda) = options("tensorrt")
+    assert (integers["trt_int8_enable"], options("fp32")[0][1]["trt_int8_enable"]) == ("1", "0")
+    assert (integers["trt_profile_min_shapes"], integers["trt_profile_max_shapes"]) == (
+        f"images:1x3x{SIZE}x{SIZE}",
+        f"images:8x3x{SIZE}x{SIZE}",
+    )
+    assert cuda == {"use_tf32": "0"}

@@ -1,4 +1,4 @@
-"""`artifacts/infer.py` runs as it is, where neither torch nor this package can be imported."""
+"""`artifacts/infer.py` runs as it is, where numpy, Pillow and one runtime are installed and nothing else."""
 
 from __future__ import annotations
 
@@ -51,13 +51,32 @@ def folder(tmp_path_factory) -> Path:
     return made
 
 
-def run(folder: Path, tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    for name in ("torch", "torchvision", "nni", "compress", "onnx"):
-        (tmp_path / f"{name}.py").write_text("raise ImportError('blocked')\n")
+def run(
+    folder: Path, tmp_path: Path, *arguments: str, runtime: str = "onnxruntime"
+) -> subprocess.CompletedProcess[str]:
+    """In an interpreter that has numpy, Pillow, the one runtime and the standard library, and nothing else."""
+    packages = tmp_path / f"only-{runtime}"
+    packages.mkdir(exist_ok=True)
+    installed = Path(np.__file__).parents[1]
+    for name in ("numpy", "numpy.libs", "PIL", "pillow.libs", runtime):
+        if (installed / name).exists() and not (packages / name).exists():
+            (packages / name).symlink_to(installed / name)
     return subprocess.run(
-        [sys.executable, str(folder / "infer.py"), *arguments], capture_output=True, text=True, timeout=120,
-        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        [sys.executable, "-S", str(folder / "infer.py"), *arguments, "--runtime", runtime], capture_output=True,
+        text=True, timeout=120, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(packages)},
     )  # fmt: skip
+
+
+def test_the_interpreter_of_these_tests_is_as_bare_as_it_is_meant_to_be(folder, tmp_path):
+    run(folder, tmp_path, "no.png")
+    program = (
+        "import importlib.util as u; print([n for n in ('numpy', 'onnxruntime', 'torch', 'onnx') if u.find_spec(n)])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", program], capture_output=True, text=True, cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path / "only-onnxruntime")},
+    )  # fmt: skip
+    assert done.stdout.strip() == "['numpy', 'onnxruntime']"
 
 
 @pytest.mark.parametrize("file", [None, "pruned.onnx"])
@@ -75,10 +94,10 @@ def test_it_answers_what_the_runtime_answers(folder, tmp_path, file):
 
 def test_openvino_answers_alike_and_refuses_where_it_would_overflow(folder, tmp_path):
     photo = str(folder / "photo.png")
-    done = run(folder, tmp_path, photo, "--runtime", "openvino", "--file", str(folder / "pruned.onnx"))
+    done = run(folder, tmp_path, photo, "--file", str(folder / "pruned.onnx"), runtime="openvino")
     assert done.returncode == 0, done.stderr
     assert done.stdout == run(folder, tmp_path, photo, "--file", str(folder / "pruned.onnx")).stdout
-    done = run(folder, tmp_path, photo, "--runtime", "openvino")
+    done = run(folder, tmp_path, photo, runtime="openvino")
     if machine.has_int8_dot_product():
         assert done.returncode == 0, done.stderr
     else:

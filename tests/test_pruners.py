@@ -36,7 +36,8 @@ from compress.pruning import (
 )
 from compress.pruning.nni_config import config_list
 from compress.pruning.plan import Group, Plan
-from compress.request import FINE_GRAINED_PRUNER, SEARCHING_PRUNERS, PrunerName
+from compress.request import SEARCHING_PRUNERS, PrunerName
+from compress.request_rules import FINE_GRAINED_PRUNER
 
 torch.set_num_threads(1)
 

@@ -27,7 +27,8 @@ from compress.request import Request
         ),
         (
             {"runtime": "coreml"},
-            "runtime: got 'coreml', expected one of auto, onnxruntime, openvino, tensorrt, tensorrt-rtx.",
+            "runtime: got 'coreml', expected one of auto, onnxruntime, openvino, onnxruntime-cuda, onnxruntime-tensorrt, "
+            "tensorrt, tensorrt-rtx.",
         ),
         ({"sparsty": 0.5}, "sparsty: got 0.5, expected no field of this name; did you mean sparsity?"),
         ({"mean": (0.5, 0.5, 0.5)}, "std: got None, expected three numbers, because mean was given"),
@@ -69,6 +70,11 @@ from compress.request import Request
         (
             {"pruner": "level", "ranking": "global"},
             "ranking: got 'global', expected nothing, because level treats the layers alike: take another.",
+        ),
+        ({"engine_targets": ["8.6"]}, "engine_targets: got ['8.6'], expected GPU architectures such as SM86 and SM89."),
+        (
+            {"runtime": "onnxruntime", "runtime_hint": "throughput"},
+            "runtime_hint: got 'throughput', expected latency, because onnxruntime has no such choice.",
         ),
         ({"seed": -1}, "seed: got -1, expected a whole number from 0 to 4294967295."),
     ],

@@ -7,14 +7,22 @@ with runtime.load(path, BuildSpec(input_size=224, threads=1)) as session:
 
 from __future__ import annotations
 
-from compress.engines.base import BuildSpec, Built, Kernel, Precision, Runtime, Session
-from compress.engines.onnxruntime import OnnxRuntime
+from compress.engines.base import BuildSpec, Built, Hint, Kernel, Precision, Runtime, Session
+from compress.engines.onnxruntime import OnnxRuntime, OnnxRuntimeCuda, OnnxRuntimeTensorRT
 from compress.engines.openvino import OpenVino
 from compress.engines.tensorrt import TensorRT, TensorRTForRTX
 
-__all__ = ["RUNTIMES", "BuildSpec", "Built", "Kernel", "Precision", "Runtime", "Session"]
+__all__ = ["RUNTIMES", "BuildSpec", "Built", "Hint", "Kernel", "Precision", "Runtime", "Session"]
 
 RUNTIMES: dict[str, Runtime] = {
-    runtime.name: runtime for runtime in (OnnxRuntime(), OpenVino(), TensorRT(), TensorRTForRTX())
+    runtime.name: runtime
+    for runtime in (
+        OnnxRuntime(),
+        OpenVino(),
+        OnnxRuntimeCuda(),
+        OnnxRuntimeTensorRT(),
+        TensorRT(),
+        TensorRTForRTX(),
+    )
 }
 """In the order in which they are listed and measured."""

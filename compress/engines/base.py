@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,11 +11,16 @@ from typing import Any, Literal, Self
 
 import numpy as np
 
-from compress.errors import HandoffError
+from compress.errors import HandoffError, RuntimeUnavailableError
 
 Precision = Literal["fp32", "bf16", "fp16", "int8"]
 Flavour = Literal["tensorrt", "onnxruntime"]
 """The two Q/DQ conventions of a quantized ONNX file; see `compress.quantization.flavours`."""
+Hint = Literal["latency", "throughput"]
+"""One batch as soon as possible, or the most images per second with several requests under way."""
+LARGEST_SAFE_WEIGHT = 64
+"""Kernels without an int8 dot product add two products of unsigned and signed bytes in 16 bits: 2 * 255 * 64 = 32640
+fits, 2 * 255 * 65 does not."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +39,10 @@ class BuildSpec:
     """Of the arithmetic that is not on integers. `fp32` is really fp32; `int8` leaves the choice to the runtime."""
     static: bool = True
     """Compile for exactly `batch_size` where that makes the runtime faster."""
+    hint: Hint = "latency"
+    """For OpenVINO; the other runtimes have no such choice."""
+    targets: tuple[str, ...] = ()
+    """GPU architectures that TensorRT for RTX compiles for, such as `SM89`; none is any that it supports."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +109,8 @@ class Runtime(ABC):
     title: str
     flavour: Flavour
     """The Q/DQ convention that it executes fastest."""
+    ahead_of_time: bool = False
+    """Loads an engine that `build` made, never the ONNX file itself."""
 
     @abstractmethod
     def missing(self) -> str | None:
@@ -121,6 +133,50 @@ class Runtime(ABC):
     @abstractmethod
     def load(self, path: Path, spec: BuildSpec) -> Session:
         """Load an ONNX file, or the engine that `build` made of it."""
+
+    def check_targets(self, targets: tuple[str, ...]) -> None:  # noqa: B027 - most runtimes have nothing to check
+        """Raises `RequestError` for a GPU architecture that it cannot compile for ahead of time, listing what it offers."""
+
+    def unfit(self, passport: dict[str, Any]) -> list[str]:
+        """Why this machine cannot run the engine of this passport; empty when it can. Loads nothing of the engine."""
+        return [f"{self.title} loads ONNX files, not engines."]
+
+
+class OnnxLoader(Runtime):
+    """A runtime that loads ONNX files as they are; building is a trial of loading."""
+
+    module: str
+    """Name of its package, for the import and for pip."""
+    how_loaded: str
+    """End of the sentence for a user: `<title> loads <file> <how_loaded>.`"""
+
+    def missing(self) -> str | None:
+        return None if installed(self.module) else _not_installed(self.title, self.module)
+
+    @property
+    def runs_here(self) -> bool:
+        return self.missing() is None
+
+    def build(self, onnx_path: Path, engine_path: Path, spec: BuildSpec) -> Built:
+        with self.load(onnx_path, spec):
+            return Built(path=None, ran=True, text=f"{self.title} loads {onnx_path.name} {self.how_loaded}.")
+
+    def load(self, path: Path, spec: BuildSpec) -> Session:
+        if reason := self.missing():
+            raise RuntimeUnavailableError(reason)
+        return self._open(path, spec)
+
+    @abstractmethod
+    def _open(self, path: Path, spec: BuildSpec) -> Session:
+        """Raises `HandoffError` with the runtime's reason when it refuses the file."""
+
+
+def installed(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None
+
+
+def _not_installed(title: str, package: str) -> str:
+    return f"{title} is not installed; install it with `pip install {package}`."
 
 
 def check_images(images: np.ndarray, spec: BuildSpec, fixed_batch: int | None) -> np.ndarray:

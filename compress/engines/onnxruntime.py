@@ -1,11 +1,12 @@
-"""ONNX Runtime on the CPU. The only file that imports onnxruntime."""
+"""ONNX Runtime on the CPU and, through its execution providers, on a GPU. The only file that imports onnxruntime."""
 
 from __future__ import annotations
 
-import importlib.util
+import json
 import re
 import tempfile
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,18 @@ import numpy as np
 import onnx
 
 from compress import machine
-from compress.engines.base import BuildSpec, Built, Kernel, Runtime, Session, check_images, precision_of
-from compress.errors import HandoffError, RuntimeUnavailableError
+from compress.engines.base import (
+    BuildSpec,
+    Flavour,
+    Kernel,
+    OnnxLoader,
+    Session,
+    check_images,
+    precision_of,
+)
+from compress.errors import HandoffError
 
+_CPU, _CUDA, _TENSORRT = "CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"
 _INTEGER_KERNELS = frozenset(
     {"QLinearConv", "ConvInteger", "QGemm", "QLinearMatMul", "MatMulIntegerToFloat", "DynamicQuantizeMatMul"}
 )
@@ -28,46 +38,62 @@ _NORM_SUFFIX = "_bn_nchwc"
 _ONLY_ERRORS = 3
 _DISABLED = ["WeightBiasQuantization"]
 """It rounds biases that a file holds as floats, and quantizes weights of layers that stay float, on grids of its own."""
-EXACT_NOTE = (
-    "This CPU has no int8 dot product: ONNX Runtime was told to use its exact 8-bit kernels "
-    "(session.x64quantprecision), because its fast ones overflow here."
+UNREADABLE_NOTE = (
+    "ONNX Runtime does not say in which precision its TensorRT provider executes a layer; build with tensorrt for that."
 )
 
 
-class OnnxRuntime(Runtime):
+class OnnxRuntime(OnnxLoader):
     """Loads ONNX files as they are; nothing is built ahead of time."""
 
-    name, title, flavour = "onnxruntime", "ONNX Runtime", "onnxruntime"
+    name, title = "onnxruntime", "ONNX Runtime"
+    flavour: Flavour = "onnxruntime"
+    module, how_loaded = "onnxruntime", "as it is"
+    provider = _CPU
 
+    def _open(self, path: Path, spec: BuildSpec) -> Session:
+        return _OnnxRuntimeSession(path, spec) if self.provider == _CPU else _GpuSession(path, spec, self.provider)
+
+
+class _OnnxRuntimeOnGpu(OnnxRuntime):
     def missing(self) -> str | None:
-        if importlib.util.find_spec("onnxruntime") is None:
-            return "ONNX Runtime is not installed; install it with `pip install onnxruntime`."
-        return None
+        if reason := super().missing():
+            return reason
+        import onnxruntime
 
-    @property
-    def runs_here(self) -> bool:
-        return self.missing() is None
+        available = onnxruntime.get_available_providers()
+        if self.provider in available:
+            return None
+        return (
+            f"The installed ONNX Runtime offers only {', '.join(available)}; on a host with an NVIDIA GPU install "
+            "onnxruntime-gpu in its place."
+        )
 
-    def build(self, onnx_path: Path, engine_path: Path, spec: BuildSpec) -> Built:
-        with self.load(onnx_path, spec):
-            return Built(path=None, ran=True, text=f"{self.title} loads {onnx_path.name} as it is.")
 
-    def load(self, path: Path, spec: BuildSpec) -> Session:
-        if reason := self.missing():
-            raise RuntimeUnavailableError(reason)
-        return _OnnxRuntimeSession(path, spec)
+class OnnxRuntimeCuda(_OnnxRuntimeOnGpu):
+    """Quantized files run there in floating point between their Q/DQ pairs; the kernels read back say so."""
+
+    name, title = "onnxruntime-cuda", "ONNX Runtime on CUDA"
+    provider = _CUDA
+
+
+class OnnxRuntimeTensorRT(_OnnxRuntimeOnGpu):
+    """TensorRT inside ONNX Runtime: the engine is built while the file is loaded, and not kept."""
+
+    name, title = "onnxruntime-tensorrt", "ONNX Runtime on TensorRT"
+    flavour: Flavour = "tensorrt"
+    provider = _TENSORRT
 
 
 class _OnnxRuntimeSession(Session):
     def __init__(self, path: Path, spec: BuildSpec) -> None:
-        self._path, self._spec = path, spec
-        self._session: Any = _open(path, _options(spec))
-        graph = _optimized(path, spec)
-        self._kernels = _read_kernels(graph)
+        self._spec = spec
+        self._session: Any = _load(path, _options(spec))
+        graph = _optimized(path, _options(spec))
+        self._kernels, widened = _read_kernels(graph), _widened(graph)
         self.conversions = sum(node.op_type in _CONVERSIONS for node in graph.node)
         self.precision = precision_of(self._kernels, "fp32")
-        exact = self.precision == "int8" and not machine.has_int8_dot_product()
-        self.notes = (EXACT_NOTE,) if exact else ()
+        self.notes = (_widened_note(widened),) if widened else ()
 
     def run(self, images: np.ndarray) -> np.ndarray:
         return self._session.run(None, {"images": check_images(images, self._spec, None)})[0]
@@ -77,6 +103,61 @@ class _OnnxRuntimeSession(Session):
 
     def close(self) -> None:
         self._session = None
+
+
+class _GpuSession(_OnnxRuntimeSession):
+    """ONNX Runtime falls back to the CPU in silence, whole or node by node: here it is refused or told."""
+
+    def __init__(self, path: Path, spec: BuildSpec, provider: str) -> None:
+        self._spec = spec
+        providers = gpu_providers(provider, spec, _read(path))
+        self._session = _load(path, _options(spec), providers)
+        if (used := self._session.get_providers())[0] != provider:
+            raise HandoffError(
+                f"ONNX Runtime was asked for its {provider} and fell back to {used[0]}; see its log for the CUDA or "
+                "TensorRT library that is missing, or choose onnxruntime."
+            )
+        nodes = nodes_by_provider(path, _options(spec), providers, spec)
+        if not nodes[provider]:
+            raise HandoffError(f"The {provider} of ONNX Runtime executes no node of {path.name}; choose onnxruntime.")
+        elsewhere = {name: count for name, count in nodes.items() if name != provider}
+        notes = [f"{count} node(s) run on {name} instead of {provider}." for name, count in elsewhere.items()]
+        if provider == _TENSORRT:
+            self._kernels, self.precision = (), "not reported"
+            notes.append(UNREADABLE_NOTE)
+        else:
+            self._kernels = _read_kernels(_optimized(path, _options(spec), providers))
+            self.precision = precision_of(self._kernels, "fp32")
+        self.notes = tuple(notes)
+
+
+def gpu_providers(provider: str, spec: BuildSpec, model: onnx.ModelProto) -> list[tuple[str, dict[str, str]]]:
+    """Providers in order of preference with their options: real fp32, and TensorRT for every batch up to the largest."""
+    cuda = (_CUDA, {"use_tf32": "0"})
+    if provider == _CUDA:
+        return [cuda]
+    image = f"3x{spec.input_size}x{spec.input_size}"
+    quantized = any(node.op_type == "QuantizeLinear" for node in model.graph.node)
+    half = any(tensor.data_type == onnx.TensorProto.FLOAT16 for tensor in model.graph.initializer)
+    options = {
+        "trt_profile_min_shapes": f"images:1x{image}",
+        "trt_profile_opt_shapes": f"images:{spec.batch_size}x{image}",
+        "trt_profile_max_shapes": f"images:{max(spec.max_batch, spec.batch_size)}x{image}",
+        "trt_int8_enable": str(int(quantized)),
+        "trt_fp16_enable": str(int(half)),
+    }
+    return [(_TENSORRT, options), cuda]
+
+
+def nodes_by_provider(path: Path, options: Any, providers: list[Any], spec: BuildSpec) -> Counter[str]:
+    """How many nodes each execution provider executes: one profiled run, because nothing else tells."""
+    with tempfile.TemporaryDirectory() as folder:
+        options.enable_profiling, options.profile_file_prefix = True, str(Path(folder) / "profile")
+        session = _load(path, options, providers)
+        session.run(None, {"images": np.zeros((spec.batch_size, 3, spec.input_size, spec.input_size), np.float32)})
+        events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
+    executed = {event["name"]: event["args"]["provider"] for event in events if event.get("args", {}).get("provider")}
+    return Counter(executed.values())
 
 
 def recorder(path: Path, nodes: Mapping[str, str], threads: int) -> Callable[[np.ndarray], dict[str, np.ndarray]]:
@@ -102,7 +183,7 @@ def recorder(path: Path, nodes: Mapping[str, str], threads: int) -> Callable[[np
     options = _options(BuildSpec(input_size=0, threads=threads))
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
-    session = _open(path, options, model.SerializeToString())
+    session = _load(path, options, content=model.SerializeToString())
     return lambda images: dict(zip(found, session.run(list(found.values()), {"images": images}), strict=True))
 
 
@@ -117,28 +198,41 @@ def _options(spec: BuildSpec) -> Any:
     return options
 
 
-def _open(path: Path, options: Any, content: bytes | None = None) -> Any:
+def _load(path: Path, options: Any, providers: Sequence[Any] = (_CPU,), content: bytes | None = None) -> Any:
     """A session of the file, or of `content` made from it."""
     import onnxruntime
 
     onnxruntime.disable_telemetry_events()
     try:
         return onnxruntime.InferenceSession(
-            content or str(path), options, providers=["CPUExecutionProvider"], disabled_optimizers=_DISABLED
+            content or str(path), options, providers=list(providers), disabled_optimizers=_DISABLED
         )
     except Exception as error:  # noqa: BLE001 - every status of the library is an exception class of its own
         raise HandoffError(f"ONNX Runtime cannot load {path.name}: {error}") from error
 
 
-def _optimized(path: Path, spec: BuildSpec) -> onnx.GraphProto:
+def _read(path: Path) -> onnx.ModelProto:
+    try:
+        return onnx.load(path, load_external_data=False)
+    except Exception as error:  # noqa: BLE001 - protobuf's decoding error differs from version to version
+        raise HandoffError(f"{path.name} is not an ONNX file: {error}") from error
+
+
+def _optimized(path: Path, options: Any, providers: Sequence[Any] = (_CPU,)) -> onnx.GraphProto:
     """The graph as it is executed: load once more, with the optimized graph written to a file."""
-    options = _options(spec)
     with tempfile.TemporaryDirectory() as folder:
         written = Path(folder) / "optimized.onnx"
         options.optimized_model_filepath = str(written)
         options.add_session_config_entry("session.optimized_model_external_initializers_file_name", "weights.bin")
-        _open(path, options)
+        _load(path, options, providers)
         return onnx.load(written, load_external_data=False).graph
+
+
+def _widened(graph: onnx.GraphProto) -> int:
+    """How many layers got unsigned weights, whose products are added in 32 bits."""
+    unsigned = {tensor.name for tensor in graph.initializer if tensor.data_type == onnx.TensorProto.UINT8}
+    layers = (node for node in graph.node if node.op_type in _INTEGER_KERNELS)
+    return sum(not unsigned.isdisjoint(node.input[3:4]) for node in layers)
 
 
 def _read_kernels(graph: onnx.GraphProto) -> tuple[Kernel, ...]:
@@ -154,6 +248,14 @@ def _read_kernels(graph: onnx.GraphProto) -> tuple[Kernel, ...]:
         elif node.op_type in _FLOAT_KERNELS and (data_type := _weight_type(node, constants, makers)):
             found.append(Kernel(name, node.op_type, _PRECISION.get(data_type, "fp32")))
     return tuple(found)
+
+
+def _widened_note(layers: int) -> str:
+    return (
+        f"This CPU has no int8 dot product: ONNX Runtime runs {layers} layer(s) on its exact 8-bit kernels "
+        "(session.x64quantprecision), because its fast ones overflow with weights beyond 64. With --weight-bits 7 all run "
+        "on the fast ones, exactly."
+    )
 
 
 def _weight_type(node: onnx.NodeProto, constants: dict[str, int], makers: dict[str, onnx.NodeProto]) -> int | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -14,64 +13,65 @@ from google.protobuf.message import DecodeError
 from onnx import numpy_helper
 
 from compress import machine
-from compress.engines.base import BuildSpec, Built, Kernel, Precision, Runtime, Session, check_images, precision_of
-from compress.errors import HandoffError, RuntimeUnavailableError
+from compress.engines.base import (
+    LARGEST_SAFE_WEIGHT,
+    BuildSpec,
+    Flavour,
+    Kernel,
+    OnnxLoader,
+    Precision,
+    Session,
+    check_images,
+    precision_of,
+)
+from compress.errors import HandoffError
 
 _LAYERS = frozenset({"Convolution", "FullyConnected"})
 _PRECISION = {"f32": "fp32", "bf16": "bf16", "f16": "fp16", "i8": "int8", "u8": "int8"}
 _HINT = {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}
 _KEEP_CODES = frozenset({"MaxPool", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze"})
-_LARGEST_SAFE_WEIGHT = 63
-"""An AVX2 kernel adds two products of unsigned and signed bytes in 16 bits: 2 * 255 * 63 fits, 2 * 255 * 127 not."""
 
 
-class OpenVino(Runtime):
+class OpenVino(OnnxLoader):
     """Compiles the ONNX file while it loads it; static shapes unless asked otherwise.
 
     It gets the `onnxruntime` flavour: measured on AVX2, that one fuses the residual additions into the convolutions
     and stays closer to the trained model.
     """
 
-    name, title, flavour = "openvino", "OpenVINO", "onnxruntime"
-
-    def missing(self) -> str | None:
-        if importlib.util.find_spec("openvino") is None:
-            return "OpenVINO is not installed; install it with `pip install openvino`."
-        return None
-
-    @property
-    def runs_here(self) -> bool:
-        return self.missing() is None
+    name, title = "openvino", "OpenVINO"
+    flavour: Flavour = "onnxruntime"
+    module, how_loaded = "openvino", "and compiles it for the CPU it finds"
 
     @property
     def half_precision(self) -> Precision | None:
         offered = _import_openvino().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
         return "bf16" if "BF16" in offered else "fp16" if "FP16" in offered else None
 
-    def build(self, onnx_path: Path, engine_path: Path, spec: BuildSpec) -> Built:
-        with self.load(onnx_path, spec):
-            text = f"{self.title} loads {onnx_path.name} and compiles it for the CPU it finds."
-            return Built(path=None, ran=True, text=text)
-
-    def load(self, path: Path, spec: BuildSpec) -> Session:
-        if reason := self.missing():
-            raise RuntimeUnavailableError(reason)
-        return _OpenVinoSession(path, spec)
+    def _open(self, path: Path, spec: BuildSpec) -> Session:
+        return _ThroughputSession(path, spec) if spec.hint == "throughput" else _OpenVinoSession(path, spec)
 
 
 class _OpenVinoSession(Session):
     def __init__(self, path: Path, spec: BuildSpec) -> None:
         self._spec = spec
-        self._batch = spec.batch_size if spec.static else None
+        self._batch = self._compiled_batch()
         try:
-            self._compiled, narrowed = _compile(path, spec)
-            self._request = self._compiled.create_infer_request()
+            self._compiled, narrowed = _compile(path, spec, self._batch)
+            self._request = self._make_request()
         except (RuntimeError, DecodeError) as error:
             raise HandoffError(f"OpenVINO cannot compile {path.name}: {error}") from error
         self._kernels = _read_kernels(self._compiled)
         rest = self._compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
         self.precision = precision_of(self._kernels, _PRECISION.get(rest, rest))
         self.notes = (_narrowed_note(narrowed),) if narrowed else ()
+
+    def _compiled_batch(self) -> int | None:
+        """Images per request; None compiles for any number."""
+        return self._spec.batch_size if self._spec.static else None
+
+    def _make_request(self) -> Any:
+        return self._compiled.create_infer_request()
 
     def run(self, images: np.ndarray) -> np.ndarray:
         images = check_images(images, self._spec, self._batch)
@@ -84,6 +84,31 @@ class _OpenVinoSession(Session):
         self._request = self._compiled = None
 
 
+class _ThroughputSession(_OpenVinoSession):
+    """Every image is a request of its own, and as many run side by side as OpenVINO finds best for the threads."""
+
+    def __init__(self, path: Path, spec: BuildSpec) -> None:
+        super().__init__(path, spec)
+        self.notes += (f"Compiled for throughput: {len(self._request)} request(s) of one image run side by side.",)
+
+    def _compiled_batch(self) -> int | None:
+        return 1
+
+    def _make_request(self) -> Any:
+        return _import_openvino().AsyncInferQueue(self._compiled)
+
+    def run(self, images: np.ndarray) -> np.ndarray:
+        images = check_images(images, self._spec, None)
+        answers: dict[int, np.ndarray] = {}
+        self._request.set_callback(
+            lambda request, index: answers.__setitem__(index, request.get_output_tensor(0).data.copy())
+        )
+        for index in range(len(images)):
+            self._request.start_async({0: images[index : index + 1]}, userdata=index, share_inputs=True)
+        self._request.wait_all()
+        return np.concatenate([answers[index] for index in range(len(images))])
+
+
 def _import_openvino() -> ModuleType:
     """Import OpenVINO without its telemetry, which otherwise writes an identifier into the home folder on import."""
     if "openvino" not in sys.modules:
@@ -93,7 +118,8 @@ def _import_openvino() -> ModuleType:
     return openvino
 
 
-def _compile(path: Path, spec: BuildSpec) -> tuple[Any, list[str]]:
+def _compile(path: Path, spec: BuildSpec, batch: int | None) -> tuple[Any, list[str]]:
+    """The model for `batch` images a call (None: any number), and the layers that got narrow weights."""
     openvino = _import_openvino()
     core = openvino.Core()
     narrowed: list[str] = []
@@ -102,9 +128,9 @@ def _compile(path: Path, spec: BuildSpec) -> tuple[Any, list[str]]:
     else:
         content, narrowed = without_overflow(path)
         model = core.read_model(content) if narrowed else core.read_model(str(path))
-    if spec.static:
-        model.reshape([spec.batch_size, 3, spec.input_size, spec.input_size])
-    settings: dict[str, Any] = {"INFERENCE_NUM_THREADS": spec.threads, "PERFORMANCE_HINT": "LATENCY"}
+    if batch is not None:
+        model.reshape([batch, 3, spec.input_size, spec.input_size])
+    settings: dict[str, Any] = {"INFERENCE_NUM_THREADS": spec.threads, "PERFORMANCE_HINT": spec.hint.upper()}
     if spec.precision in _HINT:
         settings["INFERENCE_PRECISION_HINT"] = _HINT[spec.precision]
     return core.compile_model(model, "CPU", settings), narrowed
@@ -141,7 +167,7 @@ def without_overflow(path: Path) -> tuple[bytes, list[str]]:
             continue
         signed = numpy_helper.to_array(constants[data.input[2]]).any()
         codes = numpy_helper.to_array(constants[weight.input[0]])
-        if signed and np.abs(codes.astype(np.int16)).max() > _LARGEST_SAFE_WEIGHT:
+        if signed and np.abs(codes.astype(np.int16)).max() > LARGEST_SAFE_WEIGHT:
             _halve(constants, weight)
             narrowed[weight.input[0]] = node.name
     return (model.SerializeToString(), list(narrowed.values())) if narrowed else (b"", [])
@@ -164,5 +190,5 @@ def _halve(constants: dict[str, onnx.TensorProto], weight: onnx.NodeProto) -> No
 def _narrowed_note(layers: list[str]) -> str:
     return (
         f"This CPU has no int8 dot product: OpenVINO got 7-bit weights for the {len(layers)} layer(s) that read signed "
-        "values, because its 8-bit kernels overflow here."
+        "values, because its 8-bit kernels overflow here; --weight-bits 7 trains the model on such weights."
     )

@@ -15,7 +15,8 @@ from gradio.components import Component
 
 from compress.errors import CompressError
 from compress.quantizers import QUANTIZERS
-from compress.request import FULL_PRECISION, HALF_PRECISION, QUANTIZED_BITS, Request
+from compress.request import Request
+from compress.request_rules import FULL_PRECISION, HALF_PRECISION, QUANTIZED_BITS
 
 INTEGERS, HALF, FULL = "integers", "half", "full"
 UPLOAD = "upload"
@@ -57,7 +58,7 @@ SECTIONS = {
         "calibration",
         "calibration_images",
     ),
-    "Measuring": ("runtime", "batch_size", "threads", "seed"),
+    "Measuring": ("runtime", "runtime_hint", "engine_targets", "batch_size", "threads", "seed"),
 }
 """Fields that are folded away, by heading."""
 SET_BY_MAIN_FIELDS = ("model", "checkpoint", "data", "sparsity", "weight_bits")
@@ -65,6 +66,7 @@ SAME = "same as the weights"
 PLACEHOLDERS = {
     "layer_sparsity": "layer1.0.conv1=0.3",
     "max_layer_sparsity": "no limit",
+    "engine_targets": "SM86 SM89",
     "max_quantization_loss": "no limit",
     "quantization_config_list": '[{"op_types": ["Conv2d"], "target_names": ["_input_", "weight"], "quant_dtype": "int8"}]',
     "layer_bits": "layer1=4 conv1=4/8 fc=32",
