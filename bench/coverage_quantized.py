@@ -81,7 +81,8 @@ def _runtime_facts(name: str, paths: dict[Any, Path], wanted: dict[Any, np.ndarr
             return _kernel_facts(tuple(Kernel(**layer) for layer in built.passport["layers"]))
         with runtime.load(path, BuildSpec(size, BATCH, BATCH)) as session:
             got = _answers(session.run, images)
-            return _agreement(wanted[runtime.flavour], got) | _kernel_facts(session.kernels())
+            notes = {"notes": list(session.notes)} if session.notes else {}
+            return _agreement(wanted[runtime.flavour], got) | _kernel_facts(session.kernels()) | notes
     except CompressError as error:
         return {"error": str(error)}
 

@@ -113,7 +113,7 @@ def _quantized(rows: list[Row]) -> list[str]:
         "images, with the root mean square of the logits' difference relative to the largest; a file passes with "
         f"{QUANTIZED_RULE}. The other columns: layers that run on integers, of all convolutions and fully connected "
         "layers, as the runtime itself says; for OpenVINO, which rounds in other places, also its agreement. *Right*: "
-        "answers of the float and of the fake-quantized model that are right.",
+        "answers of the float and of the fake-quantized model that are right." + _narrowed(rows),
         "",
         "| model | right | TensorRT file | ONNX Runtime file | "
         + " | ".join(_TITLES.values())
@@ -175,6 +175,13 @@ def _legend(rows: list[Row]) -> list[str]:
             kinds = reasons.setdefault(reason, [])
             kinds += [kind] if kind not in kinds else []
     return [f"- {', '.join(sorted(kinds))}: {reason}." for reason, kinds in reasons.items()]
+
+
+def _narrowed(rows: list[Row]) -> str:
+    narrowed = any("notes" in row["quantized"].get("runtimes", {}).get("openvino", {}) for row in rows)
+    if not narrowed:
+        return ""
+    return " This was measured on a CPU without int8 dot product, where OpenVINO gets 7-bit weights for signed inputs."
 
 
 def _in_a_cell(text: str) -> str:

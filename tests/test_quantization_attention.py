@@ -81,12 +81,37 @@ def test_each_projection_reads_a_point():
             assert str(node.args[0].target) in points
 
 
-def test_a_layer_that_sees_no_image_stays_float_and_says_so():
+def test_what_is_the_same_for_every_image_is_computed_once():
     build, layer, _ = FAMILIES["swin_v2"]
-    prepared = prepare(randomised(build()))
-    left = {one["layer"]: one["reason"] for one in left_float(prepared)}
-    assert "the same for every image" in left[f"{layer}.cpb_mlp.0"]
-    assert not any("cpb_mlp" in name for name in quantized_layers(prepared))
+    model = randomised(build())
+    prepared = prepare(model)
+    parameters = dict(prepared.named_parameters())
+    assert not any("cpb_mlp" in name for name in parameters)
+    biases = [value for name, value in parameters.items() if name.startswith(f"{layer}.constant_mul")]
+    assert len(biases) == 1 and torch.equal(biases[0], model.get_submodule(layer).get_relative_position_bias())
+    assert biases[0].requires_grad
+    assert not any(one["layer"].startswith(f"{layer}.") for one in left_float(prepared))
+
+
+def test_a_constant_of_a_module_without_weights_belongs_to_the_model():
+    class Position(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x + torch.linspace(0, 1, 8)
+
+    class Positions(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale, self.position, self.head = nn.Parameter(torch.ones(8)), Position(), nn.Linear(8, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.position(x) * self.scale.exp())
+
+    model = Positions()
+    prepared = prepare(model)
+    assert torch.equal(prepared.constant_exp, model.scale.detach().exp()) and "scale" not in prepared.state_dict()
+    rows = torch.randn(4, 8)
+    with torch.no_grad():
+        assert torch.allclose(prepared(rows), model(rows), atol=1e-6)
 
 
 def test_learned_constants_are_listed_by_name():

@@ -83,6 +83,15 @@ def test_only_a_quantized_concatenation_shares_its_scale():
     assert {point.scale_group for point in dense} == {""}
 
 
+def test_what_only_moves_integers_keeps_their_scale():
+    prepared = prepare(build("shufflenet_v2_x0_5"))
+    points = quantization_points(prepared)
+    moved = [node for node in prepared.graph.nodes if str(node.target) in points and "getitem" in str(node.target)]
+    joined = [point for name, point in points.items() if name.startswith("q_cat")]
+    assert len(moved) == 26 and len({point.scale_group for point in joined}) == 3
+    assert {points[str(node.target)].scale_group for node in moved} <= {point.scale_group for point in joined}
+
+
 class WithAttention(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -46,25 +46,53 @@ def trace(model: nn.Module) -> fx.GraphModule:
     for name, module in graph_module.named_modules():
         if _has_projections(module) and f"{name}.in_proj" not in called:
             del module.in_proj
-    return graph_module
-
-
-def computed_from_images(graph_module: fx.GraphModule) -> set[fx.Node]:
-    """The nodes whose result is another for other images."""
-    found: set[fx.Node] = set()
-    for node in graph_module.graph.nodes:
-        if node.op == "placeholder" or not found.isdisjoint(node.all_input_nodes):
-            found.add(node)
-    return found
+    _fold_constants(graph_module)
+    return fx.GraphModule(graph_module, graph_module.graph, type(model).__name__)  # without what is no longer used
 
 
 def products(graph_module: fx.GraphModule) -> dict[str, str]:
     """Name and type of each module that multiplies activations with each other; of the operation outside of any."""
-    images, found = computed_from_images(graph_module), {}
+    images, found = _computed_from_images(graph_module), {}
     for node in graph_module.graph.nodes:
         if node.target in _PRODUCTS and len(images.intersection(node.all_input_nodes)) > 1:
             *_, (name, kind) = [(node.name, "operation"), *node.meta.get("nn_module_stack", {}).values()]
             found[name] = getattr(kind, "__name__", kind)
+    return found
+
+
+def _fold_constants(graph_module: fx.GraphModule) -> None:
+    """Compute once what is the same for every image, such as position biases; not every runtime does.
+
+    A result becomes a parameter of the module that computes it, so that training goes on with the result itself.
+    """
+    images, modules = _computed_from_images(graph_module), dict(graph_module.named_modules())
+    constants = [node for node in graph_module.graph.nodes if node not in images]
+    interpreter = fx.Interpreter(graph_module)
+    with torch.no_grad():
+        for node in constants:
+            interpreter.env[node] = interpreter.run_node(node)
+    for node in constants:
+        value = interpreter.env[node]
+        if node.op == "get_attr" or not isinstance(value, Tensor) or images.isdisjoint(node.users):
+            continue
+        paths = [path for path, _ in node.meta.get("nn_module_stack", {}).values()]
+        owner = next((path for path in reversed(paths) if path in modules), "")
+        folded = nn.Parameter(value.clone(), requires_grad=value.is_floating_point())
+        modules[owner].register_parameter(f"constant_{node.name}", folded)
+        with graph_module.graph.inserting_before(node):
+            constant = graph_module.graph.get_attr(f"{owner}.constant_{node.name}".lstrip("."))
+        node.replace_all_uses_with(constant)
+    for node in reversed(constants):
+        if not node.users and not node.is_impure():
+            graph_module.graph.erase_node(node)
+
+
+def _computed_from_images(graph_module: fx.GraphModule) -> set[fx.Node]:
+    """The nodes whose result is another for other images."""
+    found: set[fx.Node] = set()
+    for node in graph_module.graph.nodes:
+        if node.op in ("placeholder", "output") or not found.isdisjoint(node.all_input_nodes):
+            found.add(node)
     return found
 
 

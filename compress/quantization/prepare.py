@@ -85,9 +85,7 @@ def prepare(model: nn.Module, *, stays_float: frozenset[str] = frozenset()) -> f
 
 def quantized_layers(prepared: fx.GraphModule) -> tuple[str, ...]:
     """Names of the Conv2d and Linear layers whose weights become integers, in execution order."""
-    readers = _integer_readers(prepared)
-    nodes = (node for node in prepared.graph.nodes if node in readers)
-    names = (str(node.target) for node in nodes if _kind(node, prepared) in _INTEGER_LAYERS)
+    names = (str(node.target) for node in prepared.graph.nodes if _kind(node, prepared) in _INTEGER_LAYERS)
     return tuple(dict.fromkeys(names))
 
 
@@ -100,8 +98,6 @@ def left_float(prepared: fx.GraphModule) -> list[dict[str, str]]:
     """The parts with weights, and the attention, that stay in floating point: `layer`, `type`, and `reason` in a user's
     words."""
     integer, products = set(quantized_layers(prepared)), decompose.products(prepared)
-    images = decompose.computed_from_images(prepared)
-    constant = {str(node.target) for node in prepared.graph.nodes if node.op == "call_module" and node not in images}
     parts = [{"layer": name, "type": kind, "reason": _PRODUCT} for name, kind in products.items()]
     for name, module in prepared.named_modules():
         own = [key for key, _ in module.named_parameters(recurse=False)]
@@ -114,14 +110,12 @@ def left_float(prepared: fx.GraphModule) -> list[dict[str, str]]:
                 {"layer": f"{name}.{key}".lstrip("."), "type": "Parameter", "reason": _LEARNED_CONSTANT} for key in own
             ]
         else:
-            reason = _CONSTANT if name in constant else _why_float(module)
-            parts.append({"layer": name, "type": type(module).__name__, "reason": reason})
+            parts.append({"layer": name, "type": type(module).__name__, "reason": _why_float(module)})
     return parts
 
 
 _PRODUCT = "attention multiplies activations with each other, which stays in floating point"
 _LEARNED_CONSTANT = "a learned constant is added or multiplied in floating point"
-_CONSTANT = "its result is the same for every image, so the runtime computes it once"
 
 
 def readers_of(prepared: fx.GraphModule) -> dict[str, tuple[str, ...]]:
@@ -257,7 +251,7 @@ def _tensors_to_quantize(graph_module: fx.GraphModule) -> list[fx.Node]:
     for node in graph_module.graph.nodes:
         kind = _kind(node, graph_module)
         result = _after_relu(node, graph_module)
-        if kind == "conv" and node in readers and not _only_floats_read(result, graph_module):
+        if kind == "conv" and not _only_floats_read(result, graph_module):
             chosen[result] = None
         if kind == "concat" and node in readers:
             chosen[node] = None
@@ -284,16 +278,13 @@ def _makes_list(node: fx.Node) -> bool:
 
 
 def _integer_readers(graph_module: fx.GraphModule) -> set[fx.Node]:
-    """Layers that see the image; additions, concatenations and pools only when an integer kernel reads their result.
+    """Layers always; additions, concatenations and pools only when an integer kernel reads their result.
 
     An addition before a LayerNorm, say, gains nothing from integers and would only lose accuracy.
     """
     readers: set[fx.Node] = set()
     passes: set[fx.Node] = set()
-    images = decompose.computed_from_images(graph_module)
     for node in reversed(graph_module.graph.nodes):
-        if node not in images:
-            continue
         kind = _kind(node, graph_module)
         feeds_integers = any(user in readers or user in passes for user in node.users)
         if kind in _INTEGER_LAYERS or (kind in _INTEGER_WHEN_READ and feeds_integers):
@@ -327,14 +318,21 @@ def _concatenated(node: fx.Node) -> tuple[fx.Node, ...]:
 
 
 def _share_scales(graph_module: fx.GraphModule, points: dict[fx.Node, QPoint]) -> None:
-    """Concatenation copies integers, so its inputs and its result must mean the same by them."""
+    """Concatenation copies integers, so its inputs and its result must mean the same by them; so does what only moves
+    them, which would round a second time and keep runtimes from dropping the pair."""
     for node, point in points.items():
-        if _kind(node.args[0], graph_module) != "concat":
+        made = node.args[0]
+        if _kind(made, graph_module) == "concat":
+            inputs = [_point_of(arg, graph_module, points) for arg in _concatenated(made)]
+        elif _kind(made, graph_module) == "shape":
+            inputs = [_point_of(made, graph_module, points)]
+        else:
             continue
-        inputs = [_point_of(arg, graph_module, points) for arg in _concatenated(node.args[0])]
         members = [point, *(member for member in inputs if member is not None)]
+        if len(members) == 1:
+            continue
         merged = {member.scale_group for member in members} - {""}
-        group = f"concat_{node.args[0].name}"
+        group = f"{_kind(made, graph_module)}_{made.name}"
         for other in points.values():
             if other in members or other.scale_group in merged:
                 other.scale_group = group
