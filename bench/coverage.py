@@ -1,23 +1,22 @@
-"""Which torchvision classifiers can be pruned, proved for each: `docs/coverage.md` and `.json`.
+"""Which torchvision classifiers can be pruned and quantized, proved for each: `docs/coverage.md` and `.json`.
 
     python -m bench.coverage [MODELS...] [--out docs] [--again]
 
 Each row is made in a process of its own: 50 % pruned and proved equal to the masked model, saved, rebuilt in a process
-in which nni cannot be imported, exported to ONNX and run by ONNX Runtime. A row that is there already and was made with
-the same versions is kept unless `--again` is given. Weights are random, so that nothing is downloaded.
+in which nni cannot be imported, exported to ONNX and run by ONNX Runtime. Another process quantizes what pruning left
+(bench/coverage_quantized.py). What is there already and was made with the same versions is kept unless `--again` is
+given. Weights are random, so that nothing is downloaded.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import re
 import resource
 import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,13 +27,12 @@ from torch import Tensor, nn
 from torchvision.models.regnet import BlockParams, RegNet
 from torchvision.models.vision_transformer import VisionTransformer
 
+from bench import coverage_table
 from bench.randomised import randomise
 from compress import catalog, evaluation, machine, models, onnx_export, pruning
-from compress.handoffs import FLOAT_TOLERANCE
 from compress.engines import RUNTIMES, BuildSpec
 from compress.files import write_text
 from compress.images import Preprocessing
-from compress.pruning.equality import TOLERANCE
 
 Row = dict[str, Any]
 
@@ -44,7 +42,6 @@ WITH_AUXILIARY = ("googlenet", "inception_v3")
 SIZES = {"inception_v3": 96, "inception_v3+aux": 299, "maxvit_t": 224, "vit_h_14": 56}
 """Images in pixels where 64 are too few or do not fit the patches."""
 LIMIT_S = 1800
-_PATH = re.compile(r"\b\w+(\.\w+)+\b")
 
 
 def _one_block_per_stage() -> nn.Module:
@@ -138,17 +135,6 @@ def measure(name: str, folder: Path) -> Row:
     }
 
 
-def passes(row: Row) -> dict[str, bool]:
-    """Whether a row is equal to its masked model, reloads, and exports."""
-    if "error" in row:
-        return dict.fromkeys(("equal", "reloaded", "exported"), False)
-    return {
-        "equal": row["relative_difference"] <= TOLERANCE,
-        "reloaded": row["reload_difference"] == 0,
-        "exported": row["onnx_relative_difference"] <= FLOAT_TOLERANCE,
-    }
-
-
 def answer(name: str, folder: Path, threads: int) -> None:
     """Rebuild the model in `folder` and write its answers there; the process that does this cannot import nni.
 
@@ -178,10 +164,10 @@ def _onnx_difference(model: nn.Module, tested: Subject, folder: Path, expected: 
         return evaluation.compare(expected, session.run(tested.images().numpy())).relative
 
 
-def _in_a_process(name: str) -> Row:
-    """The row of `name`, or one that says how the process ended."""
+def _in_a_process(name: str, module: str) -> Row:
+    """The row that `measure` of a module makes, or one that says how the process ended."""
     script = (
-        "import json, sys; from pathlib import Path; from bench.coverage import measure; "
+        f"import json, sys; from pathlib import Path; from {module} import measure; "
         "row = measure(sys.argv[1], Path(sys.argv[2])); Path(sys.argv[2], 'row.json').write_text(json.dumps(row))"
     )
     with tempfile.TemporaryDirectory() as folder:
@@ -199,56 +185,6 @@ def _in_a_process(name: str) -> Row:
 # ---- the table ----------------------------------------------------------------------------------------------------
 
 
-def table(rows: list[Row], versions: dict[str, str], command: str) -> str:
-    """The table as Markdown: the total, a line for each row, and how it was made."""
-    passed = [passes(row) for row in rows]
-    total = ", ".join(f"{sum(one[key] for one in passed)} {key}" for key in ("equal", "reloaded", "exported"))
-    lines = [
-        "# Coverage",
-        "",
-        f"**{len(rows)} rows: {total}.**",
-        "",
-        f"Each of torchvision's classifiers with random weights, {SPARSITY:.0%} of the channels removed. *Difference*: the "
-        f"largest of the shrunk model's answers to the masked model's, relative to their scale (at most {TOLERANCE:g}). "
-        "*Reload*: equal bit for bit in a process that cannot import nni. *ONNX*: relative difference of the exported "
-        f"file to torch by ONNX Runtime (at most {FLOAT_TOLERANCE:g}). *Peak*: memory of the process up to the shrunk "
-        "model.",
-        "",
-        "| model | difference | parameters kept | MACs kept | reload | ONNX | seconds | peak | layers that stay whole |",
-        "|---|---|---|---|---|---|---|---|---|",
-        *(_line(row) for row in rows),
-        "",
-        f"Made by `{command}` with " + ", ".join(f"{name} {version}" for name, version in versions.items()) + ".",
-    ]
-    return "\n".join(lines) + "\n"
-
-
-def _line(row: Row) -> str:
-    if "error" in row:
-        return f"| {row['model']} | **failed** |  |  |  |  |  |  | {row['error'].replace('|', '/')} |"
-    name = f"{row['model']} ({row['reduced']})" if row["reduced"] else row["model"]
-    cells = [
-        name,
-        f"{row['relative_difference']:.1e}",
-        f"{row['parameters_kept']:.1%} of {row['parameters'] / 1e6:.1f} M",
-        f"{row['macs_kept']:.1%}",
-        "equal" if row["reload_difference"] == 0 else f"**{row['reload_difference']:.1e}**",
-        f"{row['onnx_relative_difference']:.1e}",
-        f"{row['seconds']:.1f}",
-        f"{row['peak_bytes'] / 1e9:.2f} GB",
-        _stays(row),
-    ]
-    return f"| {' | '.join(cells)} |"
-
-
-def _stays(row: Row) -> str:
-    """How many layers stay whole, and the two commonest reasons without the names of single layers."""
-    shortened = (_PATH.sub("a layer", reason.rpartition(", which ")[2]) for _, reason in row["left_out"])
-    reasons = Counter(reason.partition(":")[0].partition(" (")[0] for reason in shortened)
-    told = "; ".join(f"{count} {reason}" for reason, count in reasons.most_common(2))
-    return f"{len(row['left_out'])} of {row['layers']}: {told}"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("models", nargs="*", help="rows to make; all by default", metavar="MODELS")
@@ -262,15 +198,22 @@ def main() -> None:
     path = options.out / "coverage.json"
     found = json.loads(path.read_text()) if path.exists() else {"versions": versions, "rows": []}
     rows = {row["model"]: row for row in found["rows"]} if found["versions"] == versions else {}
+
+    def keep(name: str, row: Row) -> None:
+        rows[name] = row
+        ordered = [rows[key] for key in names() if key in rows]
+        command = "python -m bench.coverage"
+        write_text(path, json.dumps({"versions": versions, "command": command, "rows": ordered}, indent=1) + "\n")
+        write_text(options.out / "coverage.md", coverage_table.table(ordered, versions, command))
+
     for name in options.models or names():
         if options.again or name not in rows or "error" in rows[name]:
-            rows[name] = _in_a_process(name)
-            ordered = [rows[key] for key in names() if key in rows]
-            command = "python -m bench.coverage"
-            write_text(path, json.dumps({"versions": versions, "command": command, "rows": ordered}, indent=1) + "\n")
-            write_text(options.out / "coverage.md", table(ordered, versions, command))
-            print(_line(rows[name]), flush=True)
-    if not all(all(passes(rows[name]).values()) for name in options.models or names()):
+            keep(name, _in_a_process(name, "bench.coverage"))
+            print(coverage_table.line(rows[name]), flush=True)
+        if "error" not in rows[name] and "files" not in rows[name].get("quantized", {}):
+            keep(name, rows[name] | {"quantized": _in_a_process(name, "bench.coverage_quantized")})
+            print(coverage_table.quantized_line(rows[name]), flush=True)
+    if not all(all(coverage_table.passes(rows[name]).values()) for name in options.models or names()):
         sys.exit(1)
 
 

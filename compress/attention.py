@@ -113,15 +113,35 @@ def window_attention(
 
     Returns: [N, H, W, dim].
     """
-    _, height, width, _ = x.shape
-    right, below = -width % window[1], -height % window[0]
-    padded = F.pad(x, (0, 0, 0, right, 0, below))
-    size = (height + below, width + right)
-    # a window as large as the map has nothing to shift
-    shift = [0 if window[i] >= size[i] else shift_size[i] for i in range(2)]
-    shifted = torch.roll(padded, (-shift[0], -shift[1]), (1, 2)) if any(shift) else padded
-    tokens = _windows(shifted, window)
-    packed = F.linear(tokens, qkv_weight, _without_key_bias(qkv_bias) if logit_scale is not None else qkv_bias)
+    tokens = window_tokens(x, window, shift_size)
+    packed = F.linear(tokens, qkv_weight, without_key_bias(qkv_bias) if logit_scale is not None else qkv_bias)
+    seen = attend_in_windows(
+        x, packed, position_bias, logit_scale, window, heads, shift_size, attention_dropout if training else 0.0
+    )
+    projected = F.dropout(F.linear(seen, proj_weight, proj_bias), dropout, training)
+    return maps_of_windows(x, projected, window, shift_size)
+
+
+def window_tokens(x: Tensor, window: Sequence[int], shift_size: Sequence[int]) -> Tensor:
+    """The tokens of each window of `x` [N, H, W, dim], padded and shifted: [N * windows, window area, dim]."""
+    size, shift = _padded_size(x, window, shift_size)
+    padded = F.pad(x, (0, 0, 0, size[1] - x.shape[2], 0, size[0] - x.shape[1]))
+    return _windows(torch.roll(padded, (-shift[0], -shift[1]), (1, 2)) if any(shift) else padded, window)
+
+
+def attend_in_windows(
+    x: Tensor,
+    packed: Tensor,
+    position_bias: Tensor,
+    logit_scale: Tensor | None,
+    window: Sequence[int],
+    heads: int,
+    shift_size: Sequence[int],
+    dropout: float = 0.0,
+) -> Tensor:
+    """What lies between the projections: queries, keys and values `packed` [N * windows, window area, 3 * inner] of `x`
+    to [N * windows, window area, inner]."""
+    size, shift = _padded_size(x, window, shift_size)
     q, k, v = packed.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
     if logit_scale is None:
         similarity = (q * q.shape[-1] ** -0.5).matmul(k.transpose(-2, -1))
@@ -132,14 +152,26 @@ def window_attention(
     if any(shift):
         mask = _shift_mask(x, size, window, shift)
         similarity = (similarity.unflatten(0, (-1, len(mask))) + mask[:, None]).flatten(0, 1)
-    weights = F.dropout(F.softmax(similarity, dim=-1), attention_dropout, training)
-    seen = F.linear(weights.matmul(v).transpose(1, 2).flatten(2), proj_weight, proj_bias)
-    whole = _maps(F.dropout(seen, dropout, training), size, window)
+    weights = F.dropout(F.softmax(similarity, dim=-1), dropout, training=dropout > 0)
+    return weights.matmul(v).transpose(1, 2).flatten(2)
+
+
+def maps_of_windows(x: Tensor, tokens: Tensor, window: Sequence[int], shift_size: Sequence[int]) -> Tensor:
+    """The way back from `window_tokens`, to the shape of `x`."""
+    size, shift = _padded_size(x, window, shift_size)
+    whole = _maps(tokens, size, window)
     whole = torch.roll(whole, (shift[0], shift[1]), (1, 2)) if any(shift) else whole
-    return whole[:, :height, :width].contiguous()
+    return whole[:, : x.shape[1], : x.shape[2]].contiguous()
 
 
-fx.wrap("window_attention")
+for _name in ("window_attention", "window_tokens", "attend_in_windows", "maps_of_windows"):
+    fx.wrap(_name)  # their sizes are numbers, which a graph of shapes yet unknown has not
+
+
+def _padded_size(x: Tensor, window: Sequence[int], shift_size: Sequence[int]) -> tuple[tuple[int, int], list[int]]:
+    """Height and width of whole windows, and the shift: a window as large as the map has nothing to shift."""
+    size = tuple(side + -side % window[i] for i, side in enumerate(x.shape[1:3]))
+    return size, [0 if window[i] >= size[i] else shift_size[i] for i in range(2)]
 
 
 def _windows(maps: Tensor, window: Sequence[int]) -> Tensor:
@@ -168,7 +200,7 @@ def _regions(like: Tensor, size: int, window: int, shift: int) -> Tensor:
     return (place >= size - window).long() + (place >= size - shift).long()
 
 
-def _without_key_bias(bias: Tensor | None) -> Tensor | None:
+def without_key_bias(bias: Tensor | None) -> Tensor | None:
     """Swin v2 learns no bias for keys: cosine similarity would not keep it apart."""
     if bias is None:
         return None

@@ -83,6 +83,15 @@ def test_only_a_quantized_concatenation_shares_its_scale():
     assert {point.scale_group for point in dense} == {""}
 
 
+def test_what_only_moves_integers_keeps_their_scale():
+    prepared = prepare(build("shufflenet_v2_x0_5"))
+    points = quantization_points(prepared)
+    moved = [node for node in prepared.graph.nodes if str(node.target) in points and "getitem" in str(node.target)]
+    joined = [point for name, point in points.items() if name.startswith("q_cat")]
+    assert len(moved) == 26 and len({point.scale_group for point in joined}) == 3
+    assert {points[str(node.target)].scale_group for node in moved} <= {point.scale_group for point in joined}
+
+
 class WithAttention(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -100,9 +109,11 @@ def test_parts_that_stay_float_are_listed_with_their_reason():
     reasons = {row["layer"]: row["reason"] for row in left_float(prepared)}
     assert set(reasons) == {"norm", "attention"}
     assert "statistics from each image" in reasons["norm"] and "attention multiplies" in reasons["attention"]
-    assert quantized_layers(prepared) == ("patch", "head")
+    assert quantized_layers(prepared) == ("patch", "attention.in_proj", "attention.out_proj", "head")
     additions = [node for node in prepared.graph.nodes if node.name == "add"]
-    assert not any(str(source.target).startswith("q_") for source in additions[0].args)
+    assert str(additions[0].args[1].target) == "attention.out_proj", (
+        "no integer kernel reads the sum, so it stays float"
+    )
 
 
 class Branching(nn.Module):

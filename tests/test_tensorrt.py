@@ -201,6 +201,16 @@ def test_what_is_missing_is_one_sentence(device, monkeypatch):
 # ---- reading layers -----------------------------------------------------------------------------------------------
 
 
+def test_attention_is_no_layer_because_it_multiplies_two_activations():
+    line = (
+        "Name: {name}_myl0_1, LayerType: gemm, Inputs: [ {{ Name: a, Dimensions: [-1,96], Datatype: Int8 }}], "
+        "Constants: [ {constants}{{ Name: alpha, Dimensions: [1], Strides: [1], Datatype: Float }}], Outputs: [ {{ }}]"
+    )
+    weight = "{ Name: w, Dimensions: [96,192], Strides: [1,96], Datatype: Int8 }, "
+    log = "\n".join([line.format(name="fc", constants=weight), line.format(name="attention", constants="")])
+    assert [(kernel.name, kernel.precision) for kernel in layers_of_build_log(log)] == [("fc", "int8")]
+
+
 def test_layers_are_read_in_the_words_of_both_editions():
     log = (
         "Name: conv1_myl0_2, LayerType: correlation, Inputs: [ { Name: a, Dimensions: [1], Datatype: Int8, Format: x }], "

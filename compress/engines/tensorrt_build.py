@@ -18,10 +18,14 @@ from compress.errors import HandoffError, RequestError
 
 INPUT, OUTPUT = "images", "logits"
 _LAYER_LINE = re.compile(
-    r"^Name: (?P<name>[^,]+), LayerType: (?P<type>\w+), Inputs: \[(?P<inputs>.*?)\], Constants:", re.MULTILINE
+    r"^Name: (?P<name>[^,]+), LayerType: (?P<type>\w+), Inputs: \[(?P<inputs>.*?)\], "
+    r"Constants: \[(?P<constants>.*?)\](?:, Outputs:|$)",
+    re.MULTILINE,
 )
 _LAYERS = frozenset({"correlation", "gemm"})
 """Convolutions and fully connected layers, in the words of the engine's layer list."""
+_TENSOR_OF_WEIGHTS = re.compile(r"Dimensions: \[[\d,]*(?:[2-9]|\d\d)")
+"""A constant of more than one number."""
 _FUSED_LAYER = re.compile(r"^__myl_\w*Fc")
 _OTHER_LAYER = re.compile(r"Conv|Gemm|MatrixMultiply|FullyConnected")
 """The same in the words of the kernels that are not compiled by TensorRT's own code generator, such as CaskConvolution."""
@@ -119,6 +123,8 @@ def layers_of_build_log(log: str) -> tuple[Kernel, ...]:
     """The convolutions and fully connected layers that the verbose log lists for the finished engine."""
     found = []
     for line in _LAYER_LINE.finditer(log):
+        if line["type"] == "gemm" and not _TENSOR_OF_WEIGHTS.search(line["constants"]):
+            continue  # attention, which multiplies two activations
         types = re.findall(r"Datatype: (\w+)", line["inputs"])
         if kernel := _kernel(line["name"], line["type"], types):
             found.append(kernel)

@@ -17,8 +17,8 @@ from torch import fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 from torchvision.ops import stochastic_depth
 
-from compress.attention import PrunedMultiheadAttention
 from compress.errors import QuantizationError
+from compress.quantization import decompose
 
 # What a node computes, by module class, function or tensor method. Anything not listed is "other" and stays float.
 _KINDS: dict[str, tuple[object, ...]] = {
@@ -95,16 +95,27 @@ def quantization_points(prepared: nn.Module) -> dict[str, QPoint]:
 
 
 def left_float(prepared: fx.GraphModule) -> list[dict[str, str]]:
-    """The layers with weights that stay in floating point: `layer`, `type`, and `reason` in a user's words."""
-    integer = set(quantized_layers(prepared))
-    parts = []
+    """The parts with weights, and the attention, that stay in floating point: `layer`, `type`, and `reason` in a user's
+    words."""
+    integer, products = set(quantized_layers(prepared)), decompose.products(prepared)
+    parts = [{"layer": name, "type": kind, "reason": _PRODUCT} for name, kind in products.items()]
     for name, module in prepared.named_modules():
-        own = [*module.parameters(recurse=False)]
+        own = [key for key, _ in module.named_parameters(recurse=False)]
         inside = any(name.startswith(parent + ".") and isinstance(prepared.get_submodule(parent), nn.MultiheadAttention)
                      for parent in _parents(name))  # fmt: skip
-        if own and name not in integer and not inside:
+        if not own or name in integer or name in products or inside:
+            continue
+        if type(module) is nn.Module or module is prepared:  # what tracing leaves of a module: its learned constants
+            parts += [
+                {"layer": f"{name}.{key}".lstrip("."), "type": "Parameter", "reason": _LEARNED_CONSTANT} for key in own
+            ]
+        else:
             parts.append({"layer": name, "type": type(module).__name__, "reason": _why_float(module)})
     return parts
+
+
+_PRODUCT = "attention multiplies activations with each other, which stays in floating point"
+_LEARNED_CONSTANT = "a learned constant is added or multiplied in floating point"
 
 
 def readers_of(prepared: fx.GraphModule) -> dict[str, tuple[str, ...]]:
@@ -134,7 +145,7 @@ def _why_float(module: nn.Module) -> str:
     if getattr(module, "stays_float", False):
         return "it is kept in floating point, as asked"
     if isinstance(module, nn.MultiheadAttention):
-        return "attention multiplies activations with each other, which stays in floating point"
+        return _PRODUCT
     if isinstance(module, nn.modules.batchnorm._BatchNorm):
         return "this BatchNorm does not follow a convolution directly, so it cannot be folded into one"
     if isinstance(module, (nn.LayerNorm, nn.GroupNorm)):
@@ -144,17 +155,9 @@ def _why_float(module: nn.Module) -> str:
     return f"there is no integer kernel for {type(module).__name__}"
 
 
-class _Tracer(fx.Tracer):
-    """Attention stays one module whether it has lost heads or not."""
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, PrunedMultiheadAttention) or super().is_leaf_module(m, module_qualified_name)
-
-
 def _trace(model: nn.Module) -> fx.GraphModule:
     try:
-        tracer = _Tracer()
-        return fx.GraphModule(model, tracer.trace(model), type(model).__name__)
+        return decompose.trace(model)
     except Exception as error:  # noqa: BLE001 - tracing runs the model's own code, which may raise anything
         raise QuantizationError(
             f"{type(model).__name__} cannot be traced by torch.fx ({error}); quantization needs a forward() without "
@@ -247,7 +250,8 @@ def _tensors_to_quantize(graph_module: fx.GraphModule) -> list[fx.Node]:
     chosen: dict[fx.Node, None] = {}
     for node in graph_module.graph.nodes:
         kind = _kind(node, graph_module)
-        if kind == "conv" and not _only_floats_read(result := _after_relu(node, graph_module), graph_module):
+        result = _after_relu(node, graph_module)
+        if kind == "conv" and not _only_floats_read(result, graph_module):
             chosen[result] = None
         if kind == "concat" and node in readers:
             chosen[node] = None
@@ -314,14 +318,21 @@ def _concatenated(node: fx.Node) -> tuple[fx.Node, ...]:
 
 
 def _share_scales(graph_module: fx.GraphModule, points: dict[fx.Node, QPoint]) -> None:
-    """Concatenation copies integers, so its inputs and its result must mean the same by them."""
+    """Concatenation copies integers, so its inputs and its result must mean the same by them; so does what only moves
+    them, which would round a second time and keep runtimes from dropping the pair."""
     for node, point in points.items():
-        if _kind(node.args[0], graph_module) != "concat":
+        made = node.args[0]
+        if _kind(made, graph_module) == "concat":
+            inputs = [_point_of(arg, graph_module, points) for arg in _concatenated(made)]
+        elif _kind(made, graph_module) == "shape":
+            inputs = [_point_of(made, graph_module, points)]
+        else:
             continue
-        inputs = [_point_of(arg, graph_module, points) for arg in _concatenated(node.args[0])]
         members = [point, *(member for member in inputs if member is not None)]
+        if len(members) == 1:
+            continue
         merged = {member.scale_group for member in members} - {""}
-        group = f"concat_{node.args[0].name}"
+        group = f"{_kind(made, graph_module)}_{made.name}"
         for other in points.values():
             if other in members or other.scale_group in merged:
                 other.scale_group = group
