@@ -5,10 +5,10 @@ PY := $(VENV)/bin/python
 OUT ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help setup setup-dev demo app test test-slow test-gpu lint bench pruners-table quantizers-table coverage assets clean
+.PHONY: help setup setup-dev demo app test test-slow test-gpu lint bench pruners-table quantizers-table quantized-models-table coverage assets clean
 
 help:  ## this list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-14s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-23s %s\n", $$1, $$2}'
 
 setup: $(VENV)/.ready  ## a virtual environment with everything that runs on this machine
 
@@ -42,7 +42,7 @@ lint: setup-dev
 	$(PY) -m ruff check .
 	$(VENV)/bin/hadolint Dockerfile
 
-bench: setup  ## the figures of the README's table; see bench/README.md
+bench: setup  ## the figures of the README's table
 	$(PY) -m bench.latency
 	$(PY) -m bench.accuracy
 
@@ -51,6 +51,9 @@ pruners-table: setup  ## docs/pruners.md: every pruner on the bundled model, the
 
 quantizers-table: setup  ## docs/quantizers.md: every quantizer on the bundled model at 8 and 4 bits
 	$(PY) -m bench.quantizers
+
+quantized-models-table: setup  ## docs/quantized-models.md: four dense models on integers; the better part of an hour
+	$(PY) -m bench.quantized_models
 
 coverage: setup  ## docs/coverage.md: every torchvision classifier, proved; hours
 	$(PY) -m bench.coverage
