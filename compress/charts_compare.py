@@ -54,13 +54,15 @@ def accuracy_against_latency(
             hovertemplate="%{text}<br>%{y:.1f} %, %{x:.2f} ms<extra></extra>",
             cliponaxis=False,
         )
+    style = f"color:{LINK_COLOUR[dark]}"
     for number, entry in numbered:
         figure.add_annotation(
             x=math.log10(entry.p50_ms or 1),  # where an axis is logarithmic, annotations take exponents
             y=100 * (entry.accuracy or 0),
-            text=f'<a href="{escape(links[entry.job_id])}" target="_self">{number}</a>',
-            font_color=LINK_COLOUR[dark],
+            text=f'<a href="{escape(links[entry.job_id])}" target="_self" style="{style}">{number}</a>',
+            font_size=14,
             showarrow=False,
+            captureevents=True,  # or the drag layer above would take the click
             xshift=14,
             yshift=12,
         )

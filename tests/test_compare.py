@@ -99,7 +99,8 @@ def test_the_chart_has_a_numbered_link_at_each_point_and_a_front_for_each_kind(e
     lines = [list(trace.x) for trace in figure.data if trace.mode == "lines"]
     assert lines == [[1.0, 2.0]]
     assert [note.text for note in figure.layout.annotations] == [
-        f'<a href="?job={name * 32}" target="_self">{number}</a>' for number, name in ((1, "a"), (2, "b"), (4, "d"))
+        f'<a href="?job={name * 32}" target="_self" style="color:#1d5738">{number}</a>'
+        for number, name in ((1, "a"), (2, "b"), (4, "d"))
     ]
     assert figure.layout.annotations[1].x == pytest.approx(math.log10(2.0))
     assert figure.layout.showlegend is True

@@ -100,7 +100,7 @@ def main_fields(models: tuple[str, ...]) -> dict[str, Component]:
         fields["weights"] = gr.Radio(
             [
                 ("Trained weights", "auto"),
-                ("Published (network)", "published"),
+                ("Published", "published"),
                 ("My checkpoint", UPLOAD),
                 ("Untrained", "random"),
             ],

@@ -22,6 +22,11 @@ window.espalier = (() => {
     scrollTo({ top: 0 });
   }
 
+  // Gradio fills new rows into the elements of old ones, which keep what was ticked in them
+  function retick() {
+    document.querySelectorAll("#runs input").forEach((box) => { box.checked = box.hasAttribute("checked"); });
+  }
+
   function left(id) {
     if (!id) location.assign("./");
   }
@@ -55,5 +60,5 @@ window.espalier = (() => {
 
   addEventListener("popstate", () => location.reload());
   document.documentElement.lang = "en";
-  return { context, opened, left, toggle };
+  return { context, opened, retick, left, toggle };
 })();

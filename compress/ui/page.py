@@ -220,7 +220,7 @@ def _connect(page: gr.Blocks, app: App, parts: Parts, names: list[str]) -> None:
         show_progress_on=parts["tried"],
         **_SLOW,
     )
-    on(
+    searched = on(
         parts["search"].change,
         app.search,
         [parts["search"], parts["context"]],
@@ -228,6 +228,7 @@ def _connect(page: gr.Blocks, app: App, parts: Parts, names: list[str]) -> None:
         js="text => [text, espalier.context()]",
         trigger_mode="always_last",
     )
+    searched.then(None, None, None, js="() => espalier.retick()", api_visibility="private")
     on(parts["timer"].tick, app.look, [parts["job"], parts["seen"], parts["look"]], run_outputs, trigger_mode="once")
     on(parts["cancel"].click, app.cancel, where, run_outputs, trigger_mode="once")
     on(parts["resume"].click, app.resume, where, run_outputs, trigger_mode="once")
