@@ -216,6 +216,24 @@ def verify(folder: RunFolder, as_json: Json = False) -> None:
 
 
 @cli.command()
+def classify(
+    folder: RunFolder,
+    image: Annotated[Path, typer.Argument(help="A JPEG, PNG, WebP or BMP file.", show_default=False)],
+    as_json: Json = False,
+) -> None:
+    """One image through the original and the compressed model of a finished run."""
+    from compress import tryout
+
+    found = tryout.classify(folder, image)
+    if as_json:
+        typer.echo(json.dumps(found))
+        return
+    for title, model in zip(("original", "compressed"), found["models"], strict=True):
+        shares = ", ".join(f"{row['class']} {100 * row['share']:.1f} %" for row in model["top"][:3])
+        typer.echo(f"{title:<11} {shares}; {model['ms']:.2f} ms ({model['file']}, {model['runtime']})")
+
+
+@cli.command()
 def publish(
     folder: RunFolder,
     repository: Annotated[str, typer.Argument(help="owner/name; made when there is none.", show_default=False)],

@@ -17,10 +17,11 @@ from compress.errors import CompressError, RequestError, RunError
 from compress.jobs import Queue, Status
 from compress.jobs_files import UPLOAD_FIELDS
 from compress.request import Request
-from compress.ui.handlers import App
-from compress.ui.views import file_url
+from compress.ui.form import CHECKPOINT_SOURCES, DATA_SOURCES
+from compress.ui.handlers import App, Visit
+from compress.ui.views_results import file_url
 
-NAMED_SOURCES = {"checkpoint": ("auto", "published", "random"), "data": ("fashion-mnist", "none"), "class_map": ()}
+NAMED_SOURCES = {"checkpoint": CHECKPOINT_SOURCES, "data": DATA_SOURCES, "class_map": ()}
 """What a visitor may give as text where a shell takes a path: never a path of the server."""
 
 
@@ -55,9 +56,10 @@ class Endpoints:
         self._app = app
         self._queue: Queue = app.queue
 
-    def submit(self, **values: Any) -> dict[str, Any]:
+    def submit(self, visitor: gr.Request | None, **values: Any) -> dict[str, Any]:
         request, files = self._request(values)
-        return self._queue.status(self._queue.submit(request, files=files)).as_dict()
+        owner = "" if visitor is None else Visit.of(visitor).who
+        return self._queue.status(self._queue.submit(request, files=files, owner=owner)).as_dict()
 
     def check(self, **values: Any) -> dict[str, Any]:
         request, files = self._request(values)
@@ -190,6 +192,9 @@ def _with_request_parameters(function: Callable[..., Any], description: str) -> 
         lines.append(f"    {name}_file: {text}")
 
     told = _told(function)
+    takes_visitor = "visitor" in inspect.signature(function).parameters
+    if takes_visitor:
+        parameters.insert(0, ("visitor", gr.Request, None))  # filled in by Gradio, and no parameter of the endpoint
 
     def endpoint(*positional: Any, **values: Any) -> Any:
         return told(**dict(zip((name for name, _, _ in parameters), positional, strict=False)) | values)
