@@ -203,6 +203,11 @@ def verify(folder: Path) -> list[str]:
     return problems
 
 
+def manifest_files(folder: Path) -> list[str]:
+    """Names of the files of a finished run, relative to its folder. Raises `StorageError` for a damaged manifest."""
+    return list(_manifest(folder))
+
+
 def manifest_sha256(path: Path) -> str | None:
     """The hash that the manifest of the finished run around `path` lists for it; None when there is none.
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compress import architectures, archives, catalog, checkpoints, data, fashion_mnist
+from compress import architectures, archives, catalog, checkpoints, data, fashion_mnist, hub
 from compress.architectures import Architecture
 from compress.errors import DataError, RequestError
 from compress.images import Preprocessing
@@ -120,11 +120,19 @@ def _torchvision_model(request: Request, kept: Path | None) -> _Loaded:
         tensors, names, recipe = catalog.published_weights(name), published.class_names, published.preprocessing
         weights = "torchvision's published weights"
     else:
-        read = _read_checkpoint(Path(kind), kept)
+        path, weights = _checkpoint_file(kind)
+        read = _read_checkpoint(path, kept)
         tensors, names, recipe = dict(read.tensors), read.class_names, read.preprocessing or published.preprocessing
-        weights = Path(kind).name
     architecture = architectures.recognise(tensors, expected=name)
     return _Loaded(architectures.load(architecture, tensors), architecture, weights, recipe, names)
+
+
+def _checkpoint_file(given: str) -> tuple[Path, str]:
+    """The file, and in words where it comes from."""
+    if given.startswith(hub.SCHEME):
+        found = hub.download(given)
+        return found.path, found.source
+    return Path(given), Path(given).name
 
 
 def _read_checkpoint(path: Path, kept: Path | None) -> checkpoints.Checkpoint:
