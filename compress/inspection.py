@@ -30,7 +30,7 @@ NESTED_KEYS = ("state_dict", "model_state_dict", "model", "net", "network", "mod
 """Keys under which training scripts keep the weights, the first one present is taken."""
 MAX_NESTING = 4
 
-_TENSOR_NAME = re.compile(r"[A-Za-z0-9_.]{1,200}")
+_TENSOR_NAME = re.compile(r"[A-Za-z0-9_.-]{1,200}")  # torchvision's regnets have dashes
 _ENTRY_NAME = re.compile(
     r"(data\.pkl|version|byteorder|\.format_version|\.storage_alignment|\.data/serialization_id|data/\d+)"
 )
@@ -244,7 +244,7 @@ def _check_names_and_shapes(path: Path, tensors: Mapping[str, TensorEntry]) -> N
     for name, entry in tensors.items():
         if not isinstance(name, str) or not _TENSOR_NAME.fullmatch(name):
             raise CheckpointError(
-                f"{path.name} holds a tensor whose name is not letters, digits, dots and underscores. {RESAVE}"
+                f"{path.name} holds a tensor whose name is not letters, digits, dots, dashes and underscores. {RESAVE}"
             )
         if len(entry.shape) > containers.MAX_DIMENSIONS:
             raise CheckpointError(

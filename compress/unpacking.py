@@ -7,6 +7,7 @@ found lies in the file that the order names, and is checked again by whoever gav
 
 from __future__ import annotations
 
+import codecs
 import errno
 import io
 import json
@@ -70,6 +71,7 @@ def main() -> None:
 
 def _warm_up() -> None:
     """What the loaders import when first used has to be there before a child can open files no more."""
+    codecs.lookup("cp437")  # of names in zip files that do not say UTF-8
     example = {"w": torch.zeros(2)}
     buffer = io.BytesIO()
     torch.save(example, buffer)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from torture.honest import HONEST
+from torture.hostile import HOSTILE
 from torture.rows import Row
 
-ROWS: tuple[Row, ...] = ()
+ROWS: tuple[Row, ...] = (HOSTILE, HONEST)
