@@ -5,7 +5,7 @@ PY := $(VENV)/bin/python
 OUT ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help setup setup-dev browser demo app bench-app test test-slow test-gpu lint bench pruners-table quantizers-table quantized-models-table coverage assets clean
+.PHONY: help setup setup-dev browser demo app bench-app test test-slow test-gpu lint bench pruners-table quantizers-table quantized-models-table coverage torture assets clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-23s %s\n", $$1, $$2}'
@@ -64,6 +64,9 @@ quantized-models-table: setup  ## docs/quantized-models.md: four dense models on
 
 coverage: setup  ## docs/coverage.md: every torchvision classifier, proved; hours
 	$(PY) -m bench.coverage
+
+torture: setup-dev  ## hostile uploads and faults, all of them, and the table of what held; ROWS="hostile ..." for some
+	PYTHONPATH=tests $(PY) -m torture $(ROWS)
 
 clean:  ## removes the environment and all runs
 	rm -rf $(VENV) runs
