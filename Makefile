@@ -5,7 +5,7 @@ PY := $(VENV)/bin/python
 OUT ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help setup setup-dev demo app test test-slow test-gpu lint bench pruners-table quantizers-table coverage assets clean
+.PHONY: help setup setup-dev demo app test test-slow test-gpu lint bench pruners-table quantizers-table coverage torture assets clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-14s %s\n", $$1, $$2}'
@@ -54,6 +54,9 @@ quantizers-table: setup  ## docs/quantizers.md: every quantizer on the bundled m
 
 coverage: setup  ## docs/coverage.md: every torchvision classifier, proved; hours
 	$(PY) -m bench.coverage
+
+torture: setup-dev  ## hostile uploads and faults, all of them, and the table of what held; ROWS="hostile ..." for some
+	PYTHONPATH=tests $(PY) -m torture $(ROWS)
 
 clean:  ## removes the environment and all runs
 	rm -rf $(VENV) runs

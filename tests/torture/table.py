@@ -1,0 +1,7 @@
+"""The rows of `make torture`, in the order of the table."""
+
+from __future__ import annotations
+
+from torture.rows import Row
+
+ROWS: tuple[Row, ...] = ()
