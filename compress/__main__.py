@@ -213,6 +213,15 @@ def verify(folder: RunFolder, as_json: Json = False) -> None:
         raise typer.Exit(FAILED)
 
 
+@cli.command()
+def adopt(folder: RunFolder) -> None:
+    """Sign the manifest of a run from another machine: only where you trust who gave it to you."""
+    from compress import runs
+
+    runs.adopt(folder)
+    typer.echo(f"{folder} is adopted: its hashes hold, and its files count as made here.")
+
+
 @engine_cli.command("check")
 def engine_check(
     file: Annotated[Path, typer.Argument(help="An engine; its passport stands beside it.", show_default=False)],

@@ -10,7 +10,6 @@ first also carries the runs out. Children are not tied to it: when it dies they 
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import re
@@ -25,12 +24,13 @@ from pathlib import Path
 from subprocess import Popen
 from typing import Any
 
-from compress import jobs_files, processes
+from compress import jobs_files, processes, signing
 from compress.errors import CompressError, RunError, StorageError
 from compress.files import sha256, storage_error, write_text
 from compress.jobs_record import ACTIVE, FINAL, QUEUED, Record, Row
+from compress.jobs_watch import STALL_S, Watch
 from compress.request import Request
-from compress.runs import MANIFEST, STAGES
+from compress.runs import STAGES, manifest
 
 log = logging.getLogger("compress.jobs")
 
@@ -98,7 +98,13 @@ class Queue:
     """
 
     def __init__(
-        self, data_dir: str | Path, *, command: Command = compress_command, at_once: int = 1, max_queued: int = 20
+        self,
+        data_dir: str | Path,
+        *,
+        command: Command = compress_command,
+        at_once: int = 1,
+        max_queued: int = 20,
+        stall_s: float = STALL_S,
     ) -> None:
         self.data_dir = Path(data_dir).expanduser().resolve()
         self._runs, self._consoles = self.data_dir / "runs", self.data_dir / "consoles"
@@ -110,6 +116,7 @@ class Queue:
         self._record = Record(self.data_dir / "queue.sqlite")
         self._command, self._at_once, self._max_queued = command, at_once, max_queued
         self._children: dict[str, Popen[bytes]] = {}
+        self._watch = Watch(stall_s)
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
         self.trouble: str | None = None
@@ -201,17 +208,18 @@ class Queue:
 
         Raises:
             RunError: there is no such run, or it is not done.
-            StorageError: its manifest cannot be read.
+            StorageError: its manifest is damaged, or not signed by this installation.
         """
         row = self._row(job_id)
         if row.state != "done":
             raise RunError(f"This run is {row.state}: files can be downloaded when a run is done.")
         try:
-            manifest = json.loads((self._runs / job_id / MANIFEST).read_text(encoding="utf-8"))
-            return {str(name): dict(facts) for name, facts in manifest["files"].items()}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            return manifest(self._runs / job_id)
+        except StorageError as error:
+            log.error("files are not given out: %s", error)
             raise StorageError(
-                f"The manifest of this run cannot be read ({error}): its files are not given out. Repeat the run."
+                "The manifest of this run is damaged or was not signed by this server: its files are not given out. "
+                "Repeat the run."
             ) from error
 
     def artifact(self, job_id: str, name: str) -> Path:
@@ -236,8 +244,13 @@ class Queue:
     # ---- carrying runs out --------------------------------------------------------------------------------------
 
     def start(self) -> Queue:
-        """Starts the thread that carries out the runs, unless another process does so; then it waits for its turn."""
+        """Starts the thread that carries out the runs, unless another process does so; then it waits for its turn.
+
+        Raises:
+            StorageError: the key that results are signed with cannot be read or made.
+        """
         if self._thread is None:
+            signing.prepare()
             self._stopping.clear()
             self._thread = threading.Thread(target=self._tend, name="compress-queue", daemon=True)
             self._thread.start()
@@ -279,10 +292,12 @@ class Queue:
             if not processes.alive(row.child):
                 if processes.stop(row.child, grace_s=0.0):  # what the child left behind
                     self._settle(row)
-            elif (
-                row.state == "cancelling" and row.cancel_asked is not None and time.time() > row.cancel_asked + GRACE_S
+            elif row.state == "cancelling" and not 0 <= time.time() - (row.cancel_asked or 0.0) <= GRACE_S:
+                processes.stop(row.child, grace_s=0.0)  # whoever asked is gone; also when the clock was put back
+            elif self._watch.idle(row.job_id, row.child, self._events_size(row.job_id)) and processes.stop(
+                row.child, GRACE_S
             ):
-                processes.stop(row.child, grace_s=0.0)
+                self._settle(row, why=self._watch.sentence)
         while len(self._record.in_states(*ACTIVE)) < self._at_once:
             if not self._record.start_next(self._start_child, self._events_size):
                 return
@@ -296,7 +311,10 @@ class Queue:
         }
         try:
             process = processes.start(
-                self._command(folder, row.attempt > 1), folder=folder, console=self._console(row.job_id), env=env
+                self._command(folder, row.attempt > 1 or jobs_files.has_begun(folder)),
+                folder=folder,
+                console=self._console(row.job_id),
+                env=env,
             )
         except OSError as error:
             why = error.strerror or error
@@ -310,13 +328,16 @@ class Queue:
         events = self._runs / job_id / "events.jsonl"
         return events.stat().st_size if events.exists() else 0
 
-    def _settle(self, row: Row) -> None:
-        """Writes down how a run ended whose process is gone."""
+    def _settle(self, row: Row, why: str | None = None) -> None:
+        """Writes down how a run ended whose process is gone; `why` when it was ended from here."""
         process = self._children.pop(row.job_id, None)
         folder = self._runs / row.job_id
         returncode = process.wait(timeout=5) if process else None
         state, error = jobs_files.outcome(folder, row, returncode, jobs_files.tail(self._console(row.job_id), 4096))
-        self._record.settle(row, state, error)
+        if row.child is not None:
+            processes.reap(row.child)
+        self._watch.forget(row.job_id)
+        self._record.settle(row, state, why if why and state == "failed" else error)
 
     def _end_unrecorded_children(self) -> None:
         """Ends children that a server started and could not write down, because it was killed in that moment."""

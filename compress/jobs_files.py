@@ -13,7 +13,7 @@ from typing import Any
 from compress.errors import RunError
 from compress.files import storage_error
 from compress.jobs_record import Row
-from compress.runs import MANIFEST
+from compress.runs import MANIFEST, MAY_PREEXIST
 
 UPLOAD_FIELDS = ("checkpoint", "data", "class_map")
 """Fields of a request that may name an uploaded file."""
@@ -41,6 +41,11 @@ def outcome(folder: Path, row: Row, returncode: int | None, console: str) -> tup
     elif returncode:
         why = f"Its process ended with exit code {returncode}; the log shows more"
     return "failed", f"The run was interrupted. {why}. Resume it: finished stages are not repeated."
+
+
+def has_begun(folder: Path) -> bool:
+    """An attempt was made here, perhaps by a server that was killed before it could write that down."""
+    return any(entry.name not in MAY_PREEXIST for entry in folder.iterdir())
 
 
 def take(files: Mapping[str, str | Path], uploads: Path) -> dict[str, str]:
