@@ -51,7 +51,10 @@ def has_begun(folder: Path) -> bool:
 def take(files: Mapping[str, str | Path], uploads: Path) -> dict[str, str]:
     """Links or copies the files into `uploads`, so that they outlive the place they came from; field -> new path."""
     taken = {}
-    uploads.mkdir(parents=True)
+    try:
+        uploads.mkdir(parents=True)
+    except OSError as error:
+        raise storage_error(uploads, error) from error
     for field, given in files.items():
         source = Path(given)
         if field not in UPLOAD_FIELDS:

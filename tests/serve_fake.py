@@ -15,10 +15,10 @@ MODELS = ("mobilenet_v2", "resnet101", "resnet152", "resnet18", "resnet34", "res
 
 
 def fake_command(folder: Path, resume: bool) -> list[str]:
-    fake = Path(__file__).with_name("fake_run.py")
+    fake = Path(__file__).with_name(os.environ.get("ESPALIER_FAKE", "fake_run.py"))
     return [
         sys.executable,
-        "-S",
+        *(["-S"] if fake.name == "fake_run.py" else ["-P"]),
         str(fake),
         str(folder),
         str(folder / "request.json"),
