@@ -27,7 +27,8 @@ from typing import Any
 from compress import jobs_files, processes, signing
 from compress.errors import CompressError, RunError, StorageError
 from compress.files import sha256, storage_error, write_text
-from compress.jobs_record import ACTIVE, FINAL, QUEUED, Record, Row
+from compress.jobs_readonly import ReadOnly
+from compress.jobs_record import ACTIVE, FINAL, QUEUED, DamagedRecord, Record, Row
 from compress.jobs_watch import STALL_S, Watch
 from compress.request import Request
 from compress.runs import STAGES, manifest
@@ -93,6 +94,10 @@ def compress_command(folder: Path, resume: bool) -> list[str]:
 class Queue:
     """Submit, watch, cancel and resume runs; see the module's text for who carries them out.
 
+    Args:
+        stall_s: a run that neither computes nor reports anything for so long is ended.
+        read_only_when_damaged: show the folders of runs, and refuse the rest, where the record is damaged.
+
     Raises:
         StorageError: the folder cannot be written, or its record is damaged.
     """
@@ -105,6 +110,7 @@ class Queue:
         at_once: int = 1,
         max_queued: int = 20,
         stall_s: float = STALL_S,
+        read_only_when_damaged: bool = False,
     ) -> None:
         self.data_dir = Path(data_dir).expanduser().resolve()
         self._runs, self._consoles = self.data_dir / "runs", self.data_dir / "consoles"
@@ -113,14 +119,24 @@ class Queue:
                 folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise storage_error(folder, error) from error
-        self._record = Record(self.data_dir / "queue.sqlite")
+        self.trouble: str | None = None
+        """Why runs cannot be carried out at the moment; None when all is well."""
+        self._record = self._opened(read_only_when_damaged)
         self._command, self._at_once, self._max_queued = command, at_once, max_queued
         self._children: dict[str, Popen[bytes]] = {}
         self._watch = Watch(stall_s)
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
-        self.trouble: str | None = None
-        """Why runs cannot be carried out at the moment; None when all is well."""
+
+    def _opened(self, read_only_when_damaged: bool) -> Record | ReadOnly:
+        try:
+            return Record(self.data_dir / "queue.sqlite")
+        except DamagedRecord as error:
+            if not read_only_when_damaged:
+                raise
+            self.trouble = f"{error} Until then finished runs can be looked at, and nothing can be started."
+            log.error("%s", self.trouble)
+            return ReadOnly(self._runs, self.trouble, title_of)
 
     # ---- what everybody may call --------------------------------------------------------------------------------
 
@@ -249,7 +265,7 @@ class Queue:
         Raises:
             StorageError: the key that results are signed with cannot be read or made.
         """
-        if self._thread is None:
+        if self._thread is None and isinstance(self._record, Record):
             signing.prepare()
             self._stopping.clear()
             self._thread = threading.Thread(target=self._tend, name="compress-queue", daemon=True)
@@ -287,6 +303,7 @@ class Queue:
                     self.trouble = str(error)
 
     def _tick(self) -> None:
+        self._part_with_cancelled()
         for row in self._record.in_states(*ACTIVE):
             assert row.child is not None, "a run is recorded as working together with its child"
             if not processes.alive(row.child):
@@ -335,9 +352,18 @@ class Queue:
         returncode = process.wait(timeout=5) if process else None
         state, error = jobs_files.outcome(folder, row, returncode, jobs_files.tail(self._console(row.job_id), 4096))
         if row.child is not None:
-            processes.reap(row.child)
+            processes.reap(row.child.pid)
         self._watch.forget(row.job_id)
         self._record.settle(row, state, why if why and state == "failed" else error)
+
+    def _part_with_cancelled(self) -> None:
+        """Takes leave of children whose run another process cancelled, `compress jobs cancel` for example."""
+        working = {row.job_id for row in self._record.in_states(*ACTIVE)}
+        for job_id, process in list(self._children.items()):
+            if job_id not in working and process.poll() is not None:
+                self._children.pop(job_id, None)
+                self._watch.forget(job_id)
+                processes.reap(process.pid)
 
     def _end_unrecorded_children(self) -> None:
         """Ends children that a server started and could not write down, because it was killed in that moment."""

@@ -128,11 +128,11 @@ def stop(child: Child, grace_s: float) -> bool:
     return not living(child)
 
 
-def reap(child: Child) -> None:
-    """Takes leave of the ended processes of the child's group that this process inherited, as the first one of a container
-    does: until then they stay in the table of processes."""
+def reap(group: int) -> None:
+    """Takes leave of the ended processes of a group that this process inherited, as the first one of a container does:
+    until then they stay in the table of processes."""
     with contextlib.suppress(ChildProcessError):
-        while os.waitpid(-child.pid, os.WNOHANG)[0]:
+        while os.waitpid(-group, os.WNOHANG)[0]:
             pass
 
 

@@ -46,7 +46,9 @@ def main() -> None:
 
     from compress.ui.server import build_app
 
-    with Queue(settings.data_dir, command=fake_command, max_queued=settings.max_queued) as queue:
+    with Queue(
+        settings.data_dir, command=fake_command, max_queued=settings.max_queued, read_only_when_damaged=True
+    ) as queue:
         (queue.data_dir / "example-report.json").write_text(example_report().to_json())
         app = build_app(settings, queue, check=fake_check, models=[Offer(name, 11_689_512) for name in MODELS])
         uvicorn.run(app, host=settings.host, port=settings.port, log_level="warning", timeout_graceful_shutdown=1)

@@ -381,18 +381,6 @@ def test_a_manifest_cannot_lead_out_of_the_folder(queue: Queue) -> None:
         queue.artifact(job_id, "../../secret")
 
 
-def test_a_damaged_record_is_told_and_left_alone(data_dir: Path) -> None:
-    Queue(data_dir).submit(Request(**QUICK))
-    record = data_dir / "queue.sqlite"
-    record.write_bytes(b"not a database" * 1000)
-    for left_over in ("queue.sqlite-wal", "queue.sqlite-shm"):
-        (data_dir / left_over).unlink(missing_ok=True)
-    before = record.read_bytes()
-    with pytest.raises(StorageError, match="The record of runs .* is damaged .*put back a copy of it, or move it away"):
-        Queue(data_dir)
-    assert record.read_bytes() == before
-
-
 def test_a_record_of_another_version_and_an_unusable_folder_are_refused(data_dir: Path, tmp_path: Path) -> None:
     Queue(data_dir)
     with sqlite3.connect(data_dir / "queue.sqlite") as db:

@@ -72,6 +72,10 @@ class App:
             return updates | {"start": gr.update(visible=True), "notice": views.alert(str(error))}
         return updates | self._opened(seen["job"], seen["look"])
 
+    def banner(self) -> Updates:
+        """Why nothing can be carried out, above everything else; nothing when all is well."""
+        return {"banner": views.alert(self.queue.trouble or "")}
+
     def submit(self, values: Mapping[str, Any], look: str) -> Updates:
         try:
             request, files = to_request(values)

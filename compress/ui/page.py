@@ -31,6 +31,7 @@ def build_page(app: App, *, cache_age_s: int) -> gr.Blocks:
             parts["theme"] = gr.Button(
                 "Light or dark", size="sm", variant="secondary", elem_classes="theme", min_width=60, scale=0
             )
+        parts["banner"] = gr.HTML(elem_id="banner")
         fields, start = _start_view(app)
         parts |= start | _run_view() | fields
         _connect(page, app, parts, list(fields))
@@ -134,6 +135,7 @@ def _connect(page: gr.Blocks, app: App, parts: Parts, names: list[str]) -> None:
     run_outputs = list(_SHOWN)
     where = [parts["job"], parts["look"]]
     on(page.load, app.open, [parts["context"]], run_outputs, js="() => espalier.context()")
+    on(page.load, app.banner, [], ["banner"])
     on(page.load, lambda *given: app.meaning(values(given)), form, ["meaning"])
     submitted = on(
         parts["submit"].click,

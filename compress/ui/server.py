@@ -152,9 +152,11 @@ def serve(settings: Settings) -> None:
     """Runs the app until it is stopped. Runs that work then go on; the next start watches them again.
 
     Raises:
-        StorageError: the data folder cannot be used, or the record of runs is damaged.
+        StorageError: the data folder cannot be used. With a damaged record of runs the app is read-only.
     """
-    with Queue(settings.data_dir, at_once=settings.at_once, max_queued=settings.max_queued) as queue:
+    with Queue(
+        settings.data_dir, at_once=settings.at_once, max_queued=settings.max_queued, read_only_when_damaged=True
+    ) as queue:
         app = build_app(settings, queue, check=shell.check, models=shell.models(settings.data_dir / "models.json"))
         uvicorn.run(
             app,
