@@ -17,6 +17,8 @@ from compress.runs import MANIFEST, MAY_PREEXIST
 
 UPLOAD_FIELDS = ("checkpoint", "data", "class_map")
 """Fields of a request that may name an uploaded file."""
+SUFFIXES = {"checkpoint": (".safetensors", ".pth", ".pt", ".bin"), "data": (".zip",), "class_map": (".json",)}
+"""What an upload may be called. What is in it is looked at when it is opened; engines and ONNX files are never taken."""
 REFUSAL = "Error: "
 """How the last line begins that `python -m compress` prints when it refuses."""
 
@@ -61,6 +63,11 @@ def take(files: Mapping[str, str | Path], uploads: Path) -> dict[str, str]:
             raise RunError(f"No file can be given for {field!r}; files are taken for {', '.join(UPLOAD_FIELDS)}.")
         if not source.is_file():
             raise RunError(f"The file for {field} ({source.name}) is not there any more: upload it again.")
+        if source.suffix.lower() not in SUFFIXES[field]:
+            allowed = ", ".join(SUFFIXES[field])
+            raise RunError(
+                f"The file for {field} ({source.name}) is of a kind that is not taken; these are: {allowed}."
+            )
         name = re.sub(r"[^A-Za-z0-9._-]", "_", source.name)[-100:].lstrip(".") or "file"
         target = uploads / field / name
         try:

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from compress import signing
+from compress import memory, signing
 from compress.errors import CompressError, RunError, StorageError
 from compress.files import PARTIAL, sha256, storage_error, write_text
 from compress.request import Request
@@ -66,7 +66,7 @@ class Run:
         self.progress(name, 0.0, "started")
         _reset_peak_memory()
         start = time.perf_counter()
-        facts = work()
+        facts = _within_memory(name, work)
         facts |= {"seconds": time.perf_counter() - start, "peak_rss_bytes": _peak_memory_bytes()}
         hashes = {file: sha256(self.folder / file) for file in facts.get("files", ())}
         write_text(record, signing.sealed(_record_kind(name), {"facts": facts, "sha256": hashes}))
@@ -325,6 +325,18 @@ def _finished_facts(name: str, folder: Path) -> dict[str, Any] | None:
         (folder / file).is_file() and sha256(folder / file) == digest for file, digest in saved["sha256"].items()
     )
     return saved["facts"] if intact else None
+
+
+def _within_memory(stage: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    try:
+        return work()
+    except (MemoryError, RuntimeError) as error:
+        if not memory.ran_out(error):
+            raise
+        raise RunError(
+            f"Memory ran out in the stage {stage}. End other programs on this machine and resume the run, or start one with "
+            "a smaller model, --input-size or --train-batch-size."
+        ) from error
 
 
 def _record_kind(stage: str) -> str:

@@ -15,6 +15,7 @@ from compress.errors import RunError, StorageError
 from compress.jobs import Queue
 from compress.ui import shell
 from compress.ui.handlers import App, Check
+from compress.ui.limits import Limits, sweep
 from compress.ui.page import build_page
 from compress.ui.settings import Settings
 from compress.ui.theme import HEAD, STYLE, EspalierTheme
@@ -57,6 +58,7 @@ def build_app(settings: Settings, queue: Queue, *, check: Check, models: Sequenc
         models: the classifiers on offer.
     """
     settings.uploads.mkdir(parents=True, exist_ok=True)
+    sweep(settings.uploads, CACHE_AGE_S)
     app = FastAPI(title="Espalier", docs_url=None, redoc_url=None, openapi_url=None)
     _add_routes(app, queue)
     page = build_page(App(queue, check, settings, models), cache_age_s=CACHE_AGE_S)
@@ -79,6 +81,12 @@ def build_app(settings: Settings, queue: Queue, *, check: Check, models: Sequenc
         allowed_paths=[],
         blocked_paths=[str(queue.data_dir / "runs"), str(queue.data_dir / "consoles")],
         max_file_size=settings.max_upload_mb * 1024 * 1024,
+    )
+    app.add_middleware(
+        Limits,
+        requests_per_min=settings.requests_per_min,
+        uploads_per_hour=settings.uploads_per_hour,
+        max_upload_bytes=settings.max_upload_mb * 1024 * 1024,
     )
     app.add_middleware(Guard, hosts=settings.hosts)
     return app
