@@ -252,6 +252,15 @@ def publish(
     typer.echo(json.dumps(dataclasses.asdict(done), indent=1) if as_json else told)
 
 
+@cli.command()
+def adopt(folder: RunFolder) -> None:
+    """Sign the manifest of a run from another machine: only where you trust who gave it to you."""
+    from compress import runs
+
+    runs.adopt(folder)
+    typer.echo(f"{folder} is adopted: its hashes hold, and its files count as made here.")
+
+
 @engine_cli.command("check")
 def engine_check(
     file: Annotated[Path, typer.Argument(help="An engine; its passport stands beside it.", show_default=False)],
@@ -316,10 +325,27 @@ def jobs_resume(job_id: JobId, as_json: Json = False) -> None:
     _show_job(_queue().resume(job_id).as_dict(), as_json)
 
 
-def _queue() -> Any:
-    from compress.jobs import DATA_DIR, Queue
+@jobs_cli.command("recover")
+def jobs_recover() -> None:
+    """Make a new record of runs from their folders, where the record is damaged or gone."""
+    from compress.jobs import title_of
+    from compress.jobs_readonly import recover
 
-    return Queue(Path(os.environ.get("ESPALIER_DATA") or DATA_DIR))
+    count, aside = recover(_data_dir().resolve(), title_of)
+    kept = f" The damaged one is kept as {aside}." if aside else ""
+    typer.echo(f"A new record lists {count} runs.{kept}")
+
+
+def _queue() -> Any:
+    from compress.jobs import Queue
+
+    return Queue(_data_dir())
+
+
+def _data_dir() -> Path:
+    from compress.jobs import DATA_DIR
+
+    return Path(os.environ.get("ESPALIER_DATA") or DATA_DIR).expanduser()
 
 
 def _show_job(status: dict[str, Any], as_json: bool) -> None:

@@ -11,7 +11,6 @@ first also carries the runs out. Children are not tied to it: when it dies they 
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import re
@@ -26,18 +25,24 @@ from pathlib import Path
 from subprocess import Popen
 from typing import Any
 
-from compress import jobs_files, processes
+from compress import jobs_files, processes, signing
 from compress.errors import CompressError, RequestError, RunError, StorageError
 from compress.files import sha256, storage_error, write_text
-from compress.jobs_record import ACTIVE, FINAL, QUEUED, Record, Row
+from compress.jobs_readonly import ReadOnly
+from compress.jobs_record import ACTIVE, FINAL, QUEUED, DamagedRecord, Record, Row
+from compress.jobs_watch import STALL_S, Watch
 from compress.request import Request
-from compress.runs import MANIFEST, STAGES
+from compress.runs import STAGES, manifest
 
 log = logging.getLogger("compress.jobs")
 
 DATA_DIR = Path("app-data")
 """Folder of the queue where ESPALIER_DATA does not name one."""
 GRACE_S = 3.0
+OVERDUE = (
+    "The run was ended because it worked for more than the {:g} minutes that this server allows. Resume it, which repeats no "
+    "finished stage, or ask for fewer epochs."
+)
 """From SIGTERM to SIGKILL; with the second that the kernel needs, the device is free again within 5 s."""
 TICK_S = 0.2
 MIN_FREE_BYTES = 1 << 30
@@ -100,6 +105,8 @@ class Queue:
         max_queued: runs that may wait.
         max_per_owner: runs of one owner that may wait or work; None is any number.
         max_seconds: after which an attempt is ended, so that one run cannot keep the device; None is never.
+        stall_s: a run that neither computes nor reports anything for so long is ended.
+        read_only_when_damaged: show the folders of runs, and refuse the rest, where the record is damaged.
 
     Raises:
         StorageError: the folder cannot be written, or its record is damaged.
@@ -114,6 +121,8 @@ class Queue:
         max_queued: int = 20,
         max_per_owner: int | None = None,
         max_seconds: float | None = None,
+        stall_s: float = STALL_S,
+        read_only_when_damaged: bool = False,
     ) -> None:
         self.data_dir = Path(data_dir).expanduser().resolve()
         self._runs, self._consoles = self.data_dir / "runs", self.data_dir / "consoles"
@@ -123,14 +132,25 @@ class Queue:
                 folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise storage_error(folder, error) from error
-        self._record = Record(self.data_dir / "queue.sqlite")
+        self.trouble: str | None = None
+        """Why runs cannot be carried out at the moment; None when all is well."""
+        self._record = self._opened(read_only_when_damaged)
         self._command, self._at_once, self._max_queued = command, at_once, max_queued
         self._max_per_owner, self._max_seconds = max_per_owner, max_seconds
         self._children: dict[str, Popen[bytes]] = {}
+        self._watch = Watch(stall_s)
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
-        self.trouble: str | None = None
-        """Why runs cannot be carried out at the moment; None when all is well."""
+
+    def _opened(self, read_only_when_damaged: bool) -> Record | ReadOnly:
+        try:
+            return Record(self.data_dir / "queue.sqlite")
+        except DamagedRecord as error:
+            if not read_only_when_damaged:
+                raise
+            self.trouble = f"{error} Until then finished runs can be looked at, and nothing can be started."
+            log.error("%s", self.trouble)
+            return ReadOnly(self._runs, self.trouble, title_of)
 
     # ---- what everybody may call --------------------------------------------------------------------------------
 
@@ -262,17 +282,18 @@ class Queue:
 
         Raises:
             RunError: there is no such run, or it is not done.
-            StorageError: its manifest cannot be read.
+            StorageError: its manifest is damaged, or not signed by this installation.
         """
         row = self._row(job_id)
         if row.state != "done":
             raise RunError(f"This run is {row.state}: files can be downloaded when a run is done.")
         try:
-            manifest = json.loads((self._runs / job_id / MANIFEST).read_text(encoding="utf-8"))
-            return {str(name): dict(facts) for name, facts in manifest["files"].items()}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            return manifest(self._runs / job_id)
+        except StorageError as error:
+            log.error("files are not given out: %s", error)
             raise StorageError(
-                f"The manifest of this run cannot be read ({error}): its files are not given out. Repeat the run."
+                "The manifest of this run is damaged or was not signed by this server: its files are not given out. "
+                "Repeat the run."
             ) from error
 
     def artifact(self, job_id: str, name: str) -> Path:
@@ -297,8 +318,13 @@ class Queue:
     # ---- carrying runs out --------------------------------------------------------------------------------------
 
     def start(self) -> Queue:
-        """Starts the thread that carries out the runs, unless another process does so; then it waits for its turn."""
-        if self._thread is None:
+        """Starts the thread that carries out the runs, unless another process does so; then it waits for its turn.
+
+        Raises:
+            StorageError: the key that results are signed with cannot be read or made.
+        """
+        if self._thread is None and isinstance(self._record, Record):
+            signing.prepare()
             self._stopping.clear()
             self._thread = threading.Thread(target=self._tend, name="compress-queue", daemon=True)
             self._thread.start()
@@ -336,17 +362,20 @@ class Queue:
                     self.trouble = str(error)
 
     def _tick(self) -> None:
+        self._part_with_cancelled()
         for row in self._record.in_states(*ACTIVE):
             assert row.child is not None, "a run is recorded as working together with its child"
             if not processes.alive(row.child):
                 if processes.stop(row.child, grace_s=0.0):  # what the child left behind
                     self._settle(row)
-            elif (
-                row.state == "cancelling" and row.cancel_asked is not None and time.time() > row.cancel_asked + GRACE_S
+            elif row.state == "cancelling" and not 0 <= time.time() - (row.cancel_asked or 0.0) <= GRACE_S:
+                processes.stop(row.child, grace_s=0.0)  # whoever asked is gone; also when the clock was put back
+            elif self._watch.idle(row.job_id, row.child, self._events_size(row.job_id)) and processes.stop(
+                row.child, GRACE_S
             ):
-                processes.stop(row.child, grace_s=0.0)
+                self._settle(row, why=self._watch.sentence)
             elif self._is_overdue(row) and processes.stop(row.child, GRACE_S):
-                self._settle(row, overdue=True)
+                self._settle(row, why=OVERDUE.format((self._max_seconds or 0) / 60))
         while len(self._record.in_states(*ACTIVE)) < self._at_once:
             if not self._record.start_next(self._start_child, self._events_size):
                 return
@@ -360,7 +389,10 @@ class Queue:
         }
         try:
             process = processes.start(
-                self._command(folder, row.attempt > 1), folder=folder, console=self._console(row.job_id), env=env
+                self._command(folder, row.attempt > 1 or jobs_files.has_begun(folder)),
+                folder=folder,
+                console=self._console(row.job_id),
+                env=env,
             )
         except OSError as error:
             why = error.strerror or error
@@ -378,21 +410,25 @@ class Queue:
         began = row.started or time.time()
         return self._max_seconds is not None and row.state == "running" and time.time() - began > self._max_seconds
 
-    def _settle(self, row: Row, *, overdue: bool = False) -> None:
-        """Writes down how a run ended whose process is gone."""
+    def _settle(self, row: Row, why: str | None = None) -> None:
+        """Writes down how a run ended whose process is gone; `why` when it was ended from here."""
         process = self._children.pop(row.job_id, None)
         folder = self._runs / row.job_id
         returncode = process.wait(timeout=5) if process else None
         state, error = jobs_files.outcome(folder, row, returncode, jobs_files.tail(self._console(row.job_id), 4096))
-        if overdue and state != "done":
-            state, error = (
-                "failed",
-                (
-                    f"The run was ended because it worked for more than the {(self._max_seconds or 0) / 60:g} minutes that "
-                    "this server allows. Resume it, which repeats no finished stage, or ask for fewer epochs."
-                ),
-            )
-        self._record.settle(row, state, error)
+        if row.child is not None:
+            processes.reap(row.child.pid)
+        self._watch.forget(row.job_id)
+        self._record.settle(row, state, why if why and state == "failed" else error)
+
+    def _part_with_cancelled(self) -> None:
+        """Takes leave of children whose run another process cancelled, `compress jobs cancel` for example."""
+        working = {row.job_id for row in self._record.in_states(*ACTIVE)}
+        for job_id, process in list(self._children.items()):
+            if job_id not in working and process.poll() is not None:
+                self._children.pop(job_id, None)
+                self._watch.forget(job_id)
+                processes.reap(process.pid)
 
     def _end_unrecorded_children(self) -> None:
         """Ends children that a server started and could not write down, because it was killed in that moment."""

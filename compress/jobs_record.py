@@ -6,7 +6,7 @@ import fcntl
 import sqlite3
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,11 +62,24 @@ class Row:
     """Who submitted it; empty where nobody told."""
 
 
-class Record:
-    """Raises `StorageError` from every method when the file cannot be read or written."""
+class DamagedRecord(StorageError):
+    """The record cannot be read, or is gone although there are runs."""
 
-    def __init__(self, path: Path) -> None:
+
+class Record:
+    """Raises `StorageError` from every method when the file cannot be read or written.
+
+    Args:
+        known: that there are runs without a record, which is being made for them.
+    """
+
+    def __init__(self, path: Path, *, known: bool = False) -> None:
         self.path = path
+        if not known and not (path.exists() and path.stat().st_size) and _has_runs(path):
+            raise DamagedRecord(
+                f"The record of runs {path} is gone, but there are folders of runs beside it. Put back a copy of it, or "
+                "make a new one from the folders: python -m compress jobs recover."
+            )
         with self._open() as db:
             version = db.execute("PRAGMA user_version").fetchone()[0]
             if version not in (0, VERSION, *_UPGRADES):
@@ -208,10 +221,34 @@ class Record:
         with self._open() as db:
             _refuse_when_full(db, max_queued)
 
-    @contextmanager
-    def leadership(self) -> Iterator[Callable[[], bool]]:
+    @classmethod
+    def damage(cls, path: Path) -> str | None:
+        """What is wrong with the record at `path`; None when it is sound."""
+        try:
+            cls(path)
+        except DamagedRecord as error:
+            return str(error)
+        return None
+
+    def insert(self, row: Row) -> None:
+        """A run that is over, as somebody else knows it."""
+        with self._change() as db:
+            db.execute(
+                "INSERT INTO runs (job_id, title, state, turn, attempt, error, created, started, finished) "
+                "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                (row.job_id, row.title, row.state, _next_turn(db), row.attempt, row.error, row.created, row.started,
+                 row.finished),
+            )  # fmt: skip
+
+    def leadership(self) -> AbstractContextManager[Callable[[], bool]]:
         """A question that is answered True in one process at a time: the one that may carry runs out."""
-        with self.path.with_name("queue.lock").open("a") as lock:
+        return self.lock(self.path)
+
+    @staticmethod
+    @contextmanager
+    def lock(path: Path) -> Iterator[Callable[[], bool]]:
+        """See `leadership`; also where the record at `path` is damaged."""
+        with path.with_name("queue.lock").open("a") as lock:
 
             def leads() -> bool:
                 try:
@@ -244,14 +281,18 @@ class Record:
                 f"folder's permissions."
             ) from error
         except sqlite3.DatabaseError as error:
-            raise StorageError(
-                f"The record of runs {self.path} is damaged ({error}). Nothing was changed: put back a copy "
-                f"of it, or move it "
-                "away to begin a new record; the folders of finished runs stay as they are."
+            raise DamagedRecord(
+                f"The record of runs {self.path} is damaged ({error}). Nothing was changed: put back a copy of it, or make "
+                "a new one from the folders of the runs: python -m compress jobs recover."
             ) from error
         finally:
             if db is not None:
                 db.close()  # rolls back what was not committed
+
+
+def _has_runs(path: Path) -> bool:
+    runs = path.with_name("runs")
+    return runs.is_dir() and any(runs.iterdir())
 
 
 def _refuse_when_full(db: sqlite3.Connection, max_queued: int) -> None:

@@ -30,6 +30,14 @@ def browser() -> Iterator[Browser]:
         browser.close()
 
 
+@pytest.fixture(autouse=True, scope="session")
+def signing_key(tmp_path_factory):
+    """Runs of the tests are signed with a key of their own, in child processes too."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ESPALIER_SIGNING_KEY", str(tmp_path_factory.mktemp("key") / "signing.key"))
+        yield
+
+
 @pytest.fixture
 def device(monkeypatch):
     """`device(release)` puts a GPU that is not there in place of the packages of that release, and returns it."""

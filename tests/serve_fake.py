@@ -16,10 +16,10 @@ MODELS = ("mobilenet_v2", "resnet101", "resnet152", "resnet18", "resnet34", "res
 
 
 def fake_command(folder: Path, resume: bool) -> list[str]:
-    fake = Path(__file__).with_name("fake_run.py")
+    fake = Path(__file__).with_name(os.environ.get("ESPALIER_FAKE", "fake_run.py"))
     return [
         sys.executable,
-        "-S",
+        *(["-S"] if fake.name == "fake_run.py" else ["-P"]),
         str(fake),
         str(folder),
         str(folder / "request.json"),
@@ -68,7 +68,7 @@ def main() -> None:
 
     from compress.ui.server import build_app
 
-    with Queue(settings.data_dir, command=fake_command, **settings.queue_limits) as queue:
+    with Queue(settings.data_dir, command=fake_command, read_only_when_damaged=True, **settings.queue_limits) as queue:
         (queue.data_dir / "example-report.json").write_text(example_report().to_json())
         app = build_app(
             settings,

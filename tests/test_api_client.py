@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import io
 import subprocess
-import sys
 import time
 import zipfile
 from collections.abc import Iterator
@@ -19,7 +18,6 @@ from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
 
 from compress import snippets
-from compress.jobs import Queue
 from compress.request import Request
 
 QUICK: dict[str, Any] = {"model": "resnet18", "learning_rate": 0.001}
@@ -215,24 +213,6 @@ def test_other_names_and_other_sites_are_refused(server: AppServer) -> None:
         )
         assert answer.status_code == status
     assert httpx.get(f"{server.url}/healthz", headers={"host": f"localhost:{server.port}"}).json() == {"status": "ok"}
-
-
-def test_a_damaged_record_ends_the_app_with_one_sentence(tmp_path: Path) -> None:
-    Queue(tmp_path)
-    (tmp_path / "queue.sqlite").write_bytes(b"no database " * 500)
-    words = [*REAL]
-    ended = subprocess.run(
-        words,
-        env={"PATH": "", "ESPALIER_DATA": str(tmp_path)},
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    assert ended.returncode == 1
-    assert ended.stderr.startswith("Error: The record of runs") and "is damaged" in ended.stderr
-    assert "Traceback" not in ended.stderr
-    assert sys.executable == words[0]
 
 
 def test_a_wrong_setting_ends_the_app_with_one_sentence(tmp_path: Path) -> None:

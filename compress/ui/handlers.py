@@ -132,6 +132,10 @@ class App:
             updates |= {"notice": views.alert(str(error))}
         return updates | _only("start")
 
+    def banner(self) -> Updates:
+        """Why nothing can be carried out, above everything else; nothing when all is well."""
+        return {"banner": views.alert(self.queue.trouble or "")}
+
     def submit(self, visit: Visit, values: Mapping[str, Any], again: str, look: str) -> Updates:
         try:
             request, files = self._asked(values, again)

@@ -32,6 +32,7 @@ def build_page(app: App, *, cache_age_s: int) -> gr.Blocks:
             parts["theme"] = gr.Button(
                 "Light or dark", size="sm", variant="secondary", elem_classes="theme", min_width=60, scale=0
             )
+        parts["banner"] = gr.HTML(elem_id="banner")
         fields, start = _start_view(app)
         parts |= start | _run_view() | _compare_view() | fields
         _connect(page, app, parts, list(fields))
@@ -195,6 +196,7 @@ def _connect(page: gr.Blocks, app: App, parts: Parts, names: list[str]) -> None:
     filled = [name for name in names if name not in ("hint", "checkpoint_file", "data_file", "class_map")]
     opened = [*run_outputs, *_COMPARED, "again", "again_note", *filled]
     on(page.load, app.open, [parts["context"]], opened, visited=True, **context)
+    on(page.load, app.banner, [], ["banner"])
     on(page.load, lambda *given: app.meaning(values(given)), form, ["meaning"])
     submitted = on(
         parts["submit"].click,

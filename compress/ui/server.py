@@ -17,6 +17,7 @@ from compress.jobs import Queue
 from compress.runs import MANIFEST
 from compress.ui import shell, views_results
 from compress.ui.handlers import App, Check, Classify
+from compress.ui.limits import Limits, sweep
 from compress.ui.page import build_page
 from compress.ui.settings import Settings
 from compress.ui.theme import HEAD, STYLE, EspalierTheme
@@ -62,6 +63,7 @@ def build_app(
         models: the classifiers on offer.
     """
     settings.uploads.mkdir(parents=True, exist_ok=True)
+    sweep(settings.uploads, CACHE_AGE_S)
     app = FastAPI(title="Espalier", docs_url=None, redoc_url=None, openapi_url=None)
     _add_routes(app, queue)
     page = build_page(App(queue, check, settings, models, classify), cache_age_s=CACHE_AGE_S)
@@ -84,6 +86,12 @@ def build_app(
         allowed_paths=[],
         blocked_paths=[str(queue.data_dir / "runs"), str(queue.data_dir / "consoles")],
         max_file_size=settings.max_upload_mb * 1024 * 1024,
+    )
+    app.add_middleware(
+        Limits,
+        requests_per_min=settings.requests_per_min,
+        uploads_per_hour=settings.uploads_per_hour,
+        max_upload_bytes=settings.max_upload_mb * 1024 * 1024,
     )
     app.add_middleware(Guard, hosts=settings.hosts)
     return app
@@ -176,9 +184,9 @@ def serve(settings: Settings) -> None:
     """Runs the app until it is stopped. Runs that work then go on; the next start watches them again.
 
     Raises:
-        StorageError: the data folder cannot be used, or the record of runs is damaged.
+        StorageError: the data folder cannot be used. With a damaged record of runs the app is read-only.
     """
-    with Queue(settings.data_dir, **settings.queue_limits) as queue:
+    with Queue(settings.data_dir, read_only_when_damaged=True, **settings.queue_limits) as queue:
         app = build_app(
             settings,
             queue,

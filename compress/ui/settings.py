@@ -34,6 +34,10 @@ class Settings:
     """ESPALIER_RUN_LIMIT_MIN: minutes after which a run is ended; it can be resumed. Default: never."""
     max_upload_mb: int = 2048
     """ESPALIER_MAX_UPLOAD_MB: largest uploaded file."""
+    requests_per_min: int = 1200
+    """ESPALIER_REQUESTS_PER_MIN: of one address; a page that watches a run sends about 60, opening it about 140."""
+    uploads_per_hour: int = 120
+    """ESPALIER_UPLOADS_PER_HOUR: of one address."""
     list_runs: bool | None = None
     """ESPALIER_LIST_RUNS: 1 shows every run to every visitor, 0 only those started in the same browser.
     Default: 1 on a loopback address, else 0, because a run's link is all that protects it."""
@@ -85,6 +89,8 @@ class Settings:
             "ESPALIER_MAX_PER_VISITOR": ("max_per_visitor", _number(1, 1000)),
             "ESPALIER_RUN_LIMIT_MIN": ("run_limit_min", _number(1, 100_000)),
             "ESPALIER_MAX_UPLOAD_MB": ("max_upload_mb", _number(1, 1_000_000)),
+            "ESPALIER_REQUESTS_PER_MIN": ("requests_per_min", _number(10, 1_000_000)),
+            "ESPALIER_UPLOADS_PER_HOUR": ("uploads_per_hour", _number(1, 1_000_000)),
             "ESPALIER_LIST_RUNS": ("list_runs", _switch),
             "ESPALIER_ALLOWED_HOSTS": ("allowed_hosts", _names),
         }
