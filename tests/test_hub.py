@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import socket
 
 import gradio as gr
@@ -15,7 +14,7 @@ from huggingface_hub import constants
 from safetensors.torch import save
 from test_cli import call
 
-from compress import card, hub
+from compress import card, hub, signing
 from compress.errors import CheckpointError, PublishingError, RequestError, RunError
 from compress.files import sha256
 from compress.request import Request
@@ -55,7 +54,8 @@ def run(tmp_path):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(content)
     listed = {name: {"sha256": sha256(folder / name), "bytes": len(content)} for name, content in files.items()}
-    (folder / "manifest.json").write_text(json.dumps({"format": 1, "files": listed}))
+    document = {"format": 1, "files": listed}
+    (folder / "manifest.json").write_text(signing.sealed("manifest.json", document))
     (folder / "log.txt").write_text("not a result")
     return folder
 
