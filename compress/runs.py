@@ -50,6 +50,11 @@ class Run:
     def artifacts(self) -> Path:
         return self.folder / "artifacts"
 
+    @property
+    def uploads(self) -> Path:
+        """Files of the user's, and what was accepted of them."""
+        return self.folder / "uploads"
+
     def stage(self, name: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Carries out `work` unless an earlier attempt finished it; returns its facts (JSON-safe).
 

@@ -100,7 +100,7 @@ def test_endpoints_are_named_typed_and_documented(client: Client) -> None:
         (
             "/submit",
             {"checkpoint": "../x.pth"},
-            "expected auto or published or random or a file given as checkpoint_file.",
+            "expected auto or published or random or hf://owner/name or a file given as checkpoint_file.",
         ),
         ("/status", {"job_id": "../../etc/passwd"}, "There is no run with the id '../../etc/passwd'."),
         ("/cancel", {"job_id": "0" * 32}, "There is no run with the id"),

@@ -6,7 +6,7 @@ import pytest
 from app_server import AppServer
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, Page, expect
-from test_app_browser import browser, choose_model, compress, open_start, queue, server, watched  # noqa: F401 - fixtures
+from test_app_browser import choose_model, compress, open_start, queue, server, watched  # noqa: F401 - fixtures
 
 pytestmark = pytest.mark.browser
 RULES = {"runOnly": ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "best-practice"]}

@@ -25,6 +25,7 @@ RICH = (
     {"quantizer": "none", "weight_bits": 16, "activation_bits": 16, "pruner": "none"},
     {"quantizer": "none", "weight_bits": 32, "activation_bits": 32, "pruning_epochs": 0.5, "finetune_epochs": 0.25},
     {"engine_targets": ("SM86", "SM89"), "runtime": "openvino", "runtime_hint": "throughput", "batch_size": 1},
+    {"checkpoint": "hf://team/net@v2/weights/a.pth", "model": "resnet50", "data": "none"},
     {"data": "none", "checkpoint": "random", "max_quantization_loss": 0.5, "reconstruction_images": 0},
 )
 

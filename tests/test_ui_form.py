@@ -352,3 +352,11 @@ def test_the_answer_of_a_check_in_its_own_process(output: str, printed: str, cod
         with pytest.raises(type(expected)) as refused:
             shell._answer("check", output, printed, code)
         assert str(refused.value) == str(expected)
+
+
+@pytest.mark.parametrize("typed", ["team/net", " https://huggingface.co/team/net/ ", "hf://team/net"])
+def test_a_repository_of_the_hub_is_a_source_of_weights(untouched, typed):
+    request, files = to_request(untouched | {"weights": "hub", "hub": typed, "model": "resnet50"})
+    assert request.checkpoint == "hf://team/net" and files == {}
+    with pytest.raises(CompressError, match="No repository was named: write owner/name"):
+        to_request(untouched | {"weights": "hub", "hub": " "})

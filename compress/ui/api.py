@@ -14,6 +14,7 @@ from typing import Any, TypedDict, get_type_hints
 import gradio as gr
 
 from compress.errors import CompressError, RequestError, RunError
+from compress.hub import SCHEME as HUB_SCHEME
 from compress.jobs import Queue, Status
 from compress.jobs_files import UPLOAD_FIELDS
 from compress.request import Request
@@ -148,12 +149,17 @@ class Endpoints:
             if upload is not None:
                 files[field] = self._app.uploaded(upload["path"] if isinstance(upload, dict) else upload)
                 values[field] = files[field].name
-            elif values.get(field) is not None and values[field] not in NAMED_SOURCES[field]:
-                allowed = [*NAMED_SOURCES[field], f"a file given as {field}_file"]
+            elif values.get(field) is not None and not _is_named(field, values[field]):
+                hub = [f"{HUB_SCHEME}owner/name"] if field == "checkpoint" else []
+                allowed = [*NAMED_SOURCES[field], *hub, f"a file given as {field}_file"]
                 raise RequestError(field, values[field], " or ".join(allowed))
         return Request(
             **{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
         ), files
+
+
+def _is_named(field: str, value: Any) -> bool:
+    return value in NAMED_SOURCES[field] or (field == "checkpoint" and str(value).startswith(HUB_SCHEME))
 
 
 _SUBMIT = """Queues a run and returns at once.

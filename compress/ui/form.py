@@ -16,12 +16,13 @@ import gradio as gr
 from gradio.components import Component
 
 from compress.errors import CompressError
+from compress.hub import SCHEME as HUB_SCHEME
 from compress.quantizers import QUANTIZERS
 from compress.request import Request
 from compress.request_rules import FULL_PRECISION, HALF_PRECISION, QUANTIZED_BITS
 
 INTEGERS, HALF, FULL = "integers", "half", "full"
-UPLOAD = "upload"
+UPLOAD, HUB = "upload", "hub"
 CHECKPOINT_TYPES = [".safetensors", ".pth", ".pt"]
 SECTIONS = {
     "Images": ("input_size", "mean", "std", "class_map", "test_fraction"),
@@ -102,6 +103,7 @@ def main_fields(models: tuple[str, ...]) -> dict[str, Component]:
                 ("Trained weights", "auto"),
                 ("Published", "published"),
                 ("My checkpoint", UPLOAD),
+                ("From the Hub", HUB),
                 ("Untrained", "random"),
             ],
             value="auto",
@@ -112,6 +114,13 @@ def main_fields(models: tuple[str, ...]) -> dict[str, Component]:
             file_types=CHECKPOINT_TYPES,
             visible=False,
             height=136,
+        )
+        fields["hub"] = gr.Textbox(
+            label="Repository on the Hugging Face Hub",
+            info="owner/name, with @revision or /file behind it where they are needed",
+            placeholder="owner/name",
+            max_lines=1,
+            visible=False,
         )
     with gr.Column(elem_classes="card"):
         gr.HTML('<h2><span class="number">2</span>Images</h2>')
@@ -186,6 +195,8 @@ def to_request(
                 )
             files[field] = Path(values[upload] or kept[field])
             given[field] = files[field].name
+    if values["weights"] == HUB:
+        given["checkpoint"] = _on_the_hub(values["hub"] or "")
     given |= _bits(values)
     for names in folded_fields().values():
         for name in names:
@@ -196,12 +207,21 @@ def to_request(
     return Request(**given), files
 
 
+def _on_the_hub(text: str) -> str:
+    """What was typed or pasted, as `Request.checkpoint` names it."""
+    name = text.strip().removeprefix("https://huggingface.co/").removeprefix(HUB_SCHEME).strip("/")
+    if not name:
+        raise CompressError("No repository was named: write owner/name, or choose another source of weights.")
+    return HUB_SCHEME + name
+
+
 def from_request(request: Request) -> dict[str, Any]:
     """The form's values, by field, that mean `request`, without its files; the other way of `to_request`."""
     values: dict[str, Any] = {
         "model": request.model,
-        "weights": request.checkpoint if request.checkpoint in CHECKPOINT_SOURCES else UPLOAD,
+        "weights": _weights_of(request.checkpoint),
         "checkpoint_file": None,
+        "hub": request.checkpoint.removeprefix(HUB_SCHEME) if request.checkpoint.startswith(HUB_SCHEME) else "",
         "images": request.data if request.data in DATA_SOURCES else UPLOAD,
         "data_file": None,
         "sparsity": round(100 * request.sparsity, 4),
@@ -213,6 +233,12 @@ def from_request(request: Request) -> dict[str, Any]:
     same = not request.quantizes or request.activation_bits == request.weight_bits
     values |= {"class_map": None, "activation_bits": SAME if same else str(request.activation_bits)}
     return values if request.quantizes else values | {"quantizer": Request.model_fields["quantizer"].default}
+
+
+def _weights_of(checkpoint: str) -> str:
+    if checkpoint.startswith(HUB_SCHEME):
+        return HUB
+    return checkpoint if checkpoint in CHECKPOINT_SOURCES else UPLOAD
 
 
 def _shown(name: str, value: Any) -> Any:

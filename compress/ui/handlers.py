@@ -26,7 +26,7 @@ from compress.tables import tables
 from compress.ui import views, views_results, views_runs, views_start
 from compress.ui.comparison import Comparison, report_of
 from compress.ui.estimates import Count, Estimates, Structure
-from compress.ui.form import UPLOAD, from_request, to_request
+from compress.ui.form import HUB, UPLOAD, from_request, to_request
 from compress.ui.phone import narrowed
 from compress.ui.settings import Settings
 from compress.ui.shell import Offer
@@ -195,7 +195,7 @@ class App:
 
     def _meant(self, values: Mapping[str, Any]) -> tuple[Request, Offer | None]:
         """The request of a form whose files need not be there yet. Raises `RequestError`."""
-        named = {"checkpoint_file": "upload.pth", "data_file": "upload.zip", "class_map": None}
+        named = {"checkpoint_file": "x.pth", "data_file": "x.zip", "class_map": None, "hub": "owner/name"}
         request, _ = to_request(dict(values) | named)
         return request, next((offer for offer in self.models if offer.name == request.model), None)
 
@@ -203,7 +203,7 @@ class App:
     def sources(weights: str, images: str, model: str, arithmetic: str) -> Updates:
         """Shows the upload fields that belong to the choices, and a hint where the choices do not fit."""
         hint = ""
-        if images == "fashion-mnist" and weights != UPLOAD and (model != "resnet18" or weights == "random"):
+        if images == "fashion-mnist" and weights not in (UPLOAD, HUB) and (model != "resnet18" or weights == "random"):
             hint = (
                 "These images go with the bundled resnet18. Another model needs a checkpoint that was trained on them."
             )
@@ -211,6 +211,7 @@ class App:
             hint = "Without images nothing is trained: the report tells how far the answers move, and no accuracy."
         return {
             "checkpoint_file": gr.update(visible=weights == UPLOAD),
+            "hub": gr.update(visible=weights == HUB),
             "data_file": gr.update(visible=images == UPLOAD),
             "bits": gr.update(visible=arithmetic == "integers"),
             "hint": f"<p>{hint}</p>" if hint else "",

@@ -8,7 +8,7 @@ from typing import Any
 import gradio as gr
 from gradio.components import Component
 
-from compress.ui import views
+from compress.ui import sharing, views
 from compress.ui.api import add_endpoints
 from compress.ui.form import main_fields, more_fields
 from compress.ui.handlers import CHARTS, App, Updates, Visit
@@ -130,6 +130,7 @@ def _results(parts: Parts) -> None:
     with gr.Column(elem_classes="card"):
         gr.HTML('<h2>Files</h2><p class="soft">Every file is checked against its sha256 before it is sent.</p>')
         parts["files"] = gr.HTML(elem_id="files")
+    parts |= sharing.card()
 
 
 def _compare_view() -> Parts:
@@ -222,6 +223,14 @@ def _connect(page: gr.Blocks, app: App, parts: Parts, names: list[str]) -> None:
         show_progress_on=parts["tried"],
         **_SLOW,
     )
+    parts["publish"].click(
+        sharing.publisher(app.queue, app.settings),
+        [parts[name] for name in ("job", "repository", "public", "pull_request")],
+        [parts["shared"]],
+        api_visibility="private",
+        show_progress_on=parts["shared"],
+        **_SLOW,
+    )
     searched = on(
         parts["search"].change,
         app.search,
@@ -252,7 +261,7 @@ def _connect(page: gr.Blocks, app: App, parts: Parts, names: list[str]) -> None:
     deleted.then(None, [parts["job"]], None, js="job => espalier.left(job)", api_visibility="private")
     choices = [parts[name] for name in ("weights", "images", "model", "arithmetic")]
     for choice in choices:
-        on(choice.change, app.sources, choices, ["checkpoint_file", "data_file", "bits", "hint"])
+        on(choice.change, app.sources, choices, ["checkpoint_file", "hub", "data_file", "bits", "hint"])
     for name in names:
         if name not in ("hint", "checkpoint_file", "data_file", "class_map"):
             meant = on(
