@@ -234,6 +234,29 @@ def classify(
 
 
 @cli.command()
+def estimate(
+    model: Annotated[str, typer.Argument(help="A torchvision classifier.", show_default=False)],
+    classes: Annotated[int, typer.Option(min=1, max=100_000, help="Outputs.")] = 1000,
+    input_size: Annotated[
+        int | None, typer.Option(min=16, max=1024, help="Pixels.", show_default="the published recipe's")
+    ] = None,
+    channel_multiple: Annotated[int, typer.Option(min=1, max=64, help="As in `run`.")] = 8,
+    as_json: Json = False,
+) -> None:
+    """Parameters and MACs that pruning would leave at each sparsity, counted from the plan without any weights."""
+    from compress import profiles
+
+    found = profiles.profile(model, classes, input_size, channel_multiple)
+    if as_json:
+        typer.echo(json.dumps(found))
+        return
+    rows = [(f"{p} %", row) for p, row in found["rows"].items() if int(p) % 5 == 0]
+    counts = [(share, f"{row['parameters']:,}", f"{row['macs']:,}") for share, row in rows]
+    whole = ("0 %", f"{found['parameters']:,}", f"{found['macs']:,}")
+    typer.echo(text.table(("Sparsity", "Parameters", "MACs"), [whole, *counts]))
+
+
+@cli.command()
 def publish(
     folder: RunFolder,
     repository: Annotated[str, typer.Argument(help="owner/name; made when there is none.", show_default=False)],

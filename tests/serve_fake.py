@@ -9,6 +9,7 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 from compress.errors import DataError  # noqa: E402
 from compress.jobs import Queue  # noqa: E402
 from compress.request import Request  # noqa: E402
+from compress.ui.estimates import Structure  # noqa: E402
 from compress.ui.settings import Settings, prepare_environment  # noqa: E402
 from compress.ui.shell import Offer  # noqa: E402
 
@@ -60,6 +61,21 @@ def fake_classify(folder: Path, image: Path) -> dict[str, object]:
     return {"input_size": 32, "seen": SEEN, "repeats": 15, "models": models}
 
 
+def fake_count(structure: Structure) -> dict[str, object]:
+    """As if every layer shrank."""
+    rows = {
+        str(percent): {
+            "parameters": round(11_181_642 * (1 - percent / 100) ** 2),
+            "macs": round(37_000_000 * (1 - percent / 100) ** 2),
+            "groups": [[0, 64, 64 - round(0.64 * percent), 1]],
+            "left_out": [[2, 3]],
+        }
+        for percent in range(1, 100)
+    }
+    words = ["layer1.0.conv1 layer1.0.conv2", "their <outputs> are added", "fc", "gives the answer"]
+    return {"parameters": 11_181_642, "macs": 37_000_000, "rows": rows, "words": words}
+
+
 def main() -> None:
     settings = Settings.from_environment({**os.environ, "ESPALIER_DATA": sys.argv[1], "ESPALIER_PORT": sys.argv[2]})
     prepare_environment(os.environ, settings)
@@ -75,6 +91,7 @@ def main() -> None:
             queue,
             check=fake_check,
             classify=fake_classify,
+            count=fake_count,
             models=[Offer(name, 11_689_512) for name in MODELS],
         )
         uvicorn.run(app, host=settings.host, port=settings.port, log_level="warning", timeout_graceful_shutdown=1)

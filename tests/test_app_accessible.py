@@ -52,8 +52,28 @@ def finished(page: Page, url: str) -> None:
         page.locator(f"#chart-{key} summary").click()
 
 
+def side_by_side(page: Page, url: str) -> None:
+    finished(page, url)
+    page.get_by_role("link", name="Compare").click()
+    expect(page.locator("#plot-compare .main-svg").first).to_be_visible(timeout=20_000)
+    page.locator("#chart-compare summary").click()
+
+
+def unfolded_run(page: Page, url: str) -> None:
+    finished(page, url)
+    page.get_by_text("Copy as", exact=True).click()
+    page.get_by_text("How to use these files").click()
+    page.get_by_role("button", name="Rename or delete").click()
+    page.locator('input[type=file][accept*=".webp"]').set_input_files(
+        {"name": "photo.png", "mimeType": "image/png", "buffer": b"image"}
+    )
+    expect(page.locator(".file-preview", has_text="photo")).to_be_visible(timeout=15_000)
+    page.get_by_role("button", name="Classify").click()
+    expect(page.locator(".tried section")).to_have_count(2, timeout=15_000)
+
+
 @pytest.mark.parametrize("look", ["light", "dark"])
-@pytest.mark.parametrize("state", [start, everything_unfolded, refused, running, failed, finished])
+@pytest.mark.parametrize("state", [start, everything_unfolded, refused, running, failed, unfolded_run, side_by_side])
 def test_no_serious_finding(browser: Browser, server: AppServer, queue, state, look) -> None:  # noqa: F811 - fixtures
     with browser.new_context(viewport={"width": 1280, "height": 900}, color_scheme=look) as context:
         page = watched(context, server.url)

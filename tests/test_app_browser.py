@@ -164,6 +164,15 @@ def test_settings_are_explained_and_refused_before_a_run_starts(page: Page, serv
     page.get_by_label("number input for Channels to remove, %").fill("30")
     page.keyboard.press("Tab")
     expect(words).to_contain_text("30 % of the channels go: about 1/2 of the parameters stay.")
+    plan = page.locator(".plan")
+    expect(plan).to_contain_text(
+        "Counted from the plan for resnet18 with 10 classes at 32 × 32 pixels.", timeout=15_000
+    )
+    plan.get_by_text("Layers that shrink (2)").click()
+    expect(plan.locator("tbody tr").first).to_contain_text("their <outputs> are added")
+    expect(page.locator(".bar", has_text="Multiplications per image")).to_contain_text(
+        "37.0 million → about 18.1 million"
+    )
     page.get_by_role("radio", name="16-bit floats").check()
     expect(words).to_contain_text("16-bit numbers take half the space")
     expect(page.get_by_label("number input for Bits per number")).to_be_hidden()

@@ -23,8 +23,9 @@ from compress.jobs_record import FINAL
 from compress.report import Report
 from compress.request import Request
 from compress.tables import tables
-from compress.ui import views, views_results, views_runs
+from compress.ui import views, views_results, views_runs, views_start
 from compress.ui.comparison import Comparison, report_of
+from compress.ui.estimates import Count, Estimates, Structure
 from compress.ui.form import HUB, UPLOAD, from_request, to_request
 from compress.ui.phone import narrowed
 from compress.ui.settings import Settings
@@ -109,11 +110,18 @@ class App:
     """The handlers, around one queue."""
 
     def __init__(
-        self, queue: Queue, check: Check, settings: Settings, models: Sequence[Offer], classify: Classify
+        self,
+        queue: Queue,
+        check: Check,
+        settings: Settings,
+        models: Sequence[Offer],
+        classify: Classify,
+        count: Count,
     ) -> None:
         self.queue, self.check, self.settings, self.classify = queue, check, settings, classify
         self.models = tuple(models)
         self.comparison = Comparison(queue)
+        self.estimates = Estimates(settings.data_dir / "estimates", count)
 
     # ---- the start view -----------------------------------------------------------------------------------------
 
@@ -165,19 +173,35 @@ class App:
         try:
             request, files = self._asked(values, again)
             request = request.model_copy(update={field: str(path) for field, path in files.items()})
-            return {"checked": views.checked(self.check(request)), "notice": ""}
+            return {"checked": views_start.checked(self.check(request)), "notice": ""}
         except CompressError as error:
             return {"checked": "", "notice": views.alert(str(error))}
 
     def meaning(self, values: Mapping[str, Any]) -> Updates:
         """What the settings at hand mean; a contradiction is shown at once, in place of it."""
-        named = dict(values) | {"weights": "auto", "images": "none", "class_map": None}
         try:
-            request, _ = to_request(named)
+            request, offer = self._meant(values)
         except RequestError as error:
             return {"meaning": views.alert(str(error))}
-        parameters = next((offer.parameters for offer in self.models if offer.name == values["model"]), None)
-        return {"meaning": views.meaning(request, parameters)}
+        outlook = offer and self.estimates.outlook(request, Structure.of(request, offer.input_size))
+        return {"meaning": views_start.meaning(request, offer.parameters if offer else None, outlook)}
+
+    def counted(self, values: Mapping[str, Any]) -> Updates:
+        """`meaning`, after the model was counted if it was not yet; nothing new where that was done or cannot be."""
+        try:
+            request, offer = self._meant(values)
+            if offer is None or self.estimates.known(structure := Structure.of(request, offer.input_size)):
+                return {}
+            self.estimates.count(structure)
+        except CompressError:
+            return {}  # the rough estimate stays, and is called so
+        return self.meaning(values)
+
+    def _meant(self, values: Mapping[str, Any]) -> tuple[Request, Offer | None]:
+        """The request of a form whose files need not be there yet. Raises `RequestError`."""
+        named = {"checkpoint_file": "x.pth", "data_file": "x.zip", "class_map": None, "hub": "owner/name"}
+        request, _ = to_request(dict(values) | named)
+        return request, next((offer for offer in self.models if offer.name == request.model), None)
 
     @staticmethod
     def sources(weights: str, images: str, model: str, arithmetic: str) -> Updates:

@@ -197,7 +197,9 @@ def _connect(page: gr.Blocks, app: App, parts: Parts, names: list[str]) -> None:
     opened = [*run_outputs, *_COMPARED, "again", "again_note", *filled]
     on(page.load, app.open, [parts["context"]], opened, visited=True, **context)
     on(page.load, app.banner, [], ["banner"])
-    on(page.load, lambda *given: app.meaning(values(given)), form, ["meaning"])
+    counting = (lambda *given: app.counted(values(given)), form, ["meaning"])
+    meant = on(page.load, lambda *given: app.meaning(values(given)), form, ["meaning"])
+    on(meant.then, *counting, **_BEHIND)
     submitted = on(
         parts["submit"].click,
         lambda visit, again, look, *given: app.submit(visit, values(given), again, look),
@@ -263,14 +265,16 @@ def _connect(page: gr.Blocks, app: App, parts: Parts, names: list[str]) -> None:
     for choice in choices:
         on(choice.change, app.sources, choices, ["checkpoint_file", "hub", "data_file", "bits", "hint"])
     for name in names:
-        if name not in ("hint", "checkpoint_file", "data_file", "class_map", "weights", "images"):
-            on(
+        if name not in ("hint", "checkpoint_file", "data_file", "class_map"):
+            meant = on(
                 parts[name].change,
                 lambda *given: app.meaning(values(given)),
                 form,
                 ["meaning"],
                 trigger_mode="always_last",
             )
+            if name in ("model", "weights", "images", "input_size", "channel_multiple"):
+                on(meant.then, *counting, **_BEHIND)
     themed = parts["theme"].click(None, None, [parts["look"]], js="() => espalier.toggle()", api_visibility="private")
     on(
         themed.then,
@@ -283,6 +287,8 @@ def _connect(page: gr.Blocks, app: App, parts: Parts, names: list[str]) -> None:
 
 _SLOW = {"queue": True, "concurrency_limit": 1, "show_progress": "full", "trigger_mode": "once"}
 """Of events that start a process: they wait for each other."""
+_BEHIND = {"queue": True, "concurrency_limit": 1}
+"""Of an event that starts a process and that nobody waits for."""
 _COMPARED = ("compare_table", "compare_chart", "plot_compare", "numbers_compare", "compare_runs")
 _SHOWN = (
     "start",

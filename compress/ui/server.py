@@ -16,6 +16,7 @@ from compress.errors import RunError, StorageError
 from compress.jobs import Queue
 from compress.runs import MANIFEST
 from compress.ui import shell, views_results
+from compress.ui.estimates import Count
 from compress.ui.handlers import App, Check, Classify
 from compress.ui.limits import Limits, sweep
 from compress.ui.page import build_page
@@ -53,20 +54,27 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 
 def build_app(
-    settings: Settings, queue: Queue, *, check: Check, classify: Classify, models: Sequence[shell.Offer]
+    settings: Settings,
+    queue: Queue,
+    *,
+    check: Check,
+    classify: Classify,
+    count: Count,
+    models: Sequence[shell.Offer],
 ) -> FastAPI:
     """The whole app around a queue, which the caller starts and closes.
 
     Args:
         check: request -> what a run of it would do; see `compress.pipeline.check`.
         classify: (run folder, image) -> the answers of its models; see `compress.tryout.classify`.
+        count: structure -> what pruning would leave of it; see `compress.profiles.profile`.
         models: the classifiers on offer.
     """
     settings.uploads.mkdir(parents=True, exist_ok=True)
     sweep(settings.uploads, CACHE_AGE_S)
     app = FastAPI(title="Espalier", docs_url=None, redoc_url=None, openapi_url=None)
     _add_routes(app, queue)
-    page = build_page(App(queue, check, settings, models, classify), cache_age_s=CACHE_AGE_S)
+    page = build_page(App(queue, check, settings, models, classify, count), cache_age_s=CACHE_AGE_S)
     gr.mount_gradio_app(
         app,
         page,
@@ -192,6 +200,7 @@ def serve(settings: Settings) -> None:
             queue,
             check=shell.check,
             classify=shell.classify,
+            count=shell.estimate,
             models=shell.models(settings.data_dir / "models.json"),
         )
         uvicorn.run(

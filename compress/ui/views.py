@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from fractions import Fraction
+from collections.abc import Iterable, Sequence
 from html import escape
-from typing import Any
 
 from compress.jobs import Status
-from compress.request import Request
 from compress.runs import STAGES
 
 STAGE_NAMES = {
@@ -49,70 +46,6 @@ def brand() -> str:
 
 def alert(text: str) -> str:
     return f'<div class="alert" role="alert">{escape(text)}</div>' if text else ""
-
-
-# ---- what the settings mean ---------------------------------------------------------------------------------------
-
-
-def meaning(request: Request, parameters: int | None) -> str:
-    """What the settings do, in words and as two bars. Estimates: layers that stay whole are not counted.
-
-    Args:
-        parameters: of the original model, where known.
-    """
-    kept = (1 - request.sparsity) ** 2 if request.shrinks else 1.0
-    bits = 8 if request.quantizes else request.weight_bits if request.half_precision else 32
-    size = kept * bits / 32
-    bars = [("Parameters", kept, None, None), ("File size", size, None, None)]
-    if parameters is not None:
-        bars = [
-            ("Parameters", kept, f"{parameters / 1e6:.1f}" + " million" * (kept == 1), _millions(parameters * kept)),
-            ("File size", size, file_size(parameters * 4), file_size(parameters * 4 * size)),
-        ]
-    words = f"{_pruning_meaning(request, kept)} {_bits_meaning(request)}"
-    return f'<div class="meaning" role="status"><p>{words}</p>{"".join(_bar(*bar) for bar in bars)}</div>'
-
-
-def _pruning_meaning(request: Request, kept: float) -> str:
-    if not request.prunes:
-        return "No channels are removed."
-    if not request.shrinks:
-        return f"{100 * request.sparsity:.0f} % of the weights become zero; no layer gets smaller or faster."
-    return f"{100 * request.sparsity:.0f} % of the channels go: about {_share(kept)} of the parameters stay."
-
-
-def _bits_meaning(request: Request) -> str:
-    if request.half_precision:
-        return "16-bit numbers take half the space of 32-bit ones."
-    if not request.quantizes:
-        return "Numbers keep their 32 bits."
-    if request.weight_bits == 8:
-        return "8-bit integers take a quarter of the space of 32-bit numbers."
-    return (
-        f"{request.weight_bits}-bit weights are trained on their grid and kept in 8-bit integers, "
-        "so the file is as large as at 8 bits."
-    )
-
-
-def _share(value: float) -> str:
-    nearest = Fraction(1, max(1, round(1 / value)))
-    if abs(float(nearest) - value) < 0.03 * value:
-        return f"{nearest.numerator}/{nearest.denominator}"
-    return f"{100 * value:.0f} %"
-
-
-def _bar(name: str, share: float, before: str | None, after: str | None) -> str:
-    text = (
-        f"{before} → about <b>{after}</b>"
-        if before and share < 1
-        else f"<b>{before}</b>"
-        if before
-        else f"about <b>{_share(share)}</b>"
-    )
-    return (
-        f'<div class="bar"><span>{name}</span><span class="value">{text}</span>'
-        f'<i class="track" aria-hidden="true"><i style="width:{max(1.0, 100 * share):.1f}%"></i></i></div>'
-    )
 
 
 # ---- a run --------------------------------------------------------------------------------------------------------
@@ -188,7 +121,7 @@ def ending(status: Status) -> str:
     return ""
 
 
-# ---- tables, and the check before a run ----------------------------------------------------------------------------
+# ---- tables and text ------------------------------------------------------------------------------------------------
 
 
 def table(headers: Sequence[str], rows: Iterable[Sequence[str]], name: str) -> str:
@@ -208,32 +141,6 @@ def copied(title: str, text: str) -> str:
         f'<div class="copied"><p><b>{name}</b><button type="button" class="copy" aria-label="Copy: {name}">Copy</button>'
         f'</p><pre class="log" tabindex="0" aria-label="{name}">{escape(text)}</pre></div>'
     )
-
-
-def checked(found: Mapping[str, Any]) -> str:
-    """What the pre-flight check found: the plan, what stays whole and why, the runtimes."""
-    groups = [
-        (
-            ", ".join(g["layers"][:3]) + (f" and {len(g['layers']) - 3} more" if len(g["layers"]) > 3 else ""),
-            str(g["channels_before"]),
-            str(g["channels_after"]),
-            str(g["reason"]),
-        )
-        for g in found["groups"]
-    ]
-    kept = [(str(item["layer"]), str(item["reason"])) for item in found["left_out"]]
-    modules = [(line["level"], line["module"], line["text"]) for line in found.get("modules", ())]
-    runtimes = [(str(item["runtime"]), str(item["text"])) for item in found["runtimes"]]
-    parts = [f'<p class="{"good" if found["possible"] else "bad"}">{escape(str(found["text"]))}</p>']
-    for title, headers, rows in (
-        ("Layers that shrink", ("Layers", "Channels", "Kept", "Why together"), groups),
-        ("Layers that stay whole", ("Layer", "Why"), kept),
-        ("Each layer", ("", "Layer", "What happens to it"), modules),
-        ("Runtimes", ("Runtime", "State"), runtimes),
-    ):
-        if rows:
-            parts.append(folded(f"{title} ({len(rows)})", table(headers, rows, title)))
-    return f'<div class="checked" role="status">{"".join(parts)}</div>'
 
 
 # ---- words --------------------------------------------------------------------------------------------------------
@@ -282,10 +189,6 @@ def file_size(count: float) -> str:
     if count < 1000:
         return f"{count:.0f} B"
     return f"{count / 1e3:.1f} kB" if count < 1e6 else f"{count / 1e6:.1f} MB"
-
-
-def _millions(count: float) -> str:
-    return f"{count / 1e6:.1f} million"
 
 
 def _cell(text: str, *, first: bool) -> str:
