@@ -5,6 +5,7 @@ The options of `run` and `check` are the fields of `Request`; their help is the 
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import json
 import logging
@@ -19,6 +20,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
+from compress import text
 from compress.errors import CompressError, RequestError
 from compress.request import Request
 
@@ -105,7 +107,7 @@ def run(
     from compress.tables import tables
 
     typer.echo(f"\n{report.verdict.text}\n")
-    typer.echo(_text_table(*tables(report)["summary"]))
+    typer.echo(text.table(*tables(report)["summary"]))
     typer.echo(
         f"\nReport     {folder / 'report.html'}\nFiles      {folder / 'artifacts'}"
         f"\nVerify     python -m compress verify {folder}"
@@ -117,7 +119,7 @@ def check(values: dict[str, Any], request: RequestFile = None, as_json: Json = F
     from compress import pipeline
 
     found = pipeline.check(_request(values, request))
-    typer.echo(json.dumps(found, indent=1) if as_json else _text_check(found))
+    typer.echo(json.dumps(found, indent=1) if as_json else text.check(found))
     if not found["possible"]:
         raise typer.Exit(FAILED)
 
@@ -139,7 +141,7 @@ def models(as_json: Json = False) -> None:
         }
         for name in catalog.names()
     ]
-    _list(rows, as_json)
+    _print(rows, as_json)
 
 
 @cli.command()
@@ -155,7 +157,7 @@ def pruners(as_json: Json = False) -> None:
     rows += [
         {"name": s.name, "what": s.summary, "needs": later, "cost": "", "paper": s.paper} for s in SEARCHES.values()
     ]
-    _list(rows, as_json)
+    _print(rows, as_json)
 
 
 @cli.command()
@@ -163,7 +165,7 @@ def quantizers(as_json: Json = False) -> None:
     """How floating point becomes integers."""
     from compress.quantizers import QUANTIZERS
 
-    _list(
+    _print(
         [
             {
                 "name": q.name,
@@ -190,7 +192,7 @@ def runtimes(as_json: Json = False) -> None:
     """What can execute a file here, and what is missing for the rest."""
     from compress.engines import RUNTIMES
 
-    _list(
+    _print(
         [
             {"name": r.name, "state": r.missing() or ("runs here" if r.runs_here else "builds here, cannot run here")}
             for r in RUNTIMES.values()
@@ -220,6 +222,43 @@ def adopt(folder: RunFolder) -> None:
 
     runs.adopt(folder)
     typer.echo(f"{folder} is adopted: its hashes hold, and its files count as made here.")
+
+
+@cli.command()
+def classify(
+    folder: RunFolder,
+    image: Annotated[Path, typer.Argument(help="A JPEG, PNG, WebP or BMP file.", show_default=False)],
+    as_json: Json = False,
+) -> None:
+    """One image through the original and the compressed model of a finished run."""
+    from compress import tryout
+
+    found = tryout.classify(folder, image)
+    if as_json:
+        typer.echo(json.dumps(found))
+        return
+    for title, model in zip(("original", "compressed"), found["models"], strict=True):
+        shares = ", ".join(f"{row['class']} {100 * row['share']:.1f} %" for row in model["top"][:3])
+        typer.echo(f"{title:<11} {shares}; {model['ms']:.2f} ms ({model['file']}, {model['runtime']})")
+
+
+@cli.command()
+def publish(
+    folder: RunFolder,
+    repository: Annotated[str, typer.Argument(help="owner/name; made when there is none.", show_default=False)],
+    public: Annotated[bool, typer.Option("--public", help="Everybody may see a repository that is made here.")] = False,
+    pull_request: Annotated[
+        bool, typer.Option("--pull-request", help="Propose the files, and change nothing in the repository.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Put a finished run on the Hugging Face Hub, private unless --public; needs HF_TOKEN in the environment."""
+    from compress import hub
+
+    done = hub.publish(folder, repository, private=not public, pull_request=pull_request)
+    seen = "private" if done.private else "public"
+    told = f"{done.files} files are in {done.repository} ({seen}).\n{done.url}"
+    typer.echo(json.dumps(dataclasses.asdict(done), indent=1) if as_json else told)
 
 
 @engine_cli.command("check")
@@ -265,7 +304,7 @@ def jobs_list(as_json: Json = False) -> None:
     if as_json or not rows:
         typer.echo(json.dumps(rows, indent=1) if as_json else "No runs yet.")
     else:
-        typer.echo(_text_table(shown, [tuple(str(row[key] or "") for key in shown) for row in rows]))
+        typer.echo(text.table(shown, [tuple(str(row[key] or "") for key in shown) for row in rows]))
 
 
 @jobs_cli.command("show")
@@ -351,47 +390,12 @@ def _show_progress(event: dict[str, Any]) -> None:
         print(line, file=sys.stderr, flush=True)
 
 
-def _list(rows: list[dict[str, Any]], as_json: bool) -> None:
-    if as_json:
-        typer.echo(json.dumps(rows, indent=1))
-    else:
-        typer.echo(_text_table(tuple(rows[0]), [tuple(str(value) for value in row.values()) for row in rows]))
-
-
-def _text_table(headers: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    widths = [max(len(row[column]) for row in (headers, *rows)) for column in range(len(headers))]
-    lines = [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in (headers, *rows)
-    ]
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
-
-
-def _text_check(found: dict[str, Any]) -> str:
-    lines = [found["text"], ""]
-    if found["groups"]:
-        lines.append(
-            _text_table(
-                ("Pruned together", "Channels", "Kept", "Why"),
-                [
-                    (
-                        ", ".join(g["layers"][:3])
-                        + (f" and {len(g['layers']) - 3} more" if len(g["layers"]) > 3 else ""),
-                        str(g["channels_before"]),
-                        str(g["channels_after"]),
-                        g["reason"],
-                    )
-                    for g in found["groups"]
-                ],
-            )
-        )
-    lines += ["", *(f"{line['level']:<5}  {line['module']}: {line['text']}" for line in found["modules"]), ""]
-    lines += [f"{row['runtime']}: {row['text']}" for row in found["runtimes"]]
-    return "\n".join(lines)
-
-
 def _stop(signal_number: int, frame: object) -> NoReturn:
     raise Cancelled
+
+
+def _print(rows: list[dict[str, Any]], as_json: bool) -> None:
+    typer.echo(json.dumps(rows, indent=1) if as_json else text.listing(rows))
 
 
 def main() -> None:

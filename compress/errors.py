@@ -56,6 +56,10 @@ class StorageError(CompressError):
     """A run's folder cannot be written, or does not verify."""
 
 
+class PublishingError(CompressError):
+    """A run cannot be put on the Hub."""
+
+
 class RunError(CompressError):
     """A run cannot be found, started, cancelled or resumed."""
 

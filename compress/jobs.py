@@ -3,6 +3,7 @@
     <data>/queue.sqlite        the record: every run, its state, its process
     <data>/runs/<id>/          a run's folder (see compress.runs), with uploads/ and request.json put there at submit
     <data>/consoles/<id>.txt   what the run's process printed in its last attempt
+    <data>/deleted/            runs on their way out; emptied
 
 Any number of processes may open the same queue (the web app, `python -m compress jobs`); the one that called `start`
 first also carries the runs out. Children are not tied to it: when it dies they go on, and the next one watches them.
@@ -25,7 +26,7 @@ from subprocess import Popen
 from typing import Any
 
 from compress import jobs_files, processes, signing
-from compress.errors import CompressError, RunError, StorageError
+from compress.errors import CompressError, RequestError, RunError, StorageError
 from compress.files import sha256, storage_error, write_text
 from compress.jobs_readonly import ReadOnly
 from compress.jobs_record import ACTIVE, FINAL, QUEUED, DamagedRecord, Record, Row
@@ -41,6 +42,7 @@ GRACE_S = 3.0
 """From SIGTERM to SIGKILL; with the second that the kernel needs, the device is free again within 5 s."""
 TICK_S = 0.2
 MIN_FREE_BYTES = 1 << 30
+MAX_TITLE = 120
 Command = Callable[[Path, bool], Sequence[str]]
 """(run folder, whether it is resumed) -> the words that start the child."""
 
@@ -95,6 +97,10 @@ class Queue:
     """Submit, watch, cancel and resume runs; see the module's text for who carries them out.
 
     Args:
+        at_once: runs that work at the same time.
+        max_queued: runs that may wait.
+        max_per_owner: runs of one owner that may wait or work; None is any number.
+        max_seconds: after which an attempt is ended, so that one run cannot keep the device; None is never.
         stall_s: a run that neither computes nor reports anything for so long is ended.
         read_only_when_damaged: show the folders of runs, and refuse the rest, where the record is damaged.
 
@@ -109,13 +115,16 @@ class Queue:
         command: Command = compress_command,
         at_once: int = 1,
         max_queued: int = 20,
+        max_per_owner: int | None = None,
+        max_seconds: float | None = None,
         stall_s: float = STALL_S,
         read_only_when_damaged: bool = False,
     ) -> None:
         self.data_dir = Path(data_dir).expanduser().resolve()
         self._runs, self._consoles = self.data_dir / "runs", self.data_dir / "consoles"
+        self._deleted = self.data_dir / "deleted"
         try:
-            for folder in (self._runs, self._consoles):
+            for folder in (self._runs, self._consoles, self._deleted):
                 folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise storage_error(folder, error) from error
@@ -123,6 +132,7 @@ class Queue:
         """Why runs cannot be carried out at the moment; None when all is well."""
         self._record = self._opened(read_only_when_damaged)
         self._command, self._at_once, self._max_queued = command, at_once, max_queued
+        self._max_per_owner, self._max_seconds = max_per_owner, max_seconds
         self._children: dict[str, Popen[bytes]] = {}
         self._watch = Watch(stall_s)
         self._stopping = threading.Event()
@@ -140,15 +150,16 @@ class Queue:
 
     # ---- what everybody may call --------------------------------------------------------------------------------
 
-    def submit(self, request: Request, *, files: Mapping[str, str | Path] | None = None) -> str:
+    def submit(self, request: Request, *, files: Mapping[str, str | Path] | None = None, owner: str = "") -> str:
         """Queues a run and returns its id, which cannot be guessed.
 
         Args:
             request: what to do.
             files: uploaded files by the field that they stand for (checkpoint, data, class_map). They are taken
                 into the run's folder and may be deleted afterwards.
+            owner: whom `max_per_owner` counts it for; empty is nobody.
         Raises:
-            RunError: the queue is full, or a file is not there.
+            RunError: the queue is full, the owner has too many runs in it, or a file is not there.
             StorageError: no room for the run's files.
         """
         self._refuse_when_full()
@@ -158,7 +169,13 @@ class Queue:
             taken = jobs_files.take(files or {}, folder / "uploads")
             request = request.model_copy(update=taken)
             write_text(folder / "request.json", request.to_json())
-            self._record.add(job_id, title_of(request), max_queued=self._max_queued)
+            self._record.add(
+                job_id,
+                title_of(request),
+                max_queued=self._max_queued,
+                owner=owner,
+                max_per_owner=self._max_per_owner,
+            )
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise
@@ -168,9 +185,40 @@ class Queue:
         """Raises `RunError` when there is no such run."""
         return self._status(self._row(job_id))
 
-    def list(self, limit: int = 50) -> list[Status]:
-        """The latest runs, newest first."""
-        return [self._status(row) for row in self._record.newest(limit)]
+    def list(self, limit: int = 50, search: str = "") -> list[Status]:
+        """The latest runs whose title, state or id has every word of `search`, newest first."""
+        return [self._status(row) for row in self._record.newest(limit, search.split())]
+
+    def rename(self, job_id: str, title: str) -> None:
+        """Raises `RunError` when there is no such run, and `RequestError` for a name that is empty or too long."""
+        row = self._row(job_id)
+        name = " ".join(title.split())
+        if not 1 <= len(name) <= MAX_TITLE or not name.isprintable():
+            raise RequestError("name", title[: 2 * MAX_TITLE], f"1 to {MAX_TITLE} characters")
+        self._record.rename(row.job_id, name)
+
+    def delete(self, job_id: str) -> None:
+        """Removes a run that is over, with its uploads and results, for good.
+
+        Raises:
+            RunError: there is no such run, or it is not over.
+            StorageError: its folder cannot be moved.
+        """
+        row = self._row(job_id)
+        folder = self._runs / row.job_id
+
+        def put_away() -> None:
+            if folder.exists():
+                folder.rename(self._deleted / row.job_id)
+
+        try:
+            gone = self._record.delete(row.job_id, put_away)
+        except OSError as error:
+            raise storage_error(folder, error) from error
+        if not gone:
+            raise RunError(f"This run is {row.state}: only a run that is over can be deleted. Cancel it first.")
+        self._console(job_id).unlink(missing_ok=True)
+        self._empty_deleted()
 
     def cancel(self, job_id: str) -> Status:
         """Ends a run that waits or works; when it returns, no process of it lives. Takes up to 5 s.
@@ -201,11 +249,17 @@ class Queue:
         if row.state not in ("failed", "cancelled"):
             raise RunError(f"Only a failed or cancelled run can be resumed; this one is {row.state}.")
         self._refuse_when_full()
-        self._record.queue_again(job_id, max_queued=self._max_queued)
+        self._record.queue_again(job_id, max_queued=self._max_queued, max_per_owner=self._max_per_owner)
         return self.status(job_id)
 
     def request(self, job_id: str) -> Request:
         return Request.from_file(self.folder(job_id) / "request.json")
+
+    def uploads(self, job_id: str) -> dict[str, Path]:
+        """The uploaded files of a run by the field that they stand for."""
+        folder, request = self.folder(job_id) / "uploads", self.request(job_id)
+        given = {field: Path(getattr(request, field) or "") for field in jobs_files.UPLOAD_FIELDS}
+        return {field: path for field, path in given.items() if path.is_relative_to(folder)}
 
     def folder(self, job_id: str) -> Path:
         """The run's folder. Raises `RunError` when there is no such run."""
@@ -294,6 +348,7 @@ class Queue:
                         continue
                     if not checked:
                         self._end_unrecorded_children()
+                        self._empty_deleted()
                         checked = True
                     self._tick()
                     self.trouble = None
@@ -315,6 +370,8 @@ class Queue:
                 row.child, GRACE_S
             ):
                 self._settle(row, why=self._watch.sentence)
+            elif self._is_overdue(row) and processes.stop(row.child, GRACE_S):
+                self._settle(row, why=self._overdue_sentence)
         while len(self._record.in_states(*ACTIVE)) < self._at_once:
             if not self._record.start_next(self._start_child, self._events_size):
                 return
@@ -345,6 +402,18 @@ class Queue:
         events = self._runs / job_id / "events.jsonl"
         return events.stat().st_size if events.exists() else 0
 
+    def _is_overdue(self, row: Row) -> bool:
+        assert row.child is not None
+        limit = self._max_seconds
+        return limit is not None and row.state == "running" and processes.age_s(row.child) > limit
+
+    @property
+    def _overdue_sentence(self) -> str:
+        return (
+            f"The run was ended because it worked for more than the {(self._max_seconds or 0) / 60:g} minutes that "
+            "this server allows. Resume it, which repeats no finished stage, or ask for fewer epochs."
+        )
+
     def _settle(self, row: Row, why: str | None = None) -> None:
         """Writes down how a run ended whose process is gone; `why` when it was ended from here."""
         process = self._children.pop(row.job_id, None)
@@ -354,7 +423,9 @@ class Queue:
         if row.child is not None:
             processes.reap(row.child.pid)
         self._watch.forget(row.job_id)
-        self._record.settle(row, state, why if why and state == "failed" else error)
+        if why and state != "done":
+            state, error = "failed", why
+        self._record.settle(row, state, error)
 
     def _part_with_cancelled(self) -> None:
         """Takes leave of children whose run another process cancelled, `compress jobs cancel` for example."""
@@ -373,6 +444,10 @@ class Queue:
                     processes.stop(child, GRACE_S)
 
     # ---- helpers ------------------------------------------------------------------------------------------------
+
+    def _empty_deleted(self) -> None:
+        for folder in self._deleted.iterdir():
+            shutil.rmtree(folder, ignore_errors=True)  # what stays is tried again at the next start
 
     def _console(self, job_id: str) -> Path:
         return self._consoles / f"{job_id}.txt"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
@@ -33,8 +33,13 @@ class ReadOnly:
         folder = self._runs / job_id
         return self._row(folder) if re.fullmatch(r"[0-9a-f]{32}", job_id) and folder.is_dir() else None
 
-    def newest(self, limit: int) -> list[Row]:
-        rows = [row for entry in os.scandir(self._runs) if (row := self.get(entry.name)) is not None]
+    def newest(self, limit: int, words: Sequence[str] = ()) -> list[Row]:
+        known = [row for entry in os.scandir(self._runs) if (row := self.get(entry.name)) is not None]
+        rows = [
+            row
+            for row in known
+            if all(word.lower() in f"{row.title} {row.state} {row.job_id}".lower() for word in words)
+        ]
         return sorted(rows, key=lambda row: row.created, reverse=True)[:limit]
 
     def in_states(self, *states: str) -> list[Row]:
@@ -50,7 +55,7 @@ class ReadOnly:
     def _refuse(self, *_: Any, **__: Any) -> NoReturn:
         raise StorageError(self.reason)
 
-    add = queue_again = ask_to_cancel = start_next = settle = refuse_when_full = _refuse
+    add = queue_again = ask_to_cancel = start_next = settle = refuse_when_full = rename = delete = _refuse
 
     def _row(self, folder: Path) -> Row:
         saved = folder / "request.json"
@@ -74,6 +79,7 @@ class ReadOnly:
             created=moment,
             started=moment,
             finished=None if working else moment,
+            owner="",
         )
 
 

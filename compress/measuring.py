@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Collection, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -13,9 +14,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from compress import benchmark, ledger, worth
+from compress import benchmark, ledger, quantization, worth
 from compress.deployment import file_for, padded, spec_for
 from compress.engines import RUNTIMES, BuildSpec, Precision, Runtime, Session
+from compress.errors import HandoffError
 from compress.runs import Run
 from compress.sources import Source
 
@@ -42,7 +44,7 @@ def measure(work: Run, source: Source) -> Facts:
                 ),
             )
             if batch_size == 1:
-                verdicts = _worth(work, running, timings)
+                verdicts = _worth(work, source, running, timings)
             for (contender, session), timing in zip(running, timings, strict=True):
                 score = _score(work, source, contender, session, batch_size) if batch_size == sizes[-1] else None
                 hops += [score] if score and contender.is_last else []
@@ -142,7 +144,7 @@ def _score(work: Run, source: Source, contender: _Contender, session: Session, b
 
 
 def _worth(
-    work: Run, running: Sequence[tuple[_Contender, Session]], timings: Sequence[benchmark.Timing]
+    work: Run, source: Source, running: Sequence[tuple[_Contender, Session]], timings: Sequence[benchmark.Timing]
 ) -> list[Facts]:
     """For each runtime: int8 against the floats of the same structure, one image at a time."""
     if not work.request.quantizes:
@@ -169,8 +171,28 @@ def _worth(
             conversions=session.conversions,
             agrees=name in agreeing,
         )
-        found.append(worth.judge(raced, layers))
+        excluded = worth.to_exclude(raced, layers)
+        changed = _race_without(excluded, contender, session, spec_for(work, source, 1, "int8")) if excluded else None
+        found.append(worth.judge(raced, excluded, changed and raced.int8_ms * changed))
     return found
+
+
+def _race_without(layers: Collection[str], contender: _Contender, session: Session, spec: BuildSpec) -> float | None:
+    """Time of the int8 file with `layers` in floating point over that of the file as it is, in turns.
+
+    None where the runtime refuses such a file.
+    """
+    images = np.zeros((spec.batch_size, 3, spec.input_size, spec.input_size), np.float32)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / contender.onnx.name
+        quantization.exclude_layers(contender.onnx, layers, contender.runtime.flavour, path)
+        try:
+            built = contender.runtime.build(path, path.with_suffix(".engine"), spec)
+            with contender.runtime.load(built.path or path, spec) as changed:
+                before, after = benchmark.race([partial(session.run, images), partial(changed.run, images)])
+        except HandoffError:
+            return None
+    return after.p50_ms / before.p50_ms
 
 
 def _measurement(

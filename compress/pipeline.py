@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from compress import deployment, measuring, preflight, stages, summary
+from compress import checkpoints, deployment, measuring, preflight, stages, summary
 from compress.files import storage_error
 from compress.report import Report
 from compress.request import Request
@@ -44,7 +44,7 @@ def run(
     """
     preflight.require_runtime(request)
     with _opened(out, request, notify, resume) as work:
-        source = open_source(request, model)
+        source = open_source(request, model, kept=work.uploads)
         preflight.require_plan(request, source)
 
         work.stage("baseline", lambda: stages.measure_baseline(work, source))
@@ -73,6 +73,8 @@ def verify(folder: Path) -> list[str]:
 def _opened(out: Path, request: Request, notify: Callable[[dict[str, Any]], None], resume: bool) -> Iterator[Run]:
     """The run's folder with its log; the last event says how the run ended."""
     work = open_run(out, request, notify, resume=resume)
+    if not resume:
+        checkpoints.forget(work.uploads)
     handler = logging.FileHandler(out / "log.txt", encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     log.addHandler(handler)

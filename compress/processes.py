@@ -34,6 +34,9 @@ ENVIRONMENT = (
     "XDG_CONFIG_HOME",
     "ESPALIER_SIGNING_KEY",
     "TORCH_HOME",
+    "HF_HOME",
+    "HF_ENDPOINT",
+    "HF_HUB_OFFLINE",
     "SSL_CERT_FILE",
     "SSL_CERT_DIR",
     "REQUESTS_CA_BUNDLE",
@@ -134,6 +137,12 @@ def reap(group: int) -> None:
     with contextlib.suppress(ChildProcessError):
         while os.waitpid(-group, os.WNOHANG)[0]:
             pass
+
+
+def age_s(child: Child) -> float:
+    """Seconds since the child was started, by a clock that nobody can set."""
+    up = float((PROC / "uptime").read_text().split()[0])
+    return up - int(child.birth.rpartition(":")[2]) / os.sysconf("SC_CLK_TCK")
 
 
 def cpu_ticks(child: Child) -> int:

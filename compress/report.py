@@ -136,6 +136,9 @@ class Worth(_Facts):
     """Operations left in the int8 file that only turn floats into integers or back; null where it cannot be told."""
     layer_bits: dict[str, int]
     """What to ask for instead: these layers in 32 bits; empty when int8 pays, or when there is no layer to exclude."""
+    excluded_ms: float | None
+    """int8_ms as it changes with those layers in floating point, measured; null where there are none, or the runtime
+    refuses such a file."""
 
 
 class Measurement(_Facts):

@@ -57,9 +57,9 @@ class Request(BaseModel):
     )
     checkpoint: str = _field(
         "auto",
-        "weights: a .safetensors, .pth or .pt file, `published` (torchvision's, needs a network), "
+        "weights: a .safetensors, .pth or .pt file, `hf://owner/name` of the Hub, `published` (torchvision's, needs a network), "
         "`random`, or `auto`: the bundled checkpoint for resnet18 on fashion-mnist, else `published`",
-        "a file, `published`, `random` or `auto`",
+        "a file, `hf://owner/name`, `published`, `random` or `auto`",
         min_length=1,
     )
     # ---- the data ---------------------------------------------------------------------------------------------

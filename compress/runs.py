@@ -52,6 +52,11 @@ class Run:
     def artifacts(self) -> Path:
         return self.folder / "artifacts"
 
+    @property
+    def uploads(self) -> Path:
+        """Files of the user's, and what was accepted of them."""
+        return self.folder / "uploads"
+
     def stage(self, name: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Carries out `work` unless an earlier attempt finished it; returns its facts (JSON-safe).
 
@@ -255,6 +260,11 @@ def _files(folder: Path, document: dict[str, Any]) -> dict[str, dict[str, Any]]:
         return {str(name): {"sha256": facts["sha256"], **facts} for name, facts in document["files"].items()}
     except (KeyError, TypeError, AttributeError) as error:
         raise StorageError(f"{folder / MANIFEST} is damaged ({error!r}). The run has to be repeated.") from error
+
+
+def manifest_files(folder: Path) -> list[str]:
+    """Names of the files of a finished run, relative to its folder. Raises `StorageError` for a damaged manifest."""
+    return list(manifest(folder))
 
 
 def manifest_sha256(path: Path) -> str | None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compress import architectures, archives, catalog, checkpoints, data, fashion_mnist
+from compress import architectures, archives, catalog, checkpoints, data, fashion_mnist, hub
 from compress.architectures import Architecture
 from compress.errors import DataError, RequestError
 from compress.images import Preprocessing
@@ -55,11 +55,12 @@ class _Loaded:
     class_names: tuple[str, ...] | None
 
 
-def open_source(request: Request, model: nn.Module | None = None) -> Source:
+def open_source(request: Request, model: nn.Module | None = None, *, kept: Path | None = None) -> Source:
     """Builds the model, loads its weights and opens its images.
 
     Args:
         model: a module of the user's own, with `request.model == "custom"`.
+        kept: a folder for the weights of a checkpoint file, which is then opened only once.
 
     Raises:
         RequestError: the model is unknown, or needs something that was not given.
@@ -67,7 +68,7 @@ def open_source(request: Request, model: nn.Module | None = None) -> Source:
     """
     if request.data not in (data.FASHION_MNIST, data.NONE):
         archives.refuse_missing(Path(request.data))  # before weights are downloaded
-    loaded = _own_module(request, model) if model is not None else _torchvision_model(request)
+    loaded = _own_module(request, model) if model is not None else _torchvision_model(request, kept)
     preprocessing = _preprocessing(request, loaded)
     dataset = data.open_data(
         request.data,
@@ -103,7 +104,7 @@ def _own_module(request: Request, model: nn.Module) -> _Loaded:
     return _Loaded(own, None, f"the {type(model).__name__} given by the caller", None, None)
 
 
-def _torchvision_model(request: Request) -> _Loaded:
+def _torchvision_model(request: Request, kept: Path | None) -> _Loaded:
     name = request.model
     if name not in catalog.names():
         close = get_close_matches(name, catalog.names(), n=3)
@@ -119,11 +120,25 @@ def _torchvision_model(request: Request) -> _Loaded:
         tensors, names, recipe = catalog.published_weights(name), published.class_names, published.preprocessing
         weights = "torchvision's published weights"
     else:
-        read = checkpoints.read_with_facts(Path(kind))
+        path, weights = _checkpoint_file(kind)
+        read = _read_checkpoint(path, kept)
         tensors, names, recipe = dict(read.tensors), read.class_names, read.preprocessing or published.preprocessing
-        weights = Path(kind).name
     architecture = architectures.recognise(tensors, expected=name)
     return _Loaded(architectures.load(architecture, tensors), architecture, weights, recipe, names)
+
+
+def _checkpoint_file(given: str) -> tuple[Path, str]:
+    """The file, and in words where it comes from."""
+    if given.startswith(hub.SCHEME):
+        found = hub.download(given)
+        return found.path, found.source
+    return Path(given), Path(given).name
+
+
+def _read_checkpoint(path: Path, kept: Path | None) -> checkpoints.Checkpoint:
+    if path == DEMO_CHECKPOINT:
+        return checkpoints.read_own(path)
+    return checkpoints.read_with_facts(path) if kept is None else checkpoints.read_once(path, kept)
 
 
 def _random_weights(request: Request, published: catalog.Published) -> _Loaded:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,26 +31,49 @@ class Raced:
     agrees: bool
     """Whether its int8 answers are those of the model."""
 
+    @property
+    def best(self) -> tuple[str, float]:
+        """The precision that int8 has to beat, and its median."""
+        return min([("fp32", self.fp32_ms), *([self.half] if self.half else [])], key=lambda row: row[1])
 
-def judge(raced: Raced, quantized_layers: Collection[str]) -> dict[str, Any]:
-    """The fields of `compress.report.Worth`.
+    @property
+    def speedup(self) -> float:
+        return self.best[1] / self.int8_ms
+
+    @property
+    def pays(self) -> bool:
+        return self.speedup >= FASTER and self.agrees
+
+    @property
+    def float_layers(self) -> tuple[str, ...]:
+        return tuple(kernel.name for kernel in self.kernels if kernel.precision != "int8")
+
+
+def to_exclude(raced: Raced, quantized_layers: Collection[str]) -> dict[str, int]:
+    """`layer_bits` that takes the integers from layers which run in floating point all the same; empty where int8 pays.
 
     Args:
         quantized_layers: those with an integer grid in the file; only they can be excluded.
     """
-    precision, best = min([("fp32", raced.fp32_ms), *([raced.half] if raced.half else [])], key=lambda row: row[1])
-    speedup = best / raced.int8_ms
-    floats = tuple(kernel.name for kernel in raced.kernels if kernel.precision != "int8")
-    pays = speedup >= FASTER and raced.agrees
-    excluded = {} if pays else {name: 32 for name in floats if name in quantized_layers}
+    return {} if raced.pays else {name: 32 for name in raced.float_layers if name in quantized_layers}
+
+
+def judge(raced: Raced, excluded: Mapping[str, int], excluded_ms: float | None) -> dict[str, Any]:
+    """The fields of `compress.report.Worth`.
+
+    Args:
+        excluded: what `to_exclude` found.
+        excluded_ms: median of the file without those layers' integers; None where there is none.
+    """
+    (precision, best), speedup = raced.best, raced.speedup
     against = f"{raced.int8_ms:.2f} ms against {best:.2f} ms in {precision} of the same structure"
     text = (
         f"On {raced.runtime} int8 answers wrongly here, so its speed is worth nothing."
         if not raced.agrees
         else f"On {raced.runtime} int8 is worth it: {against}, {speedup:.1f}x as fast{_other(raced, precision)}."
-        if pays
+        if raced.pays
         else f"On {raced.runtime} int8 is not worth it: {against}, {_slower(speedup)}{_other(raced, precision)}. "
-        f"{_why(raced, floats)} {_fix(raced, excluded)}"
+        f"{_why(raced)} {_fix(raced, excluded, excluded_ms)}"
     )
     return {
         "runtime": raced.runtime,
@@ -61,9 +84,10 @@ def judge(raced: Raced, quantized_layers: Collection[str]) -> dict[str, Any]:
         "half_ms": raced.half and raced.half[1],
         "int8_ms": raced.int8_ms,
         "speedup": speedup,
-        "float_layers": list(floats),
+        "float_layers": list(raced.float_layers),
         "conversions": raced.conversions,
-        "layer_bits": excluded,
+        "layer_bits": dict(excluded),
+        "excluded_ms": excluded_ms,
     }
 
 
@@ -79,7 +103,8 @@ def _other(raced: Raced, best: str) -> str:
     return f" ({precision}: {median:.2f} ms)"
 
 
-def _why(raced: Raced, floats: Sequence[str]) -> str:
+def _why(raced: Raced) -> str:
+    floats = raced.float_layers
     left = "" if raced.conversions is None else f" Conversions between floats and integers left: {raced.conversions}."
     if not floats:
         return f"All {len(raced.kernels)} layers run on integers, so the time goes elsewhere.{left}"
@@ -87,10 +112,14 @@ def _why(raced: Raced, floats: Sequence[str]) -> str:
     return f"{len(floats)} of {len(raced.kernels)} layers stay in floating point ({names}).{left}"
 
 
-def _fix(raced: Raced, excluded: dict[str, int]) -> str:
+def _fix(raced: Raced, excluded: Mapping[str, int], excluded_ms: float | None) -> str:
+    deploy = f"deploy {raced.variant}.onnx on this runtime."
     if not excluded:
-        return f"There is no layer to exclude: deploy {raced.variant}.onnx on this runtime."
-    return (
-        f"Ask for `layer_bits` {json.dumps(excluded)}: those layers then need no conversions around them "
-        f"(not measured here); or deploy {raced.variant}.onnx on this runtime."
-    )
+        return f"There is no layer to exclude: {deploy}"
+    wish = f"`layer_bits` {json.dumps(dict(excluded))}"
+    if excluded_ms is None:
+        return f"It takes no file in which those layers are floats ({wish}): {deploy}"
+    gain = raced.best[1] / excluded_ms
+    if gain < FASTER:
+        return f"With those layers in floating point ({wish}) it takes {excluded_ms:.2f} ms, no gain either: {deploy}"
+    return f"Ask for {wish}: with those layers in floating point it takes {excluded_ms:.2f} ms, {gain:.1f}x as fast."

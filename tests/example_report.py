@@ -123,6 +123,7 @@ def example_report() -> Report:
                 float_layers=(),
                 conversions=None,
                 layer_bits={},
+                excluded_ms=None,
             ),
         ),
         measurements=tuple(

@@ -6,6 +6,7 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
+from compress.errors import DataError  # noqa: E402
 from compress.jobs import Queue  # noqa: E402
 from compress.request import Request  # noqa: E402
 from compress.ui.settings import Settings, prepare_environment  # noqa: E402
@@ -38,6 +39,27 @@ def fake_check(request: Request) -> dict[str, object]:
     }
 
 
+SEEN = "iVBORw0KGgoAAAANSUhEUgAAAAgAAAAICAIAAABLbSncAAAAEUlEQVR4nGMIW1yKFTEMLQkAuRVbgVPuSTAAAAAASUVORK5CYII="
+"""A PNG of one colour."""
+
+
+def fake_classify(folder: Path, image: Path) -> dict[str, object]:
+    if image.read_bytes().startswith(b"no image"):
+        raise DataError("This image cannot be used (not a JPEG, PNG, WebP or BMP image): choose another.")
+    rows = [{"class": "Shirt & <top>", "share": 0.75}, {"class": "Bag", "share": 0.25}]
+    models = [
+        {"file": "baseline.onnx", "runtime": "openvino", "precision": "fp32", "ms": 1.7, "top": rows},
+        {
+            "file": "quantized.onnxruntime.onnx",
+            "runtime": "openvino",
+            "precision": "int8",
+            "ms": 0.14,
+            "top": rows[::-1],
+        },
+    ]
+    return {"input_size": 32, "seen": SEEN, "repeats": 15, "models": models}
+
+
 def main() -> None:
     settings = Settings.from_environment({**os.environ, "ESPALIER_DATA": sys.argv[1], "ESPALIER_PORT": sys.argv[2]})
     prepare_environment(os.environ, settings)
@@ -46,11 +68,15 @@ def main() -> None:
 
     from compress.ui.server import build_app
 
-    with Queue(
-        settings.data_dir, command=fake_command, max_queued=settings.max_queued, read_only_when_damaged=True
-    ) as queue:
+    with Queue(settings.data_dir, command=fake_command, **settings.queue_limits, read_only_when_damaged=True) as queue:
         (queue.data_dir / "example-report.json").write_text(example_report().to_json())
-        app = build_app(settings, queue, check=fake_check, models=[Offer(name, 11_689_512) for name in MODELS])
+        app = build_app(
+            settings,
+            queue,
+            check=fake_check,
+            classify=fake_classify,
+            models=[Offer(name, 11_689_512) for name in MODELS],
+        )
         uvicorn.run(app, host=settings.host, port=settings.port, log_level="warning", timeout_graceful_shutdown=1)
 
 

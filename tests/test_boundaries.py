@@ -25,6 +25,7 @@ ALLOWED = {
     "tensorrt_rtx": {"compress/engines/tensorrt"},
     "pycuda": {"compress/engines/tensorrt", "compress/templates/infer.py"},
     "gradio": {"app.py", "compress/ui/"},
+    "huggingface_hub": {"compress/hub.py"},
 }
 
 

@@ -4,32 +4,43 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import time
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from checkpoint_files import RunsCommand, hostile, small_state
 from safetensors.torch import save_file
+from torture.honest import KINDS, difference
+from torture.hostile import NO_LOADER
 
-from compress import checkpoints, containers
+from compress import checkpoints, inspection, pickles, unpacking
+from compress.containers import TensorEntry
 from compress.errors import CheckpointError
 from compress.images import Preprocessing
+from compress.loader import Loader
 
 HOSTILE = sorted(hostile(Path("marker")))
+NEED_NUMBERS = {"NaN", "infinity", "too large for float32", "negative variance"}
+"""What no description of a file tells; all others are refused before a process is started for them."""
+
+
+@pytest.fixture(scope="module")
+def loader():
+    with Loader() as running:
+        yield running
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_hostile_files_are_refused_with_the_reason_and_nothing_runs(name, tmp_path):
+def test_hostile_files_are_refused_with_the_reason_and_nothing_runs(name, tmp_path, loader):
     marker = tmp_path / "it-ran"
     file_name, write, words = hostile(marker)[name]
     path = tmp_path / file_name
     write(path)
 
-    started = time.perf_counter()
     with pytest.raises(CheckpointError) as refusal:
-        checkpoints.read(path)
+        checkpoints.read(path, loader=loader if name in NEED_NUMBERS else NO_LOADER)
 
     message = str(refusal.value)
     assert words in message
@@ -37,7 +48,6 @@ def test_hostile_files_are_refused_with_the_reason_and_nothing_runs(name, tmp_pa
     assert "weights_only" not in message, "torch's own text tells people to switch the safety off"
     assert message.rstrip().endswith((".", "'weights.pth')"))
     assert not marker.exists()
-    assert time.perf_counter() - started < 5
 
 
 def test_the_command_payload_does_run_in_the_unsafe_loader(tmp_path):
@@ -62,67 +72,72 @@ def test_a_loader_failure_is_never_answered_by_a_second_load(tmp_path, monkeypat
     torch.save(small_state(), path)
     monkeypatch.setattr(torch, "load", failing)
 
-    with pytest.raises(CheckpointError, match="its tensors cannot be read"):
-        checkpoints.read(path)
+    with path.open("rb") as file, pytest.raises(ValueError, match="Weights only load failed"):
+        unpacking.unpack(file, True, [], {}, {})
     assert calls == [{"map_location": "cpu", "weights_only": True, "mmap": False}]
 
 
-@pytest.mark.parametrize(
-    "wrap",
-    [
-        lambda state: state,
-        lambda state: {"state_dict": state, "epoch": 3},
-        lambda state: {
-            "model_state_dict": state,
-            "optimizer_state_dict": torch.optim.SGD([torch.zeros(1)], lr=1).state_dict(),
-        },
-        lambda state: {"model": {"state_dict": state}, "note": "x"},
-        lambda state: {
-            "net": state,
-            "ema": {key: value + 1 for key, value in state.items() if value.is_floating_point()},
-        },
-        lambda state: {f"module.{key}": value for key, value in state.items()},
-        lambda state: {"state_dict": {f"model._orig_mod.{key}": value for key, value in state.items()}},
-        lambda state: {
-            key: torch.nn.Parameter(value) if value.is_floating_point() else value for key, value in state.items()
-        },
-        lambda state: {**state, "epoch": 3, "name": "x"},
-        lambda state: {"n_averaged": torch.tensor(5), **{f"module.{key}": value for key, value in state.items()}},
-    ],
-)
-def test_honest_files_give_their_exact_tensors(wrap, tmp_path):
-    state = small_state()
-    torch.save(wrap(state), tmp_path / "a.pth")
+@pytest.mark.parametrize("name", KINDS)
+def test_honest_files_of_every_kind_answer_as_if_loaded_by_hand(name, tmp_path, loader):
+    assert difference(name, tmp_path, loader) is None
 
-    read = checkpoints.read(tmp_path / "a.pth")
 
-    assert set(read) == set(state)
-    assert all(torch.equal(read[key], state[key]) and read[key].dtype == state[key].dtype for key in state)
+def test_what_the_loader_gives_back_is_compared_with_what_the_file_described(tmp_path, loader):
+    path = tmp_path / "a.pth"
+    torch.save(small_state(), path)
+    inspected = inspection.inspect(path)
+    other = {**inspected.tensors, "3.bias": TensorEntry("float32", (3,))}
+
+    with pytest.raises(CheckpointError, match="its tensors cannot be read") as refusal:
+        loader.unpack(path, replace(inspected, tensors=other), tmp_path / "out", {})
+
+    assert refusal.value.__cause__.status == unpacking.UNREADABLE
+    loader.unpack(path, inspected, tmp_path / "out2", {})
+
+
+def test_a_checkpoint_of_a_run_is_opened_once(tmp_path, monkeypatch):
+    path, folder = tmp_path / "a.pth", tmp_path / "uploads"
+    torch.save(small_state(), path)
+    first = checkpoints.read_once(path, folder)
+    path.write_bytes(b"something else")
+
+    again = checkpoints.read_once(path, folder)
+
+    assert all(torch.equal(first.tensors[name], again.tensors[name]) for name in small_state())
+    kept = folder / checkpoints.ACCEPTED
+    kept.write_bytes(kept.read_bytes()[:-1] + b"x")
+    with pytest.raises(CheckpointError, match="neither a .safetensors file nor"):
+        checkpoints.read_once(path, folder)
+    checkpoints.forget(folder)
+    with pytest.raises(CheckpointError, match="neither a .safetensors file nor"):
+        checkpoints.read_once(path, folder)
 
 
 @pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
-def test_other_float_formats_become_float32_and_integers_stay(kind, suffix, tmp_path):
+def test_other_float_formats_become_float32_and_integers_stay(kind, suffix, tmp_path, loader):
     state = {key: value.to(kind) if value.is_floating_point() else value for key, value in small_state().items()}
     path = tmp_path / f"a{suffix}"
     (save_file if suffix == ".safetensors" else torch.save)(state, path)
 
-    read = checkpoints.read(path)
+    read = checkpoints.read(path, loader=loader)
 
     assert read["1.num_batches_tracked"].dtype == torch.int64
     assert all(torch.equal(read[key], state[key].float()) for key in state if state[key].is_floating_point())
     assert all(value.dtype == torch.float32 for key, value in read.items() if "batches" not in key)
 
 
-def test_a_prefix_that_belongs_to_the_callers_own_module_stays(tmp_path):
+def test_a_prefix_that_belongs_to_the_callers_own_module_stays(tmp_path, loader):
     state = {f"model.{key}": value for key, value in small_state().items()}
     torch.save({f"module.{key}": value for key, value in state.items()}, tmp_path / "a.pth")
 
-    assert set(checkpoints.read(tmp_path / "a.pth", names=state)) == set(state)
-    assert set(checkpoints.read(tmp_path / "a.pth", names=["other"])) == {f"module.{key}" for key in state}
+    assert set(checkpoints.read(tmp_path / "a.pth", names=state, loader=loader)) == set(state)
+    assert set(checkpoints.read(tmp_path / "a.pth", names=["other"], loader=loader)) == {
+        f"module.{key}" for key in state
+    }
 
 
-def test_facts_in_the_metadata_are_read(tmp_path):
+def test_facts_in_the_metadata_are_read(tmp_path, loader):
     path = tmp_path / "a.safetensors"
     metadata = {
         "preprocessing": '{"input_size": 32, "mean": [0.1, 0.2, 0.3], "std": [1, 1, 1]}',
@@ -130,18 +145,18 @@ def test_facts_in_the_metadata_are_read(tmp_path):
     }
     save_file(small_state(), path, metadata=metadata)
 
-    facts = checkpoints.read_with_facts(path)
+    facts = checkpoints.read_with_facts(path, loader=loader)
 
     assert facts.preprocessing == Preprocessing(32, (0.1, 0.2, 0.3), (1.0, 1.0, 1.0))
     assert facts.class_names == ("cat", "dog")
     save_file(small_state(), path)
-    assert checkpoints.read_with_facts(path).class_names is None
+    assert checkpoints.read_with_facts(path, loader=loader).class_names is None
 
 
 def test_a_missing_file_and_one_that_is_too_large_are_named(tmp_path, monkeypatch):
     with pytest.raises(CheckpointError, match="There is no checkpoint file"):
         checkpoints.read(tmp_path / "none.pth")
-    monkeypatch.setattr(checkpoints, "MAX_FILE_BYTES", 1000)
+    monkeypatch.setattr(inspection, "MAX_FILE_BYTES", 1000)
     torch.save(small_state(), tmp_path / "a.pth")
     with pytest.raises(CheckpointError, match="at most 2 GiB are accepted"):
         checkpoints.read(tmp_path / "a.pth")
@@ -158,38 +173,11 @@ def test_a_directory_of_too_many_entries_is_refused_before_it_is_parsed(tmp_path
         checkpoints.read(path)
 
 
-def test_a_published_architecture_stays_far_below_the_limits(tmp_path):
+def test_a_published_architecture_stays_far_below_the_limits(tmp_path, loader):
     import torchvision
 
     torch.save(torchvision.models.densenet121().state_dict(), tmp_path / "a.pth")
-    assert len(checkpoints.read(tmp_path / "a.pth")) == 727
+    assert len(checkpoints.read(tmp_path / "a.pth", loader=loader)) == 727
     with zipfile.ZipFile(tmp_path / "a.pth") as file:
         index = file.read("a/data.pkl")
-    assert len(index) < containers.MAX_PICKLE_BYTES / 6
-
-
-def test_damaged_files_of_every_kind_end_in_the_one_error(tmp_path):
-    """300 honest files with random bytes changed: refused by our own error, or read with finite numbers."""
-    generator = torch.Generator().manual_seed(0)
-    seeds = []
-    for suffix, write in ((".pth", torch.save), (".safetensors", save_file)):
-        path = tmp_path / f"seed{suffix}"
-        write(small_state(), path)
-        seeds.append(path)
-    outcomes = {"refused": 0, "read": 0}
-    for round_number in range(300):
-        seed = seeds[round_number % 2]
-        data = bytearray(seed.read_bytes())
-        for at in torch.randint(0, len(data), (1 + round_number % 8,), generator=generator).tolist():
-            data[at] = int(torch.randint(0, 256, (1,), generator=generator))
-        mutant = tmp_path / f"mutant{seed.suffix}"
-        mutant.write_bytes(bytes(data))
-        try:
-            tensors = checkpoints.read(mutant)
-        except CheckpointError:
-            outcomes["refused"] += 1
-        else:
-            outcomes["read"] += 1
-            assert all(torch.isfinite(tensor.float()).all() for tensor in tensors.values())
-    assert outcomes["refused"] > 100
-    assert sum(outcomes.values()) == 300
+    assert len(index) < pickles.MAX_PICKLE_BYTES / 6

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from compress import processes, signing
-from compress.errors import RunError, StorageError
+from compress.errors import RequestError, RunError, StorageError
 from compress.files import sha256
 from compress.jobs import Queue, Status, compress_command
 from compress.jobs_watch import Watch
@@ -379,6 +379,105 @@ def test_a_manifest_cannot_lead_out_of_the_folder(queue: Queue) -> None:
     manifest.write_text(signing.sealed("manifest.json", listed))
     with pytest.raises(StorageError, match="not given out"):
         queue.artifact(job_id, "../../secret")
+
+
+def test_a_run_is_found_renamed_and_deleted_with_its_files(queue: Queue, data_dir: Path, tmp_path: Path) -> None:
+    weights = tmp_path / "w.pth"
+    weights.write_bytes(b"w")
+    first = queue.submit(Request(**QUICK), files={"checkpoint": weights})
+    second = queue.submit(Request(**QUICK, sparsity=0.3))
+    for job_id in (first, second):
+        wait(queue, job_id, "done")
+    assert queue.uploads(first) == {"checkpoint": data_dir / "runs" / first / "uploads" / "checkpoint" / "w.pth"}
+    assert queue.uploads(second) == {}
+    queue.rename(first, "  the <first>\n try, 100%_ ")
+    assert queue.status(first).title == "the <first> try, 100%_"
+    assert [status.job_id for status in queue.list(search="FIRST done")] == [first]
+    assert [status.job_id for status in queue.list(search="30 %")] == [second]
+    assert [status.job_id for status in queue.list(search="%_")] == [first], "a search is no pattern"
+    assert [status.job_id for status in queue.list(search=second[:9])] == [second]
+    assert queue.list(search="failed") == []
+    for name in ("", " \n", "x" * 121, "bell \a"):
+        with pytest.raises(RequestError, match="name: got .* expected 1 to 120 characters"):
+            queue.rename(first, name)
+    queue.delete(first)
+    for leftover in ("runs", "consoles", "deleted"):
+        assert [entry.name for entry in (data_dir / leftover).iterdir() if first in entry.name] == []
+    with pytest.raises(RunError, match="There is no run with the id"):
+        queue.status(first)
+    assert queue.status(second).state == "done" and weights.exists()
+
+
+def test_only_a_run_that_is_over_can_be_deleted(queue: Queue, data_dir: Path) -> None:
+    working, waiting = queue.submit(Request(**ENDLESS)), queue.submit(Request(**QUICK))
+    wait(queue, working, "running")
+    for job_id, state in ((working, "running"), (waiting, "queued")):
+        with pytest.raises(RunError, match=f"This run is {state}: only a run that is over can be deleted"):
+            queue.delete(job_id)
+        assert (data_dir / "runs" / job_id / "request.json").is_file()
+
+
+def test_a_folder_that_cannot_be_moved_keeps_its_run(queue: Queue, monkeypatch: pytest.MonkeyPatch) -> None:
+    job_id = queue.submit(Request(**QUICK))
+    wait(queue, job_id, "done")
+
+    def refuse(self: Path, target: Path) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.raises(StorageError, match="Permission denied"):
+        queue.delete(job_id)
+    monkeypatch.undo()
+    assert queue.status(job_id).state == "done" and "report.json" in queue.artifacts(job_id)
+
+
+def test_what_a_killed_server_was_deleting_is_gone_after_the_next_start(data_dir: Path) -> None:
+    Queue(data_dir)
+    (data_dir / "deleted" / "half" / "artifacts").mkdir(parents=True)
+    with Queue(data_dir, command=fake_command) as queue:
+        wait(queue, queue.submit(Request(**QUICK)), "done")
+    assert list((data_dir / "deleted").iterdir()) == []
+
+
+def test_a_run_that_works_too_long_is_ended_and_can_be_resumed(data_dir: Path) -> None:
+    with Queue(data_dir, command=fake_command, max_seconds=1.5) as queue:
+        job_id = queue.submit(Request(**ENDLESS))
+        failed = wait(queue, job_id, "failed")
+        assert failed.error == (
+            "The run was ended because it worked for more than the 0.025 minutes that this server allows. "
+            "Resume it, which repeats no finished stage, or ask for fewer epochs."
+        )
+        assert failed.resumable
+        for pid in processes._pids():
+            assert not any(job_id.encode() in word for word in processes._arguments(pid)), "its process lives"
+        queue.resume(job_id)
+        assert wait(queue, job_id, "done").state == "done"
+
+
+def test_one_visitor_cannot_fill_the_queue(data_dir: Path) -> None:
+    queue = Queue(data_dir, max_per_owner=2)
+    mine = [queue.submit(Request(seed=seed), owner="10.0.0.1") for seed in range(2)]
+    with pytest.raises(RunError, match="You have 2 runs waiting or working and this server allows 2 for each visitor"):
+        queue.submit(Request(seed=3), owner="10.0.0.1")
+    queue.submit(Request(), owner="10.0.0.2")
+    queue.cancel(mine[0])
+    queue.submit(Request(seed=4), owner="10.0.0.1")
+    with pytest.raises(RunError, match="for each visitor"):
+        queue.resume(mine[0])
+    for seed in range(3):
+        queue.submit(Request(seed=seed))  # nobody told whose they are: the shell of the server itself
+
+
+def test_a_record_of_the_version_before_is_taken_over(data_dir: Path) -> None:
+    job_id = Queue(data_dir).submit(Request())
+    with sqlite3.connect(data_dir / "queue.sqlite") as db:
+        db.execute("ALTER TABLE runs DROP COLUMN owner")
+        db.execute("PRAGMA user_version = 1")
+    queue = Queue(data_dir, max_per_owner=1)
+    assert queue.status(job_id).state == "queued"
+    queue.submit(Request(), owner="somebody")
+    with sqlite3.connect(data_dir / "queue.sqlite") as db:
+        assert db.execute("PRAGMA user_version").fetchone() == (2,)
 
 
 def test_a_record_of_another_version_and_an_unusable_folder_are_refused(data_dir: Path, tmp_path: Path) -> None:

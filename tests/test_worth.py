@@ -7,12 +7,15 @@ import html
 
 import pytest
 from example_report import example_report
+from quantization_networks import SIZE, calibrated
 
-from compress import card
-from compress.engines import Kernel
+from compress import card, measuring
+from compress.engines import RUNTIMES, BuildSpec, Kernel
+from compress.errors import HandoffError
+from compress.onnx_export import export_flavours
 from compress.report import Worth
 from compress.ui import views
-from compress.worth import Raced, judge
+from compress.worth import Raced, judge, to_exclude
 
 INTEGERS = tuple(Kernel(name, "conv", "int8") for name in ("stem", "conv1", "fc"))
 MIXED = (*INTEGERS[:1], Kernel("conv1", "conv", "fp32"), Kernel("attention", "gemm", "fp32"))
@@ -22,8 +25,9 @@ RACED = Raced(
 )  # fmt: skip
 
 
-def found(**changes: object) -> Worth:
-    return Worth(**judge(dataclasses.replace(RACED, **changes), {"stem", "conv1", "fc"}))
+def found(excluded_ms: float | None = None, **changes: object) -> Worth:
+    raced = dataclasses.replace(RACED, **changes)
+    return Worth(**judge(raced, to_exclude(raced, {"stem", "conv1", "fc"}), excluded_ms))
 
 
 def test_int8_has_to_beat_the_faster_of_the_floats():
@@ -42,16 +46,37 @@ def test_without_16_bit_floats_fp32_is_what_it_has_to_beat():
     assert "against 6.00 ms in fp32" in row.text and "computes with no 16-bit floats here" in row.text
 
 
-def test_where_it_loses_the_float_islands_are_named_and_can_be_excluded():
-    row = found(int8_ms=4.0, kernels=MIXED, conversions=9)
-    assert row.speedup == 0.5 and row.float_layers == ("conv1", "attention")
+LOST = (
+    "On openvino int8 is not worth it: 4.00 ms against 2.00 ms in bf16 of the same structure, 2.0x SLOWER "
+    "(fp32: 6.00 ms). 2 of 3 layers stay in floating point (conv1, attention). Conversions between floats "
+    "and integers left: 9. "
+)
+
+
+@pytest.mark.parametrize(
+    ("excluded_ms", "words"),
+    [
+        (
+            1.0,
+            'Ask for `layer_bits` {"conv1": 32}: with those layers in floating point it takes 1.00 ms, 2.0x as fast.',
+        ),
+        (
+            1.95,
+            'With those layers in floating point (`layer_bits` {"conv1": 32}) it takes 1.95 ms, no gain either: deploy '
+            "pruned.onnx on this runtime.",
+        ),
+        (
+            None,
+            'It takes no file in which those layers are floats (`layer_bits` {"conv1": 32}): deploy pruned.onnx on this '
+            "runtime.",
+        ),
+    ],
+)
+def test_where_it_loses_the_float_islands_are_named_and_their_exclusion_is_measured(excluded_ms, words):
+    row = found(excluded_ms, int8_ms=4.0, kernels=MIXED, conversions=9)
+    assert row.speedup == 0.5 and row.float_layers == ("conv1", "attention") and row.excluded_ms == excluded_ms
     assert row.layer_bits == {"conv1": 32}, "attention has no integer grid that could be taken away"
-    assert row.text == (
-        "On openvino int8 is not worth it: 4.00 ms against 2.00 ms in bf16 of the same structure, 2.0x SLOWER "
-        "(fp32: 6.00 ms). 2 of 3 layers stay in floating point (conv1, attention). Conversions between floats "
-        'and integers left: 9. Ask for `layer_bits` {"conv1": 32}: those layers then need no conversions around them (not '
-        "measured here); or deploy pruned.onnx on this runtime."
-    )
+    assert row.text == LOST + words
 
 
 @pytest.mark.parametrize(("int8_ms", "words"), [(2.0, "no difference"), (1.95, "no difference"), (3.0, "1.5x SLOWER")])
@@ -78,3 +103,24 @@ def test_every_face_of_the_report_shows_the_findings_escaped():
     assert all(text in card.model_card(report) for text in sentences)
     agreed = report.model_copy(update={"cross_checks": (report.cross_checks[0].model_copy(update={"agrees": True}),)})
     assert "two runtimes" not in views.findings(agreed) and "two runtimes" in card.html_report(agreed)
+
+
+def test_the_exclusion_is_raced_against_the_file_as_it_is(tmp_path):
+    path, runtime, spec = tmp_path / "quantized.onnx", RUNTIMES["onnxruntime"], BuildSpec(SIZE)
+    export_flavours(calibrated(), {"onnxruntime": path}, input_size=SIZE)
+    contender = measuring._Contender("quantized", runtime, path, path, "int8", is_last=True)
+    with runtime.load(path, spec) as session:
+        assert 0.1 < measuring._race_without({"conv1"}, contender, session, spec) < 10
+
+
+def test_a_runtime_that_refuses_the_changed_file_has_no_figure(tmp_path):
+    path, spec = tmp_path / "quantized.onnx", BuildSpec(SIZE)
+    export_flavours(calibrated(), {"onnxruntime": path}, input_size=SIZE)
+
+    class Refusing(type(RUNTIMES["onnxruntime"])):
+        def build(self, *_: object) -> None:
+            raise HandoffError("It takes no such file.")
+
+    contender = measuring._Contender("quantized", Refusing(), path, path, "int8", is_last=True)
+    with RUNTIMES["onnxruntime"].load(path, spec) as session:
+        assert measuring._race_without({"conv1"}, contender, session, spec) is None

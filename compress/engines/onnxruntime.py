@@ -33,9 +33,10 @@ _FLOAT_KERNELS = frozenset({"Conv", "FusedConv", "NhwcFusedConv", "Gemm", "Fused
 _CONVERSIONS = frozenset({"QuantizeLinear", "DequantizeLinear"})
 _PRECISION = {onnx.TensorProto.FLOAT: "fp32", onnx.TensorProto.FLOAT16: "fp16", onnx.TensorProto.BFLOAT16: "bf16"}
 _FUSION_SUFFIX = re.compile(r"_token_\d+$")
-_NORM_SUFFIX = "_bn_nchwc"
-"""Of a BatchNorm that stands alone: the library runs it as a convolution, but the file has no such layer."""
 _ONLY_ERRORS = 3
+_RENAMING = "NchwcTransformer"
+"""Changes the memory layout of float layers, and no precision; but it takes their names, and makes a convolution of a
+BatchNorm that stands alone. Left out where the graph is only read."""
 _DISABLED = ["WeightBiasQuantization"]
 """It rounds biases that a file holds as floats, and quantizes weights of layers that stay float, on grids of its own."""
 UNREADABLE_NOTE = (
@@ -198,14 +199,20 @@ def _options(spec: BuildSpec) -> Any:
     return options
 
 
-def _load(path: Path, options: Any, providers: Sequence[Any] = (_CPU,), content: bytes | None = None) -> Any:
+def _load(
+    path: Path,
+    options: Any,
+    providers: Sequence[Any] = (_CPU,),
+    content: bytes | None = None,
+    disabled: Sequence[str] = _DISABLED,
+) -> Any:
     """A session of the file, or of `content` made from it."""
     import onnxruntime
 
     onnxruntime.disable_telemetry_events()
     try:
         return onnxruntime.InferenceSession(
-            content or str(path), options, providers=list(providers), disabled_optimizers=_DISABLED
+            content or str(path), options, providers=list(providers), disabled_optimizers=list(disabled)
         )
     except Exception as error:  # noqa: BLE001 - every status of the library is an exception class of its own
         raise HandoffError(f"ONNX Runtime cannot load {path.name}: {error}") from error
@@ -219,12 +226,12 @@ def _read(path: Path) -> onnx.ModelProto:
 
 
 def _optimized(path: Path, options: Any, providers: Sequence[Any] = (_CPU,)) -> onnx.GraphProto:
-    """The graph as it is executed: load once more, with the optimized graph written to a file."""
+    """The graph as it is executed but for the memory layout: load once more, with the optimized graph written to a file."""
     with tempfile.TemporaryDirectory() as folder:
         written = Path(folder) / "optimized.onnx"
         options.optimized_model_filepath = str(written)
         options.add_session_config_entry("session.optimized_model_external_initializers_file_name", "weights.bin")
-        _load(path, options, providers)
+        _load(path, options, providers, disabled=(*_DISABLED, _RENAMING))
         return onnx.load(written, load_external_data=False).graph
 
 
@@ -241,8 +248,6 @@ def _read_kernels(graph: onnx.GraphProto) -> tuple[Kernel, ...]:
     found = []
     for node in graph.node:
         name = _FUSION_SUFFIX.sub("", node.name)
-        if name.endswith(_NORM_SUFFIX):
-            continue
         if node.op_type in _INTEGER_KERNELS:
             found.append(Kernel(name, node.op_type, "int8"))
         elif node.op_type in _FLOAT_KERNELS and (data_type := _weight_type(node, constants, makers)):

@@ -152,8 +152,8 @@ def without_overflow(path: Path) -> tuple[bytes, list[str]]:
     """The ONNX file with 7-bit weights in every layer that reads signed activations, and those layers' names.
 
     For CPUs without an int8 dot product. Signed activations occupy all 256 codes there, and two products with full
-    8-bit weights overflow 16 bits; activations behind a ReLU stay at 127 and below. Weights that are small enough
-    (7 bits or fewer) are left as they are.
+    8-bit weights overflow 16 bits; activations behind a ReLU stay at 127 and below, but for the rare value beyond the
+    calibrated range. Weights that are small enough (7 bits or fewer) are left as they are.
     """
     model = onnx.load(path)
     constants = {tensor.name: tensor for tensor in model.graph.initializer}

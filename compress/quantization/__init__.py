@@ -19,6 +19,7 @@ from compress.quantization.bits import BitPlan, LayerBits, assign_bits
 from compress.quantization.calibration import ESTIMATORS, Estimator
 from compress.quantization.config_list import translate as bits_of_config_list
 from compress.quantization.convert import convert, fake_quantized, weight_sqnr_db
+from compress.quantization.exclusion import exclude_layers
 from compress.quantization.flavours import FLAVOURS, Flavour
 from compress.quantization.local_noise import LocalNoise, by_layer, file_noise, noisiest, quantization_noise
 from compress.quantization.mixed import Choice, choose
@@ -46,6 +47,7 @@ __all__ = [
     "by_layer",
     "choose",
     "convert",
+    "exclude_layers",
     "fake_quantized",
     "file_noise",
     "left_float",

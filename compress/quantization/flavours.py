@@ -60,7 +60,7 @@ def apply_flavour(neutral: ir.Model, points: Mapping[str, QPoint], ranges: Range
             _edit_for_onnxruntime(model, node, points[name], ranges.activations[name])
     if flavour == "onnxruntime":
         _quantize_biases(model)
-        _keep_float_layers_float(model)
+        keep_float_layers_float(model)
     remove_unused(model)
     return model
 
@@ -110,7 +110,7 @@ def _quantize_biases(model: ir.Model) -> None:
     for node in list(model.graph):
         if node.op_type not in ("Conv", "Gemm") or len(node.inputs) < 3 or not node.inputs[2].is_initializer():
             continue
-        data, weight = _dequantized_by(node.inputs[0]), _dequantized_by(node.inputs[1])
+        data, weight = dequantized_by(node.inputs[0]), dequantized_by(node.inputs[1])
         if data is None or weight is None:
             continue
         name, bias = node.inputs[2].name, node.inputs[2].const_value.numpy()
@@ -128,7 +128,7 @@ def bias_codes(bias: np.ndarray, scale: np.ndarray) -> np.ndarray:
     return np.clip(np.rint(bias.astype(np.float64) / scale), -(2**31), 2**31 - 1).astype(np.int32)
 
 
-def _dequantized_by(value: ir.Value) -> ir.Node | None:
+def dequantized_by(value: ir.Value) -> ir.Node | None:
     """The DequantizeLinear that a layer's operand comes from, directly or through what only moves values."""
     node = value.producer()
     while node is not None and node.op_type in _MOVES:
@@ -136,7 +136,7 @@ def _dequantized_by(value: ir.Value) -> ir.Node | None:
     return node if node is not None and node.op_type == "DequantizeLinear" else None
 
 
-def _keep_float_layers_float(model: ir.Model) -> None:
+def keep_float_layers_float(model: ir.Model) -> None:
     """Clip what a layer with float weights reads, to bounds beyond every value.
 
     Between a dequantized input and a quantized output ONNX Runtime quantizes float weights by itself, with one scale for

@@ -27,6 +27,11 @@ class Settings:
     """ESPALIER_RUNS_AT_ONCE: runs that work at the same time; one per device."""
     max_queued: int = 20
     """ESPALIER_MAX_QUEUED: runs that may wait."""
+    max_per_visitor: int | None = None
+    """ESPALIER_MAX_PER_VISITOR: runs that one visitor may have waiting or working; default: any number.
+    A visitor is a login name, else an address; behind a proxy set FORWARDED_ALLOW_IPS, or all share the proxy's."""
+    run_limit_min: int | None = None
+    """ESPALIER_RUN_LIMIT_MIN: minutes after which a run is ended; it can be resumed. Default: never."""
     max_upload_mb: int = 2048
     """ESPALIER_MAX_UPLOAD_MB: largest uploaded file."""
     requests_per_min: int = 1200
@@ -43,6 +48,16 @@ class Settings:
     @property
     def data_dir(self) -> Path:
         return self.data.expanduser().resolve()
+
+    @property
+    def queue_limits(self) -> dict[str, Any]:
+        """The limits of the queue, as arguments of `compress.jobs.Queue`."""
+        return {
+            "at_once": self.at_once,
+            "max_queued": self.max_queued,
+            "max_per_owner": self.max_per_visitor,
+            "max_seconds": None if self.run_limit_min is None else 60 * self.run_limit_min,
+        }
 
     @property
     def uploads(self) -> Path:
@@ -71,6 +86,8 @@ class Settings:
             "ESPALIER_PORT": ("port", _number(1, 65535)),
             "ESPALIER_RUNS_AT_ONCE": ("at_once", _number(1, 64)),
             "ESPALIER_MAX_QUEUED": ("max_queued", _number(1, 1000)),
+            "ESPALIER_MAX_PER_VISITOR": ("max_per_visitor", _number(1, 1000)),
+            "ESPALIER_RUN_LIMIT_MIN": ("run_limit_min", _number(1, 100_000)),
             "ESPALIER_MAX_UPLOAD_MB": ("max_upload_mb", _number(1, 1_000_000)),
             "ESPALIER_REQUESTS_PER_MIN": ("requests_per_min", _number(10, 1_000_000)),
             "ESPALIER_UPLOADS_PER_HOUR": ("uploads_per_hour", _number(1, 1_000_000)),

@@ -23,6 +23,7 @@ from compress.request import Request
 
 CHECK_LIMIT_S = 180
 MODELS_LIMIT_S = 120
+CLASSIFY_LIMIT_S = 60
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,13 @@ def check(request: Request) -> dict[str, Any]:
         file.write_text(request.to_json(), encoding="utf-8")
         found = ask("check", "--request", str(file), limit_s=CHECK_LIMIT_S)
     assert isinstance(found, dict), "`compress check --json` prints an object"
+    return found
+
+
+def classify(run_folder: Path, image: Path) -> dict[str, Any]:
+    """What `compress.tryout.classify` says of an image; raises as `check` does."""
+    found = ask("classify", str(run_folder), str(image), limit_s=CLASSIFY_LIMIT_S)
+    assert isinstance(found, dict), "`compress classify --json` prints an object"
     return found
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from torture.cancels import CANCEL
 from torture.full_disk import DISK
+from torture.honest import HONEST
+from torture.hostile import HOSTILE
 from torture.kills import KILLS
 from torture.rows import Row
 from torture.runs_in_a_row import RUNS
 
-ROWS: tuple[Row, ...] = (KILLS, DISK, CANCEL, RUNS)
+ROWS: tuple[Row, ...] = (HOSTILE, HONEST, KILLS, DISK, CANCEL, RUNS)

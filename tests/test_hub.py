@@ -1,0 +1,248 @@
+"""Checkpoints from the Hub and runs to it, through the real client against a local stand-in of its HTTP API."""
+
+from __future__ import annotations
+
+import socket
+
+import gradio as gr
+import hub_server
+import pytest
+import torch
+import torchvision
+from example_report import example_report
+from huggingface_hub import constants
+from safetensors.torch import save
+from test_cli import call
+
+from compress import card, hub, signing
+from compress.errors import CheckpointError, PublishingError, RequestError, RunError
+from compress.files import sha256
+from compress.request import Request
+from compress.sources import open_source
+from compress.ui import sharing
+from compress.ui.settings import Settings
+
+
+@pytest.fixture
+def server(monkeypatch, tmp_path):
+    with hub_server.running() as running:
+        _use(monkeypatch, tmp_path, running.url)
+        monkeypatch.setenv("HF_TOKEN", hub_server.WRITE)
+        yield running
+
+
+def _use(monkeypatch, tmp_path, url):
+    monkeypatch.setattr(constants, "ENDPOINT", url)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+
+
+@pytest.fixture
+def run(tmp_path):
+    """The folder of a finished run, as far as publishing looks at it."""
+    folder = tmp_path / "run"
+    report = example_report()
+    files = {
+        "README.md": card.model_card(report).encode(),
+        "report.json": report.to_json().encode(),
+        "artifacts/model.safetensors": save({"weight": torch.arange(9000.0)}),
+        "artifacts/infer.py": b"print('hello')\n",
+    }
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+    listed = {name: {"sha256": sha256(folder / name), "bytes": len(content)} for name, content in files.items()}
+    (folder / "manifest.json").write_text(signing.sealed("manifest.json", {"format": 1, "files": listed}))
+    (folder / "log.txt").write_text("not a result")
+    return folder
+
+
+# ---- to the Hub ------------------------------------------------------------------------------------------------------
+
+
+def test_exactly_the_files_of_the_manifest_arrive_in_a_private_repository(server, run):
+    done = hub.publish(run, "team/small")
+    repository = server.repositories["team/small"]
+    assert repository.private and done.private
+    assert set(repository.files) == {
+        "README.md", "report.json", "artifacts/model.safetensors", "artifacts/infer.py", "manifest.json"
+    }  # fmt: skip
+    assert all(content == (run / name).read_bytes() for name, content in repository.files.items())
+    assert len(server.large) == 1, "the weights went the way of large files"
+    assert done.url == f"{server.url}/team/small/commit/{'0' * 40}" and done.files == 5
+
+
+def test_public_only_when_asked_and_never_changed_afterwards(server, run):
+    assert not hub.publish(run, "team/small", private=False).private
+    assert not hub.publish(run, "team/small", private=True).private, "a repository that is there keeps its visibility"
+
+
+def test_a_pull_request_changes_nothing_in_the_repository(server, run):
+    server.repositories["else/model"] = hub_server.Repository(files={"README.md": b"theirs"})
+    done = hub.publish(run, "else/model", pull_request=True)
+    assert done.url == f"{server.url}/else/model/discussions/1"
+    assert server.repositories["else/model"].files == {"README.md": b"theirs"}
+    assert set(server.repositories["else/model"].pull_requests[0]) >= {"README.md", "manifest.json"}
+    assert ("POST", "/api/repos/create") not in server.seen
+
+
+def test_a_changed_file_is_found_before_anything_is_sent(server, run):
+    (run / "artifacts/infer.py").write_text("changed")
+    with pytest.raises(PublishingError) as refused:
+        hub.publish(run, "team/small")
+    assert str(refused.value) == (
+        "This run is not published because it does not verify: artifacts/infer.py was changed after the run: its sha256 "
+        "differs from the manifest"
+    )
+    assert server.seen == []
+
+
+def test_a_token_that_may_not_write(server, run, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", hub_server.READ)
+    with pytest.raises(PublishingError) as refused:
+        hub.publish(run, "team/small")
+    assert str(refused.value) == (
+        "The Hub answered 403: this token may not write to team/small. Choose a repository of your own, ask for a pull "
+        "request, or make a token with write access."
+    )
+    assert hub_server.READ not in str(refused.value)
+
+
+def test_without_a_token_or_a_name(server, run, monkeypatch):
+    with pytest.raises(RequestError, match="expected owner/name, such as my-team/small-resnet18"):
+        hub.publish(run, "small")
+    monkeypatch.delenv("HF_TOKEN")
+    with pytest.raises(PublishingError, match="put it into the environment variable HF_TOKEN"):
+        hub.publish(run, "team/small")
+    assert server.seen == []
+
+
+def test_the_shell_command(server, run, capsys, monkeypatch):
+    code, out, _ = call(capsys, monkeypatch, "publish", run, "team/small")
+    assert code == 0
+    assert out == f"5 files are in team/small (private).\n{server.url}/team/small/commit/{'0' * 40}\n"
+
+
+# ---- from the Hub ----------------------------------------------------------------------------------------------------
+
+
+def weights(classes=10):
+    torch.manual_seed(3)
+    return torchvision.models.mobilenet_v3_small(num_classes=classes).eval()
+
+
+def test_a_checkpoint_of_the_hub_is_read_like_a_file(server):
+    model = weights()
+    server.repositories["team/net"] = hub_server.Repository(
+        private=True, files={"README.md": b"", "model.safetensors": save(model.state_dict()), "old.pth": b"x"}
+    )
+    request = Request(model="mobilenet_v3_small", checkpoint="hf://team/net", data="none", input_size=32)
+    source = open_source(request)
+    sha = server.repositories["team/net"].sha
+    assert source.weights == f"model.safetensors of team/net on the Hub at {sha[:7]}"
+    with torch.no_grad():
+        assert torch.equal(source.model(source.example), model(source.example))
+    (fetched,) = [path for method, path in server.seen if method == "GET" and "/resolve/" in path]
+    assert fetched == f"/team/net/resolve/{sha}/model.safetensors", "the commit that was looked at, not a branch"
+
+
+@pytest.mark.parametrize(
+    ("files", "reference", "sentence"),
+    [
+        (
+            {"a.pth": b"", "b.pth": b""},
+            "hf://team/net",
+            "has 2 checkpoints (a.pth, b.pth); name one: hf://team/net/a.pth.",
+        ),
+        (
+            {"config.json": b""},
+            "hf://team/net",
+            "has no checkpoint: a file that ends with .safetensors, .pth, .pt, .bin",
+        ),
+        ({"a.pth": b""}, "hf://team/net/c.pth", "team/net has no file c.pth. Its checkpoints: a.pth."),
+        ({"a.pth": b""}, "hf://team/net@v2", "has no such branch, tag or commit; leave @revision out"),
+        ({"a.pth": b""}, "hf://team/other", "shows no model repository team/other: check the name, or give HF_TOKEN"),
+    ],
+)
+def test_what_cannot_be_meant_gets_one_sentence(server, files, reference, sentence):
+    server.repositories["team/net"] = hub_server.Repository(files=files)
+    with pytest.raises(CheckpointError) as refused:
+        hub.download(reference)
+    assert sentence in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_a_gated_repository_says_where_to_accept_its_terms(server):
+    server.repositories["team/net"] = hub_server.Repository(gated=True, files={"a.pth": b""})
+    with pytest.raises(CheckpointError, match="team/net asks for its terms to be accepted on"):
+        hub.download("hf://team/net")
+
+
+@pytest.mark.parametrize("reference", ["hf://", "hf://net", "hf://team/net@", "hf://team/../net", "hf://team/net/../x"])
+def test_other_references_are_refused_before_any_request(server, reference):
+    with pytest.raises((RequestError, CheckpointError)):
+        hub.download(reference)
+    assert all(".." not in path for _, path in server.seen)
+
+
+def test_without_a_network_both_ways_say_so(monkeypatch, tmp_path, run):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{free.getsockname()[1]}"
+    _use(monkeypatch, tmp_path, url)
+    with pytest.raises(CheckpointError) as refused:
+        hub.download("hf://team/net")
+    assert str(refused.value) == (
+        f"{url} cannot be reached from this machine (ConnectError): check the network, or give the checkpoint as a file."
+    )
+    with pytest.raises(PublishingError, match="check the network, or publish later: the run stays as it is."):
+        hub.publish(run, "team/small", token="hf_x")
+
+
+# ---- from the page ---------------------------------------------------------------------------------------------------
+
+
+class FinishedRuns:
+    """As much of the queue as publishing asks for."""
+
+    def __init__(self, folder):
+        self._folder = folder
+
+    def artifacts(self, job_id):
+        if job_id != "done":
+            raise RunError("This run has no files yet: it is running.")
+        return {}
+
+    def folder(self, job_id):
+        return self._folder
+
+
+def pressed(run, job_id, repository, host="127.0.0.1", public=False, pull_request=False):
+    publish = sharing.publisher(FinishedRuns(run), Settings(host=host))
+    return publish(job_id, repository, public, pull_request)
+
+
+def test_the_button_publishes_and_links_to_the_commit(server, run):
+    shown = pressed(run, "done", " team/small ")
+    assert "5 files are in team/small (private)" in shown and f'href="{server.url}/team/small/commit/' in shown
+    assert "(public)" in pressed(run, "done", "team/open", public=True)
+
+
+def test_what_is_refused_is_shown_as_text(server, run):
+    assert "This run has no files yet" in pressed(run, "busy", "team/small")
+    assert "repository: got &#x27;&lt;b&gt;&#x27;, expected owner/name" in pressed(run, "done", "<b>")
+
+
+def test_nobody_else_publishes_with_the_servers_token(server, run):
+    shown = pressed(run, "done", "team/small", host="0.0.0.0")
+    assert "everybody who reaches it would do so with its token" in shown and server.seen == []
+
+
+def test_a_space_asks_to_log_in(monkeypatch, run):
+    monkeypatch.setenv("SPACE_ID", "team/espalier")
+    assert not sharing.asks_to_log_in(dict(SPACE_ID="team/espalier"))
+    monkeypatch.setenv("OAUTH_CLIENT_ID", "id")
+    publish = sharing.publisher(FinishedRuns(run), Settings(host="0.0.0.0"))
+    assert publish.__annotations__["token"] == gr.OAuthToken | None
+    assert "Log in first" in publish("done", "team/small", False, False, None)
