@@ -325,6 +325,15 @@ def jobs_resume(job_id: JobId, as_json: Json = False) -> None:
     _show_job(_queue().resume(job_id).as_dict(), as_json)
 
 
+@jobs_cli.command("keep")
+def jobs_keep(
+    job_id: JobId, release: Annotated[bool, typer.Option("--release", help="Let it expire again.")] = False
+) -> None:
+    """Keep a run whose link you shared from being removed to make room."""
+    _queue().keep(job_id, not release)
+    typer.echo("This run may be removed to make room." if release else "This run is kept.")
+
+
 @jobs_cli.command("recover")
 def jobs_recover() -> None:
     """Make a new record of runs from their folders, where the record is damaged or gone."""

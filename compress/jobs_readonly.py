@@ -55,7 +55,9 @@ class ReadOnly:
     def _refuse(self, *_: Any, **__: Any) -> NoReturn:
         raise StorageError(self.reason)
 
-    add = queue_again = ask_to_cancel = start_next = settle = refuse_when_full = rename = delete = _refuse
+    add = queue_again = ask_to_cancel = start_next = settle = refuse_when_full = rename = delete = while_listed = (
+        _refuse
+    )
 
     def _row(self, folder: Path) -> Row:
         saved = folder / "request.json"
