@@ -4,6 +4,7 @@
     <data>/runs/<id>/          a run's folder (see compress.runs), with uploads/ and request.json put there at submit
     <data>/consoles/<id>.txt   what the run's process printed in its last attempt
     <data>/deleted/            runs on their way out; emptied
+    <data>/kept/<id>           marks a run that is never removed to make room
 
 Any number of processes may open the same queue (the web app, `python -m compress jobs`); the one that called `start`
 first also carries the runs out. Children are not tied to it: when it dies they go on, and the next one watches them.
@@ -11,6 +12,7 @@ first also carries the runs out. Children are not tied to it: when it dies they 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import re
@@ -25,7 +27,7 @@ from pathlib import Path
 from subprocess import Popen
 from typing import Any
 
-from compress import jobs_files, processes, signing
+from compress import jobs_files, processes, retention, signing
 from compress.errors import CompressError, RequestError, RunError, StorageError
 from compress.files import sha256, storage_error, write_text
 from compress.jobs_readonly import ReadOnly
@@ -39,10 +41,6 @@ log = logging.getLogger("compress.jobs")
 DATA_DIR = Path("app-data")
 """Folder of the queue where ESPALIER_DATA does not name one."""
 GRACE_S = 3.0
-OVERDUE = (
-    "The run was ended because it worked for more than the {:g} minutes that this server allows. Resume it, which repeats no "
-    "finished stage, or ask for fewer epochs."
-)
 """From SIGTERM to SIGKILL; with the second that the kernel needs, the device is free again within 5 s."""
 TICK_S = 0.2
 MIN_FREE_BYTES = 1 << 30
@@ -106,6 +104,7 @@ class Queue:
         max_per_owner: runs of one owner that may wait or work; None is any number.
         max_seconds: after which an attempt is ended, so that one run cannot keep the device; None is never.
         stall_s: a run that neither computes nor reports anything for so long is ended.
+        keeping: which runs that are over are removed again.
         read_only_when_damaged: show the folders of runs, and refuse the rest, where the record is damaged.
 
     Raises:
@@ -122,13 +121,14 @@ class Queue:
         max_per_owner: int | None = None,
         max_seconds: float | None = None,
         stall_s: float = STALL_S,
+        keeping: retention.Limits = retention.Limits(),  # noqa: B008  (frozen)
         read_only_when_damaged: bool = False,
     ) -> None:
         self.data_dir = Path(data_dir).expanduser().resolve()
         self._runs, self._consoles = self.data_dir / "runs", self.data_dir / "consoles"
-        self._deleted = self.data_dir / "deleted"
+        self._deleted, self._kept = self.data_dir / "deleted", self.data_dir / "kept"
         try:
-            for folder in (self._runs, self._consoles, self._deleted):
+            for folder in (self._runs, self._consoles, self._deleted, self._kept):
                 folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise storage_error(folder, error) from error
@@ -138,7 +138,7 @@ class Queue:
         self._command, self._at_once, self._max_queued = command, at_once, max_queued
         self._max_per_owner, self._max_seconds = max_per_owner, max_seconds
         self._children: dict[str, Popen[bytes]] = {}
-        self._watch = Watch(stall_s)
+        self._watch, self._sweeper, self._over_quota = Watch(stall_s), retention.Sweeper(keeping), False
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -222,7 +222,27 @@ class Queue:
         if not gone:
             raise RunError(f"This run is {row.state}: only a run that is over can be deleted. Cancel it first.")
         self._console(job_id).unlink(missing_ok=True)
+        (self._kept / job_id).unlink(missing_ok=True)
         self._empty_deleted()
+
+    def keep(self, job_id: str, kept: bool = True) -> None:
+        """Keeps a run, because its link was shared, from being removed to make room; or no longer.
+
+        Raises:
+            RunError: there is no such run.
+            StorageError: the mark cannot be written.
+        """
+        mark = self._kept / self._row(job_id).job_id
+
+        def put() -> None:
+            mark.touch() if kept else mark.unlink(missing_ok=True)
+
+        try:
+            there = self._record.while_listed(job_id, put)
+        except OSError as error:
+            raise storage_error(mark, error) from error
+        if not there:
+            raise RunError("This run was removed just now, so it cannot be kept.")
 
     def cancel(self, job_id: str) -> Status:
         """Ends a run that waits or works; when it returns, no process of it lives. Takes up to 5 s.
@@ -363,6 +383,8 @@ class Queue:
 
     def _tick(self) -> None:
         self._part_with_cancelled()
+        if self._sweeper.is_due():
+            self.make_room()
         for row in self._record.in_states(*ACTIVE):
             assert row.child is not None, "a run is recorded as working together with its child"
             if not processes.alive(row.child):
@@ -375,7 +397,7 @@ class Queue:
             ):
                 self._settle(row, why=self._watch.sentence)
             elif self._is_overdue(row) and processes.stop(row.child, GRACE_S):
-                self._settle(row, why=OVERDUE.format((self._max_seconds or 0) / 60))
+                self._settle(row, why=self._overdue_sentence)
         while len(self._record.in_states(*ACTIVE)) < self._at_once:
             if not self._record.start_next(self._start_child, self._events_size):
                 return
@@ -407,8 +429,16 @@ class Queue:
         return events.stat().st_size if events.exists() else 0
 
     def _is_overdue(self, row: Row) -> bool:
-        began = row.started or time.time()
-        return self._max_seconds is not None and row.state == "running" and time.time() - began > self._max_seconds
+        assert row.child is not None
+        limit = self._max_seconds
+        return limit is not None and row.state == "running" and processes.age_s(row.child) > limit
+
+    @property
+    def _overdue_sentence(self) -> str:
+        return (
+            f"The run was ended because it worked for more than the {(self._max_seconds or 0) / 60:g} minutes that "
+            "this server allows. Resume it, which repeats no finished stage, or ask for fewer epochs."
+        )
 
     def _settle(self, row: Row, why: str | None = None) -> None:
         """Writes down how a run ended whose process is gone; `why` when it was ended from here."""
@@ -419,7 +449,31 @@ class Queue:
         if row.child is not None:
             processes.reap(row.child.pid)
         self._watch.forget(row.job_id)
-        self._record.settle(row, state, why if why and state == "failed" else error)
+        if why and state != "done":
+            state, error = "failed", why
+        self._record.settle(row, state, error)
+
+    def make_room(self) -> None:
+        """Removes the runs that have expired; see `compress.retention`."""
+        rows = self._record.newest(1_000_000)
+        found = self._sweeper.look(
+            rows,
+            lambda job_id: retention.folder_bytes(self._runs / job_id),
+            lambda job_id: (self._kept / job_id).exists(),
+        )
+        for job_id in found.expired:
+            with contextlib.suppress(_Kept):
+                if self._record.delete(job_id, lambda job_id=job_id: self._put_away_unless_kept(job_id)):
+                    log.info("run %s has expired and was removed", job_id[:8])
+                    self._console(job_id).unlink(missing_ok=True)
+        self._empty_deleted()
+        self._over_quota = found.over
+
+    def _put_away_unless_kept(self, job_id: str) -> None:
+        if (self._kept / job_id).exists():
+            raise _Kept
+        if (self._runs / job_id).exists():
+            (self._runs / job_id).rename(self._deleted / job_id)
 
     def _part_with_cancelled(self) -> None:
         """Takes leave of children whose run another process cancelled, `compress jobs cancel` for example."""
@@ -456,6 +510,11 @@ class Queue:
 
     def _refuse_when_full(self) -> None:
         self._record.refuse_when_full(self._max_queued)
+        if self._over_quota:
+            raise StorageError(
+                "The runs that are kept or at work take all the room that this server gives to runs. Try again later, or "
+                "ask its administrator to remove some."
+            )
         free = shutil.disk_usage(self.data_dir).free
         if free < MIN_FREE_BYTES:
             raise StorageError(
@@ -490,6 +549,10 @@ class Queue:
             started=row.started,
             finished=row.finished,
         )
+
+
+class _Kept(Exception):
+    """The run is kept since a moment ago."""
 
 
 def title_of(request: Request) -> str:

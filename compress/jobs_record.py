@@ -115,6 +115,14 @@ class Record:
         with self._change() as db:
             db.execute("UPDATE runs SET title = ? WHERE job_id = ?", (title, job_id))
 
+    def while_listed(self, job_id: str, act: Callable[[], None]) -> bool:
+        """Calls `act` while nobody else can change the record. False, and no call, when there is no such run."""
+        with self._change() as db:
+            there = db.execute("SELECT 1 FROM runs WHERE job_id = ?", (job_id,)).fetchone() is not None
+            if there:
+                act()
+            return there
+
     def delete(self, job_id: str, put_away: Callable[[], None]) -> bool:
         """Forgets a run that is over, in one transaction with `put_away`. False when it is not over."""
         with self._change() as db:

@@ -139,6 +139,12 @@ def reap(group: int) -> None:
             pass
 
 
+def age_s(child: Child) -> float:
+    """Seconds since the child was started, by a clock that nobody can set."""
+    up = float((PROC / "uptime").read_text().split()[0])
+    return up - int(child.birth.rpartition(":")[2]) / os.sysconf("SC_CLK_TCK")
+
+
 def cpu_ticks(child: Child) -> int:
     """Processor time that the living processes of the child's group have used, in clock ticks."""
     return sum(int(ticks) for pid in living(child) if (fields := _stat(pid)) is not None for ticks in fields[11:15])

@@ -13,7 +13,7 @@ from example_report import example_report
 from PIL import Image
 from quantization_networks import CLASSES, SIZE, calibrated, trained
 
-from compress import models, tryout
+from compress import models, signing, tryout
 from compress.errors import DataError, RunError, StorageError
 from compress.files import sha256
 from compress.images import Preprocessing
@@ -50,7 +50,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for path in made.rglob("*")
         if path.is_file()
     }
-    (made / "manifest.json").write_text(json.dumps({"format": 1, "files": listed}))
+    (made / "manifest.json").write_text(signing.sealed("manifest.json", {"format": 1, "files": listed}))
     return made
 
 

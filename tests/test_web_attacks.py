@@ -22,7 +22,7 @@ from compress.jobs import Queue
 from compress.report import Report
 from compress.request import Request
 from compress.tables import tables
-from compress.ui import views
+from compress.ui import views, views_results
 from compress.ui.limits import Rate
 
 CANARY = "hf_canaryCANARYcanary0123456789"
@@ -254,10 +254,15 @@ def test_markup_in_names_of_layers_classes_and_files_is_only_text(
         text = text.replace(json.dumps(name)[1:-1], EVIL)
     report = Report.model_validate_json(text)
     assert EVIL in str(report), "the names are in it"
-    shown = [views.verdict(report), views.findings(report), views.machine(report), card.html_report(report)]
+    shown = [
+        views_results.verdict(report),
+        views_results.findings(report),
+        views_results.machine(report),
+        card.html_report(report),
+    ]
     for key, (headers, rows) in tables(report).items():
         shown.append(views.table(headers, rows, name=f"{EVIL} {key}"))
-    shown.append(views.downloads(job_id, {f"artifacts/{EVIL}": {"bytes": 1, "sha256": EVIL}}))
+    shown.append(views_results.downloads(job_id, {f"artifacts/{EVIL}": {"bytes": 1, "sha256": EVIL}}))
     shown.append(views.log_text(f"loading {EVIL}"))
     for page in shown:
         assert "<img src=x" not in page

@@ -83,14 +83,21 @@ def _run_wrong(place: Path, fault: Fault, ended: Ended) -> list[str]:
     complete = (folder / runs.MANIFEST).exists()
     wrong = [] if ended.status in (0, 1) else [f"it ended with {ended.status}"]
     wrong += [] if ended.status == 0 or why.startswith(WORDS[fault.number]) or WORDS[fault.number][0] in why else [why]
-    wrong += runs.verify(folder) if complete else []
+    wrong += _verified(folder) if complete else []
     wrong += (
         [f"{why!r}, and yet it is complete"] if complete and ended.status and not _only_the_last_event(folder) else []
     )
     again = Staged(folder, Request(model="resnet18"), resumed=(folder / "request.json").exists()).carry_out()
     wrong += [f"resumed: {again}"] if again else []
-    wrong += runs.verify(folder)
+    wrong += _verified(folder)
     return wrong + [f"{path.name} is left" for path in folder.rglob(f"{PARTIAL}*")]
+
+
+def _verified(folder: Path) -> list[str]:
+    try:
+        return runs.verify(folder)
+    except CompressError as error:
+        return [str(error)]
 
 
 def _only_the_last_event(folder: Path) -> bool:

@@ -125,8 +125,12 @@ def supervised(data: Path, victim: str) -> Iterator[Supervisor | AppServer]:
             os.kill(pid, signal.SIGKILL)
 
 
-def try_out(queue: Queue, server: Supervisor | AppServer, point: Point) -> Found:
-    """Kills the victim at the point, starts it again, and looks at all that must hold then."""
+def try_out(queue: Queue, server: Supervisor | AppServer | None, point: Point) -> Found:
+    """Kills the victim at the point, starts it again, and looks at all that must hold then.
+
+    Args:
+        server: what carries runs out; not needed where only the run is killed.
+    """
     told = queue.data_dir / "points"
     before = set(processes._pids())
     job_id = queue.submit(Request(model="resnet18", seed=seed_of(point.stage, point.moment)))
@@ -136,7 +140,8 @@ def try_out(queue: Queue, server: Supervisor | AppServer, point: Point) -> Found
     child = queue._row(job_id).child
     assert child is not None
     wrong = not_listed(queue, job_id)
-    if point.victim in ("supervisor", "both", "web app"):
+    if point.victim != "run":
+        assert server is not None
         server.kill()
     if point.victim in ("run", "both"):
         os.kill(child.pid, signal.SIGKILL)
@@ -144,6 +149,7 @@ def try_out(queue: Queue, server: Supervisor | AppServer, point: Point) -> Found
     (told / f"{job_id}.go").touch()
     restarted = time.monotonic()
     if point.victim != "run":
+        assert server is not None
         server.start()
     wrong += ended_as_it_must(queue, job_id, point)
     seconds = time.monotonic() - restarted
