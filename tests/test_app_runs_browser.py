@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from app_server import AppServer
 from playwright.sync_api import Browser, Page, expect
-from test_app_browser import browser, compress, no_sideways_scroll, open_start, server, watched  # noqa: F401 - fixtures
+from test_app_browser import compress, no_sideways_scroll, open_start, server, watched  # noqa: F401 - fixtures
 
 from compress.jobs import Queue
 from compress.request import Request
@@ -222,7 +222,7 @@ def test_runs_are_set_side_by_side_and_points_lead_to_them(page: Page, server: A
     open_start(page, server.url)
     for job_id in (finished[0], finished[2]):
         page.locator(f'#runs input[value="{job_id}"]').check()
-    page.get_by_role("textbox", name="Search").fill("50 %")
+    page.get_by_role("textbox", name="Search").fill("50 % done")
     expect(page.locator("#runs li")).to_have_count(3)
     expect(page.locator("#runs li").last.locator("input")).to_have_attribute("value", finished[1])
     for job_id, ticked in zip(finished, (True, False, True), strict=True):
