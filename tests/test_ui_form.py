@@ -16,6 +16,7 @@ from compress import charts
 from compress.errors import CompressError, RequestError, RunError
 from compress.jobs import Queue
 from compress.request import Request
+from compress.retention import Limits
 from compress.ui import shell, views_results, views_start
 from compress.ui.estimates import Structure
 from compress.ui.form import folded_fields, main_fields, more_fields, to_request
@@ -252,6 +253,8 @@ def test_settings_come_from_the_environment() -> None:
         "ESPALIER_MAX_QUEUED": "5",
         "ESPALIER_MAX_PER_VISITOR": "3",
         "ESPALIER_RUN_LIMIT_MIN": "90",
+        "ESPALIER_KEEP_DAYS": "30",
+        "ESPALIER_MAX_DISK_GB": "50",
         "ESPALIER_MAX_UPLOAD_MB": "10",
         "ESPALIER_LIST_RUNS": "1",
         "ESPALIER_ALLOWED_HOSTS": "a.example, b.example",
@@ -265,11 +268,15 @@ def test_settings_come_from_the_environment() -> None:
         max_queued=5,
         max_per_visitor=3,
         run_limit_min=90,
+        keep_days=30,
+        max_disk_gb=50,
         max_upload_mb=10,
         list_runs=True,
         allowed_hosts=("a.example", "b.example"),
     )
-    assert settings.queue_limits == {"at_once": 2, "max_queued": 5, "max_per_owner": 3, "max_seconds": 5400}
+    assert settings.queue_limits == {
+        "at_once": 2, "max_queued": 5, "max_per_owner": 3, "max_seconds": 5400, "keeping": Limits(30, 50 * 10**9)
+    }  # fmt: skip
     assert settings.hosts[-2:] == ("a.example", "b.example")
     assert (Settings().hosts, Settings(host="0.0.0.0").hosts) == (("127.0.0.1", "localhost", "::1"), ())
     assert (Settings().lists_all_runs, Settings(host="0.0.0.0").lists_all_runs) == (True, False)
