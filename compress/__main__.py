@@ -216,15 +216,6 @@ def verify(folder: RunFolder, as_json: Json = False) -> None:
 
 
 @cli.command()
-def adopt(folder: RunFolder) -> None:
-    """Sign the manifest of a run from another machine: only where you trust who gave it to you."""
-    from compress import runs
-
-    runs.adopt(folder)
-    typer.echo(f"{folder} is adopted: its hashes hold, and its files count as made here.")
-
-
-@cli.command()
 def classify(
     folder: RunFolder,
     image: Annotated[Path, typer.Argument(help="A JPEG, PNG, WebP or BMP file.", show_default=False)],
@@ -259,6 +250,15 @@ def publish(
     seen = "private" if done.private else "public"
     told = f"{done.files} files are in {done.repository} ({seen}).\n{done.url}"
     typer.echo(json.dumps(dataclasses.asdict(done), indent=1) if as_json else told)
+
+
+@cli.command()
+def adopt(folder: RunFolder) -> None:
+    """Sign the manifest of a run from another machine: only where you trust who gave it to you."""
+    from compress import runs
+
+    runs.adopt(folder)
+    typer.echo(f"{folder} is adopted: its hashes hold, and its files count as made here.")
 
 
 @engine_cli.command("check")

@@ -34,12 +34,8 @@ class ReadOnly:
         return self._row(folder) if re.fullmatch(r"[0-9a-f]{32}", job_id) and folder.is_dir() else None
 
     def newest(self, limit: int, words: Sequence[str] = ()) -> list[Row]:
-        known = [row for entry in os.scandir(self._runs) if (row := self.get(entry.name)) is not None]
-        rows = [
-            row
-            for row in known
-            if all(word.lower() in f"{row.title} {row.state} {row.job_id}".lower() for word in words)
-        ]
+        rows = [row for entry in os.scandir(self._runs) if (row := self.get(entry.name)) is not None]
+        rows = [row for row in rows if all(w.lower() in f"{row.title} {row.state} {row.job_id}".lower() for w in words)]
         return sorted(rows, key=lambda row: row.created, reverse=True)[:limit]
 
     def in_states(self, *states: str) -> list[Row]:
@@ -55,7 +51,7 @@ class ReadOnly:
     def _refuse(self, *_: Any, **__: Any) -> NoReturn:
         raise StorageError(self.reason)
 
-    add = queue_again = ask_to_cancel = start_next = settle = refuse_when_full = rename = delete = while_listed = (
+    add = rename = delete = while_listed = queue_again = ask_to_cancel = start_next = settle = refuse_when_full = (
         _refuse
     )
 

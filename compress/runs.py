@@ -262,11 +262,6 @@ def _files(folder: Path, document: dict[str, Any]) -> dict[str, dict[str, Any]]:
         raise StorageError(f"{folder / MANIFEST} is damaged ({error!r}). The run has to be repeated.") from error
 
 
-def manifest_files(folder: Path) -> list[str]:
-    """Names of the files of a finished run, relative to its folder. Raises `StorageError` for a damaged manifest."""
-    return list(manifest(folder))
-
-
 def manifest_sha256(path: Path) -> str | None:
     """The hash that the manifest of the finished run around `path` lists for it; None when there is none.
 

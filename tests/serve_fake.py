@@ -68,7 +68,7 @@ def main() -> None:
 
     from compress.ui.server import build_app
 
-    with Queue(settings.data_dir, command=fake_command, **settings.queue_limits, read_only_when_damaged=True) as queue:
+    with Queue(settings.data_dir, command=fake_command, read_only_when_damaged=True, **settings.queue_limits) as queue:
         (queue.data_dir / "example-report.json").write_text(example_report().to_json())
         app = build_app(
             settings,

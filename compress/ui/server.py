@@ -186,7 +186,7 @@ def serve(settings: Settings) -> None:
     Raises:
         StorageError: the data folder cannot be used. With a damaged record of runs the app is read-only.
     """
-    with Queue(settings.data_dir, **settings.queue_limits, read_only_when_damaged=True) as queue:
+    with Queue(settings.data_dir, read_only_when_damaged=True, **settings.queue_limits) as queue:
         app = build_app(
             settings,
             queue,

@@ -35,9 +35,9 @@ def card() -> Parts:
         )
         with gr.Row(elem_classes="manage"):
             parts["repository"] = gr.Textbox(label="Repository", placeholder="owner/name", max_lines=1)
-            parts["public"] = gr.Checkbox(label="Public", info="else only you see a new repository")
-            parts["pull_request"] = gr.Checkbox(label="As a pull request", info="to a repository that is there")
             parts["publish"] = gr.Button("Publish", size="md", elem_id="publish", min_width=120, scale=0)
+        parts["public"] = gr.Checkbox(label="Everybody may see it, if the repository is new")
+        parts["pull_request"] = gr.Checkbox(label="As a pull request to a repository that is there")
         if asks_to_log_in(os.environ):
             gr.LoginButton()
         parts["shared"] = gr.HTML(elem_id="shared")
