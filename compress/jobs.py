@@ -433,13 +433,6 @@ class Queue:
         limit = self._max_seconds
         return limit is not None and row.state == "running" and processes.age_s(row.child) > limit
 
-    @property
-    def _overdue_sentence(self) -> str:
-        return (
-            f"The run was ended because it worked for more than the {(self._max_seconds or 0) / 60:g} minutes that "
-            "this server allows. Resume it, which repeats no finished stage, or ask for fewer epochs."
-        )
-
     def _settle(self, row: Row, why: str | None = None) -> None:
         """Writes down how a run ended whose process is gone; `why` when it was ended from here."""
         process = self._children.pop(row.job_id, None)
