@@ -41,6 +41,10 @@ log = logging.getLogger("compress.jobs")
 DATA_DIR = Path("app-data")
 """Folder of the queue where ESPALIER_DATA does not name one."""
 GRACE_S = 3.0
+OVERDUE = (
+    "The run was ended because it worked for more than the {:g} minutes that this server allows. Resume it, which repeats no "
+    "finished stage, or ask for fewer epochs."
+)
 """From SIGTERM to SIGKILL; with the second that the kernel needs, the device is free again within 5 s."""
 TICK_S = 0.2
 MIN_FREE_BYTES = 1 << 30
@@ -397,7 +401,7 @@ class Queue:
             ):
                 self._settle(row, why=self._watch.sentence)
             elif self._is_overdue(row) and processes.stop(row.child, GRACE_S):
-                self._settle(row, why=self._overdue_sentence)
+                self._settle(row, why=OVERDUE.format((self._max_seconds or 0) / 60))
         while len(self._record.in_states(*ACTIVE)) < self._at_once:
             if not self._record.start_next(self._start_child, self._events_size):
                 return
