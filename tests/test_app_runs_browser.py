@@ -16,8 +16,11 @@ from app_server import AppServer
 from playwright.sync_api import Browser, Page, expect
 from test_app_browser import compress, no_sideways_scroll, open_start, server, watched  # noqa: F401 - fixtures
 
+from compress import signing
+from compress.files import sha256
 from compress.jobs import Queue
 from compress.request import Request
+from compress.runs import MANIFEST
 
 pytestmark = pytest.mark.browser
 PICTURES = os.environ.get("ESPALIER_PICTURES")
@@ -41,17 +44,16 @@ def finished(server: AppServer) -> list[str]:  # noqa: F811
 
 def alter_report(folder: Path, *, accuracy: float, p50_ms: float, sparsity: float) -> None:
     """Other figures in the report of a finished run, and its manifest accordingly."""
-    import hashlib
-
     report, manifest = folder / "report.json", folder / "manifest.json"
     facts = json.loads(report.read_text())
     facts["variants"][-1] |= {"accuracy": accuracy, "accuracy_ci95": [accuracy - 0.01, accuracy + 0.01]}
     facts["measurements"][-1] |= {"p50_ms": p50_ms}
     facts["request"] |= {"sparsity": sparsity}
     report.write_text(json.dumps(facts))
-    listed = json.loads(manifest.read_text())
-    listed["files"]["report.json"]["sha256"] = hashlib.sha256(report.read_bytes()).hexdigest()
-    manifest.write_text(json.dumps(listed))
+    listed = signing.opened(MANIFEST, manifest)
+    listed.pop(signing.SIGNATURE, None)
+    listed["files"]["report.json"]["sha256"] = sha256(report)
+    manifest.write_text(signing.sealed(MANIFEST, listed))
 
 
 @pytest.fixture
