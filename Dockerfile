@@ -30,7 +30,7 @@ RUN grep '^pycuda' /tmp/requirements-gpu.txt > /tmp/pycuda.txt \
 FROM base AS app
 COPY --chown=espalier . .
 USER 1000
-ENV ESPALIER_DATA=/data ESPALIER_HOST=0.0.0.0 ESPALIER_PORT=7860
+ENV ESPALIER_DATA=/data ESPALIER_SIGNING_KEY=/data/signing.key ESPALIER_HOST=0.0.0.0 ESPALIER_PORT=7860
 EXPOSE 7860
 VOLUME /data
 HEALTHCHECK --interval=30s --timeout=5s --start-period=60s \

@@ -7,10 +7,10 @@ COUNT ?= 1000000
 OUT ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help setup setup-dev demo app test test-slow test-gpu lint bench pruners-table quantizers-table coverage torture fuzz assets clean
+.PHONY: help setup setup-dev browser demo app bench-app test test-slow test-gpu lint bench pruners-table quantizers-table quantized-models-table coverage torture fuzz assets clean
 
 help:  ## this list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-14s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-23s %s\n", $$1, $$2}'
 
 setup: $(VENV)/.ready  ## a virtual environment with everything that runs on this machine
 
@@ -31,8 +31,12 @@ demo: setup  ## compress the bundled model on the bundled data and print the com
 app: setup  ## the web app on http://127.0.0.1:7860
 	$(PY) app.py
 
-test: setup-dev lint  ## all tests; browser tests need Chromium
+test: setup-dev lint browser  ## all tests; those of the app need Chromium and are named in the end where there is none
 	$(PY) -m pytest
+
+browser: setup-dev
+	test -x "$${ESPALIER_CHROMIUM:-/usr/bin/chromium}" || $(PY) -m playwright install chromium \
+	  || echo "No Chromium could be installed: the tests of the app will be skipped."
 
 test-slow: setup-dev  ## 200 random networks, each compared with its masked form; the examples from end to end
 	ESPALIER_SLOW=1 ESPALIER_RANDOM_NETWORKS=200 $(PY) -m pytest tests/test_pruning_random.py tests/test_examples.py
@@ -44,15 +48,21 @@ lint: setup-dev
 	$(PY) -m ruff check .
 	$(VENV)/bin/hadolint Dockerfile
 
-bench: setup  ## the figures of the README's table; see bench/README.md
+bench: setup  ## the figures of the README's table
 	$(PY) -m bench.latency
 	$(PY) -m bench.accuracy
+
+bench-app: setup-dev browser  ## how quick the web app is, in a real browser
+	$(PY) -m bench.app
 
 pruners-table: setup  ## docs/pruners.md: every pruner on the bundled model, the better part of an hour
 	$(PY) -m bench.pruners
 
 quantizers-table: setup  ## docs/quantizers.md: every quantizer on the bundled model at 8 and 4 bits
 	$(PY) -m bench.quantizers
+
+quantized-models-table: setup  ## docs/quantized-models.md: four dense models on integers; the better part of an hour
+	$(PY) -m bench.quantized_models
 
 coverage: setup  ## docs/coverage.md: every torchvision classifier, proved; hours
 	$(PY) -m bench.coverage

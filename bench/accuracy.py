@@ -26,15 +26,22 @@ QAT_SHARE = 1 / 6
 """Of the budget; the rest is fine-tuning."""
 
 
-def dense_checkpoint(name: str, images: data.Split, out: Path, *, epochs: float) -> Path:
+def dense_checkpoint(
+    name: str,
+    images: data.Split,
+    out: Path,
+    *,
+    epochs: float,
+    preprocessing: Preprocessing = RECIPE,
+) -> Path:
     """Trains the dense model once, with labels only."""
     path = out / f"{name}.safetensors"
     if not path.exists():
         torch.manual_seed(0)
-        model = architectures.build(architectures.fresh(name, 10, RECIPE.input_size))
+        model = architectures.build(architectures.fresh(name, 10, preprocessing.input_size))
         training.fit(
             model,
-            lambda epoch: data.batches(images, 64, shuffle=True, seed=epoch, preprocessing=RECIPE),
+            lambda epoch: data.batches(images, 64, shuffle=True, seed=epoch, preprocessing=preprocessing),
             len(images) // 64,
             training.Recipe(epochs, 0.05, 0.0, 1.0, optimizer="sgd"),
             progress=lambda done, text: print(f"\r{name}: {text}   ", end=""),

@@ -43,8 +43,11 @@ def load(run_folder: str | Path, *, model: nn.Module | None = None) -> nn.Module
         model: a fresh instance of your own class, for a run that started from `model=`.
 
     Raises:
-        StorageError: the folder holds no model, or its weights were changed after the run.
+        StorageError: the folder holds no model, or it was changed after the run.
     """
-    from compress import models
+    from compress import models, runs
 
-    return models.rebuild(Path(run_folder) / "artifacts", model=model)
+    folder = Path(run_folder)
+    if (folder / runs.MANIFEST).is_file():
+        runs.require_unchanged(folder, [f"artifacts/{name}" for name in (models.RECIPE, models.WEIGHTS)])
+    return models.rebuild(folder / "artifacts", model=model)

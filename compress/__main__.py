@@ -9,7 +9,6 @@ import dataclasses
 import inspect
 import json
 import logging
-import os
 import signal
 import sys
 import time
@@ -23,6 +22,7 @@ import typer
 from compress import text
 from compress.errors import CompressError, RequestError
 from compress.request import Request
+from compress.shell_groups import FAILED, Json, engine_cli, jobs_cli
 
 cli = typer.Typer(
     no_args_is_help=True,
@@ -31,17 +31,11 @@ cli = typer.Typer(
     rich_markup_mode=None,
     help="Make an image classifier smaller and faster, and prove what that cost.",
 )
-jobs_cli = typer.Typer(
-    no_args_is_help=True, add_completion=False, help="Runs that were submitted to the web app's queue."
-)
 cli.add_typer(jobs_cli, name="jobs")
-engine_cli = typer.Typer(no_args_is_help=True, add_completion=False, help="TensorRT engines of finished runs.")
 cli.add_typer(engine_cli, name="engine")
 
-Json = Annotated[bool, typer.Option("--json", help="Print the machine-readable form.")]
 RunFolder = Annotated[Path, typer.Argument(help="Folder of a run.", show_default=False)]
-JobId = Annotated[str, typer.Argument(help="Id of a run, as `jobs list` prints it.", show_default=False)]
-CANCELLED, FAILED, MISUSED = 143, 1, 2
+CANCELLED, MISUSED = 143, 2
 REPEATABLE = ("exclude", "layer_sparsity", "layer_bits", "engine_targets")
 """Options that may be given several times."""
 
@@ -216,6 +210,47 @@ def verify(folder: RunFolder, as_json: Json = False) -> None:
 
 
 @cli.command()
+def classify(
+    folder: RunFolder,
+    image: Annotated[Path, typer.Argument(help="A JPEG, PNG, WebP or BMP file.", show_default=False)],
+    as_json: Json = False,
+) -> None:
+    """One image through the original and the compressed model of a finished run."""
+    from compress import tryout
+
+    found = tryout.classify(folder, image)
+    if as_json:
+        typer.echo(json.dumps(found))
+        return
+    for title, model in zip(("original", "compressed"), found["models"], strict=True):
+        shares = ", ".join(f"{row['class']} {100 * row['share']:.1f} %" for row in model["top"][:3])
+        typer.echo(f"{title:<11} {shares}; {model['ms']:.2f} ms ({model['file']}, {model['runtime']})")
+
+
+@cli.command()
+def estimate(
+    model: Annotated[str, typer.Argument(help="A torchvision classifier.", show_default=False)],
+    classes: Annotated[int, typer.Option(min=1, max=100_000, help="Outputs.")] = 1000,
+    input_size: Annotated[
+        int | None, typer.Option(min=16, max=1024, help="Pixels.", show_default="the published recipe's")
+    ] = None,
+    channel_multiple: Annotated[int, typer.Option(min=1, max=64, help="As in `run`.")] = 8,
+    as_json: Json = False,
+) -> None:
+    """Parameters and MACs that pruning would leave at each sparsity, counted from the plan without any weights."""
+    from compress import profiles
+
+    found = profiles.profile(model, classes, input_size, channel_multiple)
+    if as_json:
+        typer.echo(json.dumps(found))
+        return
+    rows = [(f"{p} %", row) for p, row in found["rows"].items() if int(p) % 5 == 0]
+    counts = [(share, f"{row['parameters']:,}", f"{row['macs']:,}") for share, row in rows]
+    whole = ("0 %", f"{found['parameters']:,}", f"{found['macs']:,}")
+    typer.echo(text.table(("Sparsity", "Parameters", "MACs"), [whole, *counts]))
+
+
+@cli.command()
 def publish(
     folder: RunFolder,
     repository: Annotated[str, typer.Argument(help="owner/name; made when there is none.", show_default=False)],
@@ -234,80 +269,13 @@ def publish(
     typer.echo(json.dumps(dataclasses.asdict(done), indent=1) if as_json else told)
 
 
-@engine_cli.command("check")
-def engine_check(
-    file: Annotated[Path, typer.Argument(help="An engine; its passport stands beside it.", show_default=False)],
-    as_json: Json = False,
-) -> None:
-    """Whether an engine can run on this machine, and why not; nothing of it is loaded."""
-    from compress import engine_files
+@cli.command()
+def adopt(folder: RunFolder) -> None:
+    """Sign the manifest of a run from another machine: only where you trust who gave it to you."""
+    from compress import runs
 
-    problems = engine_files.check(file)
-    if as_json:
-        typer.echo(json.dumps({"engine": str(file), "can_run": not problems, "problems": problems}))
-    else:
-        typer.echo("\n".join([f"{file} cannot run here.", *problems] if problems else [f"{file} can run here."]))
-    if problems:
-        raise typer.Exit(FAILED)
-
-
-@engine_cli.command("build")
-def engine_build(
-    file: Annotated[Path, typer.Argument(help="An ONNX file of a finished run.", show_default=False)],
-    runtime: Annotated[str, typer.Option(help="tensorrt or tensorrt-rtx.")] = "tensorrt",
-    batch_size: Annotated[int, typer.Option(min=1, max=1024, help="Images per call that it is tuned for.")] = 8,
-    max_batch: Annotated[int, typer.Option(min=1, max=1024, help="Largest number of images per call.")] = 32,
-    target: Annotated[
-        list[str] | None, typer.Option(help="GPU architecture such as SM89, several times; none is any.")
-    ] = None,
-    as_json: Json = False,
-) -> None:
-    """An engine for this machine's version and GPU beside the ONNX file, compared with it where it can run."""
-    from compress import engine_files
-
-    built = engine_files.build(file, runtime, batch_size=batch_size, max_batch=max_batch, targets=tuple(target or ()))
-    typer.echo(json.dumps(built.passport, indent=1) if as_json else f"{built.path}\n{built.text}")
-
-
-@jobs_cli.command("list")
-def jobs_list(as_json: Json = False) -> None:
-    """The latest runs, newest first."""
-    rows = [status.as_dict() for status in _queue().list()]
-    shown = ("job_id", "state", "title", "stage")
-    if as_json or not rows:
-        typer.echo(json.dumps(rows, indent=1) if as_json else "No runs yet.")
-    else:
-        typer.echo(text.table(shown, [tuple(str(row[key] or "") for key in shown) for row in rows]))
-
-
-@jobs_cli.command("show")
-def jobs_show(job_id: JobId, as_json: Json = False) -> None:
-    """How one run is doing."""
-    _show_job(_queue().status(job_id).as_dict(), as_json)
-
-
-@jobs_cli.command("cancel")
-def jobs_cancel(job_id: JobId, as_json: Json = False) -> None:
-    """End a run; none of its processes lives when this returns."""
-    _show_job(_queue().cancel(job_id).as_dict(), as_json)
-
-
-@jobs_cli.command("resume")
-def jobs_resume(job_id: JobId, as_json: Json = False) -> None:
-    """Queue a failed or cancelled run again; finished stages are not repeated."""
-    _show_job(_queue().resume(job_id).as_dict(), as_json)
-
-
-def _queue() -> Any:
-    from compress.jobs import DATA_DIR, Queue
-
-    return Queue(Path(os.environ.get("ESPALIER_DATA") or DATA_DIR))
-
-
-def _show_job(status: dict[str, Any], as_json: bool) -> None:
-    typer.echo(
-        json.dumps(status, indent=1) if as_json else "\n".join(f"{key:<13} {value}" for key, value in status.items())
-    )
+    runs.adopt(folder)
+    typer.echo(f"{folder} is adopted: its hashes hold, and its files count as made here.")
 
 
 def _request(values: dict[str, Any], file: Path | None) -> Request:

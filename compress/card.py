@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import jinja2
@@ -11,6 +10,7 @@ from plotly.offline import get_plotlyjs
 from compress import charts
 from compress.report import Report
 from compress.request_rules import FINE_GRAINED_PRUNER
+from compress.snippets import shell_command
 from compress.tables import tables
 
 CHART_TITLES = {
@@ -76,35 +76,3 @@ def _what_was_done(report: Report) -> str:
     elif any(layer.weight_bits == 16 for layer in report.layers):
         done.append("half precision")
     return " and ".join(done) or "measured"
-
-
-def shell_command(request: dict[str, Any]) -> str:
-    """The shell command that makes the same request; fields at their default are left out,
-    but for the model and the data."""
-    import shlex
-
-    from compress.request import Request
-
-    words = ["python", "-m", "compress", "run"]
-    for name, field in Request.model_fields.items():
-        value = request[name]
-        if (
-            name not in ("model", "data")
-            and value == field.default
-            or (isinstance(value, list | tuple) and tuple(value) == field.default)
-        ):
-            continue
-        option = "--" + name.replace("_", "-")
-        if isinstance(value, bool):
-            words.append(option if value else "--no-" + option[2:])
-        elif isinstance(value, dict):
-            for key, item in value.items():
-                words += [option, f"{key}={item}"]
-        elif name.endswith("config_list"):
-            words += [option, json.dumps(value)]
-        elif isinstance(value, list | tuple):
-            for item in value if name == "exclude" else [",".join(map(str, value))]:
-                words += [option, str(item)]
-        else:
-            words += [option, str(value)]
-    return shlex.join(words)

@@ -37,7 +37,7 @@ def figures(report: Report, *, dark: bool = False) -> dict[str, go.Figure]:
         "training": _training,
     }
     drawn = {key: draw(report) for key, draw in drawers.items()}
-    return {key: _dress(figure, dark) for key, figure in drawn.items() if figure is not None}
+    return {key: dress(figure, dark) for key, figure in drawn.items() if figure is not None}
 
 
 # ---- figures ------------------------------------------------------------------------------------------------------
@@ -228,7 +228,8 @@ def _training(report: Report) -> go.Figure | None:
     return figure.update_layout(height=340, legend={"orientation": "h", "y": 1.25, "x": 0})
 
 
-def _dress(figure: go.Figure, dark: bool) -> go.Figure:
+def dress(figure: go.Figure, dark: bool) -> go.Figure:
+    """Type, ink, grid and margins that all figures share."""
     figure.update_layout(
         template="plotly_dark" if dark else "plotly_white",
         paper_bgcolor="rgba(0,0,0,0)",

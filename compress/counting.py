@@ -31,6 +31,16 @@ def count_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
+def macs_by_module(model: nn.Module, input_size: int) -> dict[str, int]:
+    """Name of each module -> what `count_macs` counts inside it."""
+    counter = FlopCounterMode(display=False)
+    with sdpa_kernel(SDPBackend.MATH), counter, _running_one_image(model, input_size) as run:
+        run()
+    prefix = f"{type(model).__name__}."
+    counts = counter.get_flop_counts().items()
+    return {name.removeprefix(prefix): sum(flops.values()) // 2 for name, flops in counts if name.startswith(prefix)}
+
+
 def count_macs(model: nn.Module, input_size: int) -> int:
     """Multiply-accumulates for one image of `input_size` x `input_size`.
 

@@ -152,7 +152,7 @@ def _verified_files(folder: Path) -> list[str]:
     problems = runs.verify(folder)
     if problems:
         raise PublishingError(f"This run is not published because it does not verify: {problems[0]}")
-    return [*runs.manifest_files(folder), runs.MANIFEST]
+    return [*runs.manifest(folder), runs.MANIFEST]
 
 
 @contextmanager

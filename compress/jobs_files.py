@@ -13,10 +13,12 @@ from typing import Any
 from compress.errors import RunError
 from compress.files import storage_error
 from compress.jobs_record import Row
-from compress.runs import MANIFEST
+from compress.runs import MANIFEST, MAY_PREEXIST
 
 UPLOAD_FIELDS = ("checkpoint", "data", "class_map")
 """Fields of a request that may name an uploaded file."""
+SUFFIXES = {"checkpoint": (".safetensors", ".pth", ".pt", ".bin"), "data": (".zip",), "class_map": (".json",)}
+"""What an upload may be called. What is in it is looked at when it is opened; engines and ONNX files are never taken."""
 REFUSAL = "Error: "
 """How the last line begins that `python -m compress` prints when it refuses."""
 
@@ -43,16 +45,29 @@ def outcome(folder: Path, row: Row, returncode: int | None, console: str) -> tup
     return "failed", f"The run was interrupted. {why}. Resume it: finished stages are not repeated."
 
 
+def has_begun(folder: Path) -> bool:
+    """An attempt was made here, perhaps by a server that was killed before it could write that down."""
+    return any(entry.name not in MAY_PREEXIST for entry in folder.iterdir())
+
+
 def take(files: Mapping[str, str | Path], uploads: Path) -> dict[str, str]:
     """Links or copies the files into `uploads`, so that they outlive the place they came from; field -> new path."""
     taken = {}
-    uploads.mkdir(parents=True)
+    try:
+        uploads.mkdir(parents=True)
+    except OSError as error:
+        raise storage_error(uploads, error) from error
     for field, given in files.items():
         source = Path(given)
         if field not in UPLOAD_FIELDS:
             raise RunError(f"No file can be given for {field!r}; files are taken for {', '.join(UPLOAD_FIELDS)}.")
         if not source.is_file():
             raise RunError(f"The file for {field} ({source.name}) is not there any more: upload it again.")
+        if source.suffix.lower() not in SUFFIXES[field]:
+            allowed = ", ".join(SUFFIXES[field])
+            raise RunError(
+                f"The file for {field} ({source.name}) is of a kind that is not taken; these are: {allowed}."
+            )
         name = re.sub(r"[^A-Za-z0-9._-]", "_", source.name)[-100:].lstrip(".") or "file"
         target = uploads / field / name
         try:

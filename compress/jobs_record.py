@@ -5,8 +5,8 @@ from __future__ import annotations
 import fcntl
 import sqlite3
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from compress.processes import Child
 QUEUED = "queued"
 ACTIVE = ("running", "cancelling")
 FINAL = ("done", "failed", "cancelled")
-VERSION = 1
+VERSION = 2
 
 _SCHEMA = f"""
 CREATE TABLE IF NOT EXISTS runs (
@@ -32,10 +32,13 @@ CREATE TABLE IF NOT EXISTS runs (
     error TEXT,
     created REAL NOT NULL,
     started REAL,
-    finished REAL
+    finished REAL,
+    owner TEXT NOT NULL DEFAULT ''
 );
 PRAGMA user_version = {VERSION};
 """
+_UPGRADES = {1: "ALTER TABLE runs ADD COLUMN owner TEXT NOT NULL DEFAULT ''"}
+"""Version -> the statement that makes the next version of it."""
 
 
 @dataclass(frozen=True)
@@ -55,16 +58,31 @@ class Row:
     created: float
     started: float | None
     finished: float | None
+    owner: str
+    """Who submitted it; empty where nobody told."""
+
+
+class DamagedRecord(StorageError):
+    """The record cannot be read, or is gone although there are runs."""
 
 
 class Record:
-    """Raises `StorageError` from every method when the file cannot be read or written."""
+    """Raises `StorageError` from every method when the file cannot be read or written.
 
-    def __init__(self, path: Path) -> None:
+    Args:
+        known: that there are runs without a record, which is being made for them.
+    """
+
+    def __init__(self, path: Path, *, known: bool = False) -> None:
         self.path = path
+        if not known and not (path.exists() and path.stat().st_size) and _has_runs(path):
+            raise DamagedRecord(
+                f"The record of runs {path} is gone, but there are folders of runs beside it. Put back a copy of it, or "
+                "make a new one from the folders: python -m compress jobs recover."
+            )
         with self._open() as db:
             version = db.execute("PRAGMA user_version").fetchone()[0]
-            if version not in (0, VERSION):
+            if version not in (0, VERSION, *_UPGRADES):
                 raise StorageError(
                     f"{path} was written by another version of Espalier (format {version}, this one knows {VERSION}). "
                     "Use that version, or give another data folder."
@@ -73,18 +91,51 @@ class Record:
                 raise sqlite3.DatabaseError("its pages do not fit together")
             if version == 0:
                 db.executescript(_SCHEMA)
+        self._upgrade()
 
-    def add(self, job_id: str, title: str, *, max_queued: int) -> None:
+    def _upgrade(self) -> None:
+        with self._change() as db:  # the version again, now that no other process can change it
+            for version in range(db.execute("PRAGMA user_version").fetchone()[0], VERSION):
+                db.execute(_UPGRADES[version])
+                db.execute(f"PRAGMA user_version = {version + 1}")
+
+    def add(
+        self, job_id: str, title: str, *, max_queued: int, owner: str = "", max_per_owner: int | None = None
+    ) -> None:
+        """Raises `RunError` when the queue, or what this owner may have in it, is full."""
         with self._change() as db:
             _refuse_when_full(db, max_queued)
+            _refuse_greed(db, owner, max_per_owner)
             db.execute(
-                "INSERT INTO runs (job_id, title, state, turn, created) VALUES (?, ?, ?, ?, ?)",
-                (job_id, title, QUEUED, _next_turn(db), time.time()),
+                "INSERT INTO runs (job_id, title, state, turn, created, owner) VALUES (?, ?, ?, ?, ?, ?)",
+                (job_id, title, QUEUED, _next_turn(db), time.time(), owner),
             )
 
-    def queue_again(self, job_id: str, *, max_queued: int) -> None:
+    def rename(self, job_id: str, title: str) -> None:
+        with self._change() as db:
+            db.execute("UPDATE runs SET title = ? WHERE job_id = ?", (title, job_id))
+
+    def while_listed(self, job_id: str, act: Callable[[], None]) -> bool:
+        """Calls `act` while nobody else can change the record. False, and no call, when there is no such run."""
+        with self._change() as db:
+            there = db.execute("SELECT 1 FROM runs WHERE job_id = ?", (job_id,)).fetchone() is not None
+            if there:
+                act()
+            return there
+
+    def delete(self, job_id: str, put_away: Callable[[], None]) -> bool:
+        """Forgets a run that is over, in one transaction with `put_away`. False when it is not over."""
+        with self._change() as db:
+            found = db.execute("DELETE FROM runs WHERE job_id = ? AND state IN (?, ?, ?)", (job_id, *FINAL))
+            if found.rowcount:
+                put_away()
+            return bool(found.rowcount)
+
+    def queue_again(self, job_id: str, *, max_queued: int, max_per_owner: int | None = None) -> None:
         with self._change() as db:
             _refuse_when_full(db, max_queued)
+            owner = db.execute("SELECT owner FROM runs WHERE job_id = ?", (job_id,)).fetchone()
+            _refuse_greed(db, owner["owner"] if owner else "", max_per_owner)
             db.execute(
                 "UPDATE runs SET state = ?, turn = ?, error = NULL, finished = NULL, cancel_asked = NULL, pid = NULL, "
                 "birth = NULL "
@@ -144,11 +195,16 @@ class Record:
             found = db.execute("SELECT * FROM runs WHERE job_id = ?", (job_id,)).fetchone()
         return None if found is None else _row(found)
 
-    def newest(self, limit: int) -> list[Row]:
+    def newest(self, limit: int, words: Sequence[str] = ()) -> list[Row]:
+        """The latest runs that have all of `words` in their title, state or id, newest first."""
+        has = " AND ".join(["instr(lower(title || ' ' || state || ' ' || job_id), lower(?)) > 0"] * len(words))
+        where = f"WHERE {has}" if words else ""
         with self._open() as db:
             return [
                 _row(found)
-                for found in db.execute("SELECT * FROM runs ORDER BY created DESC, turn DESC LIMIT ?", (limit,))
+                for found in db.execute(
+                    f"SELECT * FROM runs {where} ORDER BY created DESC, turn DESC LIMIT ?", (*words, limit)
+                )
             ]
 
     def in_states(self, *states: str) -> list[Row]:
@@ -173,10 +229,34 @@ class Record:
         with self._open() as db:
             _refuse_when_full(db, max_queued)
 
-    @contextmanager
-    def leadership(self) -> Iterator[Callable[[], bool]]:
+    @classmethod
+    def damage(cls, path: Path) -> str | None:
+        """What is wrong with the record at `path`; None when it is sound."""
+        try:
+            cls(path)
+        except DamagedRecord as error:
+            return str(error)
+        return None
+
+    def insert(self, row: Row) -> None:
+        """A run that is over, as somebody else knows it."""
+        with self._change() as db:
+            db.execute(
+                "INSERT INTO runs (job_id, title, state, turn, attempt, error, created, started, finished) "
+                "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                (row.job_id, row.title, row.state, _next_turn(db), row.attempt, row.error, row.created, row.started,
+                 row.finished),
+            )  # fmt: skip
+
+    def leadership(self) -> AbstractContextManager[Callable[[], bool]]:
         """A question that is answered True in one process at a time: the one that may carry runs out."""
-        with self.path.with_name("queue.lock").open("a") as lock:
+        return self.lock(self.path)
+
+    @staticmethod
+    @contextmanager
+    def lock(path: Path) -> Iterator[Callable[[], bool]]:
+        """See `leadership`; also where the record at `path` is damaged."""
+        with path.with_name("queue.lock").open("a") as lock:
 
             def leads() -> bool:
                 try:
@@ -209,14 +289,18 @@ class Record:
                 f"folder's permissions."
             ) from error
         except sqlite3.DatabaseError as error:
-            raise StorageError(
-                f"The record of runs {self.path} is damaged ({error}). Nothing was changed: put back a copy "
-                f"of it, or move it "
-                "away to begin a new record; the folders of finished runs stay as they are."
+            raise DamagedRecord(
+                f"The record of runs {self.path} is damaged ({error}). Nothing was changed: put back a copy of it, or make "
+                "a new one from the folders of the runs: python -m compress jobs recover."
             ) from error
         finally:
             if db is not None:
                 db.close()  # rolls back what was not committed
+
+
+def _has_runs(path: Path) -> bool:
+    runs = path.with_name("runs")
+    return runs.is_dir() and any(runs.iterdir())
 
 
 def _refuse_when_full(db: sqlite3.Connection, max_queued: int) -> None:
@@ -225,6 +309,20 @@ def _refuse_when_full(db: sqlite3.Connection, max_queued: int) -> None:
         raise RunError(
             f"The queue is full: {waiting} runs are waiting and {max_queued} are allowed. Try again when one "
             f"has finished."
+        )
+
+
+def _refuse_greed(db: sqlite3.Connection, owner: str, limit: int | None) -> None:
+    if limit is None or not owner:
+        return
+    states = (QUEUED, *ACTIVE)
+    count = db.execute("SELECT count(*) FROM runs WHERE owner = ? AND state IN (?, ?, ?)", (owner, *states)).fetchone()[
+        0
+    ]
+    if count >= limit:
+        raise RunError(
+            f"You have {count} runs waiting or working and this server allows {limit} for each visitor. "
+            "Try again when one has finished, or cancel one."
         )
 
 

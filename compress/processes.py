@@ -6,6 +6,7 @@ and ends with it. A process is recognised by its id together with the time it wa
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -30,6 +31,8 @@ ENVIRONMENT = (
     "LD_LIBRARY_PATH",
     "VIRTUAL_ENV",
     "XDG_CACHE_HOME",
+    "XDG_CONFIG_HOME",
+    "ESPALIER_SIGNING_KEY",
     "TORCH_HOME",
     "HF_HOME",
     "HF_ENDPOINT",
@@ -126,6 +129,25 @@ def stop(child: Child, grace_s: float) -> bool:
                 return True
             time.sleep(POLL_S)
     return not living(child)
+
+
+def reap(group: int) -> None:
+    """Takes leave of the ended processes of a group that this process inherited, as the first one of a container does:
+    until then they stay in the table of processes."""
+    with contextlib.suppress(ChildProcessError):
+        while os.waitpid(-group, os.WNOHANG)[0]:
+            pass
+
+
+def age_s(child: Child) -> float:
+    """Seconds since the child was started, by a clock that nobody can set."""
+    up = float((PROC / "uptime").read_text().split()[0])
+    return up - int(child.birth.rpartition(":")[2]) / os.sysconf("SC_CLK_TCK")
+
+
+def cpu_ticks(child: Child) -> int:
+    """Processor time that the living processes of the child's group have used, in clock ticks."""
+    return sum(int(ticks) for pid in living(child) if (fields := _stat(pid)) is not None for ticks in fields[11:15])
 
 
 def _pids() -> Iterator[int]:

@@ -5,6 +5,7 @@
 
 A stage is done when its record exists and every file it names still has the recorded hash; otherwise the stage and
 all later ones are carried out again. manifest.json is written last, so its presence means that the run is complete.
+Records and manifest are signed (see `compress.signing`): what was changed outside of a run does not count.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from compress import memory, signing
 from compress.errors import CompressError, RunError, StorageError
 from compress.files import PARTIAL, sha256, storage_error, write_text
 from compress.request import Request
@@ -62,27 +64,27 @@ class Run:
         paths relative to the folder, which are hashed; a fact `skipped` gives the reason why nothing was done.
         """
         record = self.folder / "stages" / f"{name}.json"
-        if not self._redo and (facts := _finished_facts(record, self.folder)) is not None:
+        if not self._redo and (facts := _finished_facts(name, self.folder)) is not None:
             self.progress(name, 1.0, "done in an earlier attempt")
             return facts
         self._redo = True
         self.progress(name, 0.0, "started")
         _reset_peak_memory()
         start = time.perf_counter()
-        facts = work()
+        facts = _within_memory(name, work)
         facts |= {"seconds": time.perf_counter() - start, "peak_rss_bytes": _peak_memory_bytes()}
         hashes = {file: sha256(self.folder / file) for file in facts.get("files", ())}
-        write_text(record, json.dumps({"facts": facts, "sha256": hashes}))
+        write_text(record, signing.sealed(_record_kind(name), {"facts": facts, "sha256": hashes}))
         self.progress(name, 1.0, facts.get("skipped") or f"done in {facts['seconds']:.1f} s")
         return facts
 
     def progress(self, stage: str, fraction: float, message: str) -> None:
         """One line of events.jsonl: where the run is. `seconds_left` is of this stage, null until it can be told."""
-        now = time.time()
+        now = time.monotonic()
         began = self._started.setdefault(stage, now)
         left = (now - began) * (1 - fraction) / fraction if fraction > 0.02 else None
         event = {
-            "time": now,
+            "time": time.time(),
             "stage": stage,
             "index": STAGES.index(stage) + 1,
             "of": len(STAGES),
@@ -105,7 +107,7 @@ class Run:
 
     def facts(self, name: str) -> dict[str, Any]:
         """What a finished stage left for the report."""
-        return json.loads((self.folder / "stages" / f"{name}.json").read_text(encoding="utf-8"))["facts"]
+        return signing.opened(_record_kind(name), self.folder / "stages" / f"{name}.json")["facts"]
 
     def finish(self) -> None:
         """Writes the manifest, last of all, and the event that ends the run."""
@@ -139,7 +141,7 @@ class Run:
         for name, parent in parents.items():
             if name in files:
                 files[name]["parent"] = parent
-        write_text(self.folder / MANIFEST, json.dumps({"format": 1, "files": files}, indent=1) + "\n")
+        write_text(self.folder / MANIFEST, signing.sealed(MANIFEST, {"format": 1, "files": files}))
 
 
 def open_run(out: Path, request: Request, notify: Notify, *, resume: bool = False) -> Run:
@@ -180,13 +182,60 @@ def verify(folder: Path) -> list[str]:
 
     Raises:
         RunError: there is no finished run in the folder.
+        StorageError: its manifest is damaged.
     """
-    manifest = folder / MANIFEST
-    if not manifest.is_file():
+    _require_finished(folder)
+    try:
+        listed, problems = manifest(folder), []
+    except signing.ForeignError as error:
+        listed, problems = _files(folder, signing.unchecked(folder / MANIFEST)), [str(error)]
+    problems += _changed(folder, listed)
+    found = {
+        str(p.relative_to(folder))
+        for p in folder.rglob("*")
+        if p.is_file() and _belongs_to_manifest(p.relative_to(folder))
+    }
+    return problems + [f"{name} is not listed in the manifest" for name in sorted(found - set(listed))]
+
+
+def adopt(folder: Path) -> None:
+    """Signs the manifest of a run from another installation, because the user trusts where it came from.
+
+    Raises:
+        RunError: there is no finished run in the folder.
+        StorageError: a file is not the one that the manifest lists, or the manifest is damaged.
+    """
+    _require_finished(folder)
+    document = signing.unchecked(folder / MANIFEST)
+    document.pop(signing.SIGNATURE, None)
+    if problems := _changed(folder, _files(folder, document)):
+        raise StorageError(f"{problems[0]}, so this run was not adopted. Copy its folder again.")
+    write_text(folder / MANIFEST, signing.sealed(MANIFEST, document))
+
+
+def require_unchanged(folder: Path, names: list[str]) -> None:
+    """Compares files of a finished run with its manifest, whoever signed it; for files that are data, not programs.
+
+    Raises:
+        StorageError: one is missing, changed or not listed.
+    """
+    try:
+        listed = manifest(folder)
+    except signing.ForeignError:
+        listed = _files(folder, signing.unchecked(folder / MANIFEST))
+    for name in names:
+        if problems := _changed(folder, {name: listed.get(name, {"sha256": None})}):
+            raise StorageError(f"{problems[0]}: restore it, or compress the model again.")
+
+
+def _require_finished(folder: Path) -> None:
+    if not (folder / MANIFEST).is_file():
         raise RunError(
             f"{folder} holds no finished run: {MANIFEST} is missing. Give the folder that `compress run` printed."
         )
-    listed = _manifest(folder)
+
+
+def _changed(folder: Path, listed: dict[str, dict[str, Any]]) -> list[str]:
     problems = []
     for name, facts in listed.items():
         path = folder / name
@@ -194,28 +243,33 @@ def verify(folder: Path) -> list[str]:
             problems.append(f"{name} is missing")
         elif sha256(path) != facts["sha256"]:
             problems.append(f"{name} was changed after the run: its sha256 differs from the manifest")
-    found = {
-        str(p.relative_to(folder))
-        for p in folder.rglob("*")
-        if p.is_file() and _belongs_to_manifest(p.relative_to(folder))
-    }
-    problems += [f"{name} is not listed in the manifest" for name in sorted(found - set(listed))]
     return problems
 
 
-def manifest_files(folder: Path) -> list[str]:
-    """Names of the files of a finished run, relative to its folder. Raises `StorageError` for a damaged manifest."""
-    return list(_manifest(folder))
+def manifest(folder: Path) -> dict[str, dict[str, Any]]:
+    """The files that a finished run lists, by name: sha256, bytes, and parent where it has one.
+
+    Raises:
+        StorageError: the manifest is missing, damaged, or not signed by this installation.
+    """
+    return _files(folder, signing.opened(MANIFEST, folder / MANIFEST))
+
+
+def _files(folder: Path, document: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    try:
+        return {str(name): {"sha256": facts["sha256"], **facts} for name, facts in document["files"].items()}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise StorageError(f"{folder / MANIFEST} is damaged ({error!r}). The run has to be repeated.") from error
 
 
 def manifest_sha256(path: Path) -> str | None:
     """The hash that the manifest of the finished run around `path` lists for it; None when there is none.
 
     Raises:
-        StorageError: the manifest is damaged.
+        StorageError: the manifest is damaged, or not signed by this installation.
     """
     folder = _folder_with(path, MANIFEST)
-    return folder and _manifest(folder).get(str(path.resolve().relative_to(folder)), {}).get("sha256")
+    return folder and manifest(folder).get(str(path.resolve().relative_to(folder)), {}).get("sha256")
 
 
 def recorded_sha256(path: Path) -> str | None:
@@ -224,7 +278,7 @@ def recorded_sha256(path: Path) -> str | None:
         return recorded
     if (folder := _folder_with(path, "stages/build.json")) is None:
         return None
-    record = json.loads((folder / "stages" / "build.json").read_text(encoding="utf-8"))
+    record = signing.opened(_record_kind("build"), folder / "stages" / "build.json")
     return record["sha256"].get(str(path.resolve().relative_to(folder)))
 
 
@@ -242,21 +296,13 @@ def add_to_manifest(paths: list[Path], parent: Path) -> None:
         }
         for path in paths
     }
-    files = dict(sorted((_manifest(folder) | new).items()))
-    write_text(folder / MANIFEST, json.dumps({"format": 1, "files": files}, indent=1) + "\n")
+    files = dict(sorted((manifest(folder) | new).items()))
+    write_text(folder / MANIFEST, signing.sealed(MANIFEST, {"format": 1, "files": files}))
 
 
 def _folder_with(path: Path, name: str) -> Path | None:
     """The nearest folder above `path` that holds `name`."""
     return next((folder for folder in path.resolve().parents if (folder / name).is_file()), None)
-
-
-def _manifest(folder: Path) -> dict[str, dict[str, Any]]:
-    """The files that a finished run lists, by name. Raises `StorageError` when they cannot be read."""
-    try:
-        return json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise StorageError(f"{folder / MANIFEST} is damaged ({error}). The run has to be repeated.") from error
 
 
 def _belongs_to_manifest(relative: Path) -> bool:
@@ -270,14 +316,36 @@ def _belongs_to_manifest(relative: Path) -> bool:
     } and not relative.name.startswith(PARTIAL)
 
 
-def _finished_facts(record: Path, folder: Path) -> dict[str, Any] | None:
+def _finished_facts(name: str, folder: Path) -> dict[str, Any] | None:
+    """What an earlier attempt left of a stage, when record and files are as it left them."""
+    record = folder / "stages" / f"{name}.json"
     if not record.is_file():
         return None
-    saved = json.loads(record.read_text(encoding="utf-8"))
+    try:
+        saved = signing.opened(_record_kind(name), record)
+    except StorageError as error:
+        log.info("%s is done again: %s", name, error)
+        return None
     intact = all(
         (folder / file).is_file() and sha256(folder / file) == digest for file, digest in saved["sha256"].items()
     )
     return saved["facts"] if intact else None
+
+
+def _within_memory(stage: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    try:
+        return work()
+    except (MemoryError, RuntimeError) as error:
+        if not memory.ran_out(error):
+            raise
+        raise RunError(
+            f"Memory ran out in the stage {stage}. End other programs on this machine and resume the run, or start one with "
+            "a smaller model, --input-size or --train-batch-size."
+        ) from error
+
+
+def _record_kind(stage: str) -> str:
+    return f"stage {stage}"
 
 
 def _reset_peak_memory() -> None:

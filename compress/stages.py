@@ -19,7 +19,19 @@ from typing import Any
 from torch import nn
 
 from compress import baseline as baseline_gate
-from compress import counting, data, evaluation, handoffs, ledger, models, pruning, quantization, recipes, training
+from compress import (
+    counting,
+    data,
+    evaluation,
+    handoffs,
+    ledger,
+    memory,
+    models,
+    pruning,
+    quantization,
+    recipes,
+    training,
+)
 from compress.files import write_text
 from compress.pruning.equality import TOLERANCE
 from compress.recipes import TEST_BATCH
@@ -116,7 +128,7 @@ def fine_tune(work: Run, source: Source) -> Facts:
     """Training after pruning, with the original model as teacher."""
     request = work.request
     model = load_model(work, source, "stages/shrunk")
-    curve, reason = [], None
+    curve, reason, memory_note = [], None, None
     if source.dataset.kind == "none":
         reason = "no images were given, so nothing was trained"
     elif not request.prunes:
@@ -125,13 +137,14 @@ def fine_tune(work: Run, source: Source) -> Facts:
         reason = "0 epochs, as asked"
     else:
         recipe = recipes.recipe_of(request, source, request.finetune_epochs, request.learning_rate)
-        curve = _train(work, source, "finetune", model, recipe)
+        curve, memory_note = _train(work, source, "finetune", model, recipe)
     files = _save_model(work, source, model, "artifacts")
     hop = ledger.torch_hop(work, source, "fine-tuned", model)
     return {
         **_size_facts(source, model),
         "curve": curve,
         "skipped": reason,
+        "memory_note": memory_note,
         "ledger": [hop],
         "files": files + [hop["answers"]],
     }
@@ -162,10 +175,13 @@ def quantize(work: Run, source: Source) -> Facts:
         plan = mixed.plan
         prepared = quantization.prepare(model, stays_float=plan.stays_float)
     curve: list[Facts] = []
+    memory_notes: list[str | None] = []
 
     def train(wrapped: nn.Module) -> None:
         recipe = recipes.recipe_of(request, source, request.qat_epochs, request.qat_learning_rate)
-        curve.extend(_train(work, source, "quantize", wrapped, recipe))
+        records, told = _train(work, source, "quantize", wrapped, recipe)
+        curve.extend(records)
+        memory_notes.append(told)
 
     trains = source.dataset.kind != "none" and request.qat_epochs > 0
     quantized = quantization.quantize(
@@ -191,6 +207,7 @@ def quantize(work: Run, source: Source) -> Facts:
         "label": quantized.ranges.label,
         "mixed": mixed and {"sensitivity": mixed.sensitivity, "steps": [asdict(step) for step in mixed.steps]},
         "note": mixed and _mixed_note(mixed, request.max_quantization_loss),
+        "memory_note": memory_notes[-1] if memory_notes else None,
         "left_float": quantization.left_float(prepared),
         "bits": {name: grid.bits for name, grid in quantized.ranges.weights.items()},
         "sqnr_db": quantization.weight_sqnr_db(quantized),
@@ -221,19 +238,27 @@ def _train(
     stage: str,
     model: nn.Module,
     recipe: training.Recipe,
-) -> list[Facts]:
-    request, images = work.request, recipes.training_images(work.request, source)
-    scored = source.dataset.kind == "labelled" and len(images.held_out) > 0
-    return training.fit(
-        model,
-        images.batches,
-        images.per_epoch,
-        recipe,
-        teacher=load_model(work, source, "stages/baseline") if recipe.distillation_weight > 0 else None,
-        keep_zeros=request.prunes and not request.shrinks,
-        score=recipes.scorer(images.held_out, source) if scored else None,
-        progress=partial(work.progress, stage),
-    )
+) -> tuple[list[Facts], str | None]:
+    """The curve, and what is to be told when memory ran out."""
+    request = work.request
+
+    def fit(batch_size: int) -> list[Facts]:
+        images = recipes.training_images(request.model_copy(update={"train_batch_size": batch_size}), source)
+        scored = source.dataset.kind == "labelled" and len(images.held_out) > 0
+        return training.fit(
+            model,
+            images.batches,
+            images.per_epoch,
+            recipe,
+            teacher=load_model(work, source, "stages/baseline") if recipe.distillation_weight > 0 else None,
+            keep_zeros=request.prunes and not request.shrinks,
+            score=recipes.scorer(images.held_out, source) if scored else None,
+            progress=partial(work.progress, stage),
+        )
+
+    tell = partial(work.progress, stage, 0.0)
+    curve, used = memory.halving_once(model, fit, request.train_batch_size, tell)
+    return curve, memory.note(request.train_batch_size, used)
 
 
 def load_quantized(work: Run, source: Source) -> quantization.Quantized:

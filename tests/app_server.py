@@ -45,7 +45,7 @@ class AppServer:
 
     def answers(self) -> bool:
         try:
-            return httpx.get(f"{self.url}/healthz", timeout=5).status_code == 200
+            return httpx.get(f"{self.url}/healthz", timeout=5).status_code in (200, 503)
         except httpx.TransportError:
             return False
 

@@ -6,6 +6,7 @@ and has a child of its own.
 """
 
 import hashlib
+import hmac
 import json
 import os
 import signal
@@ -33,6 +34,15 @@ def progress(stage, fraction, message, seconds_left=None):
         file.write(f"{stage}: {message}\n")
 
 
+def signed(kind, document):
+    """As compress.signing does it, written out once more."""
+    key = Path(os.environ["ESPALIER_SIGNING_KEY"]).read_bytes()
+    text = json.dumps([kind, document], sort_keys=True, separators=(",", ":"))
+    name = hashlib.sha256(b"espalier key " + key).hexdigest()[:16]
+    value = hmac.new(key, text.encode(), "sha256").hexdigest()
+    return document | {"signature": {"algorithm": "HMAC-SHA256", "key": name, "value": value}}
+
+
 def finish():
     artifacts = FOLDER / "artifacts"
     artifacts.mkdir(exist_ok=True)
@@ -44,7 +54,7 @@ def finish():
         name = str(path.relative_to(FOLDER))
         if not name.startswith(("uploads", "events", "log")):
             files[name] = {"sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "bytes": path.stat().st_size}
-    (FOLDER / "manifest.json").write_text(json.dumps({"format": 1, "files": files}))
+    (FOLDER / "manifest.json").write_text(json.dumps(signed("manifest.json", {"format": 1, "files": files})))
     record(state="done", error=None)
 
 

@@ -6,8 +6,10 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
+from compress.errors import DataError  # noqa: E402
 from compress.jobs import Queue  # noqa: E402
 from compress.request import Request  # noqa: E402
+from compress.ui.estimates import Structure  # noqa: E402
 from compress.ui.settings import Settings, prepare_environment  # noqa: E402
 from compress.ui.shell import Offer  # noqa: E402
 
@@ -15,10 +17,10 @@ MODELS = ("mobilenet_v2", "resnet101", "resnet152", "resnet18", "resnet34", "res
 
 
 def fake_command(folder: Path, resume: bool) -> list[str]:
-    fake = Path(__file__).with_name("fake_run.py")
+    fake = Path(__file__).with_name(os.environ.get("ESPALIER_FAKE", "fake_run.py"))
     return [
         sys.executable,
-        "-S",
+        *(["-S"] if fake.name == "fake_run.py" else ["-P"]),
         str(fake),
         str(folder),
         str(folder / "request.json"),
@@ -38,6 +40,42 @@ def fake_check(request: Request) -> dict[str, object]:
     }
 
 
+SEEN = "iVBORw0KGgoAAAANSUhEUgAAAAgAAAAICAIAAABLbSncAAAAEUlEQVR4nGMIW1yKFTEMLQkAuRVbgVPuSTAAAAAASUVORK5CYII="
+"""A PNG of one colour."""
+
+
+def fake_classify(folder: Path, image: Path) -> dict[str, object]:
+    if image.read_bytes().startswith(b"no image"):
+        raise DataError("This image cannot be used (not a JPEG, PNG, WebP or BMP image): choose another.")
+    rows = [{"class": "Shirt & <top>", "share": 0.75}, {"class": "Bag", "share": 0.25}]
+    models = [
+        {"file": "baseline.onnx", "runtime": "openvino", "precision": "fp32", "ms": 1.7, "top": rows},
+        {
+            "file": "quantized.onnxruntime.onnx",
+            "runtime": "openvino",
+            "precision": "int8",
+            "ms": 0.14,
+            "top": rows[::-1],
+        },
+    ]
+    return {"input_size": 32, "seen": SEEN, "repeats": 15, "models": models}
+
+
+def fake_count(structure: Structure) -> dict[str, object]:
+    """As if every layer shrank."""
+    rows = {
+        str(percent): {
+            "parameters": round(11_181_642 * (1 - percent / 100) ** 2),
+            "macs": round(37_000_000 * (1 - percent / 100) ** 2),
+            "groups": [[0, 64, 64 - round(0.64 * percent), 1]],
+            "left_out": [[2, 3]],
+        }
+        for percent in range(1, 100)
+    }
+    words = ["layer1.0.conv1 layer1.0.conv2", "their <outputs> are added", "fc", "gives the answer"]
+    return {"parameters": 11_181_642, "macs": 37_000_000, "rows": rows, "words": words}
+
+
 def main() -> None:
     settings = Settings.from_environment({**os.environ, "ESPALIER_DATA": sys.argv[1], "ESPALIER_PORT": sys.argv[2]})
     prepare_environment(os.environ, settings)
@@ -46,9 +84,16 @@ def main() -> None:
 
     from compress.ui.server import build_app
 
-    with Queue(settings.data_dir, command=fake_command, max_queued=settings.max_queued) as queue:
+    with Queue(settings.data_dir, command=fake_command, read_only_when_damaged=True, **settings.queue_limits) as queue:
         (queue.data_dir / "example-report.json").write_text(example_report().to_json())
-        app = build_app(settings, queue, check=fake_check, models=[Offer(name, 11_689_512) for name in MODELS])
+        app = build_app(
+            settings,
+            queue,
+            check=fake_check,
+            classify=fake_classify,
+            count=fake_count,
+            models=[Offer(name, 11_689_512) for name in MODELS],
+        )
         uvicorn.run(app, host=settings.host, port=settings.port, log_level="warning", timeout_graceful_shutdown=1)
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import subprocess
-import sys
 import time
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from app_server import REAL, AppServer
 from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
 
-from compress.jobs import Queue
+from compress import snippets
 from compress.request import Request
 
 QUICK: dict[str, Any] = {"model": "resnet18", "learning_rate": 0.001}
@@ -97,7 +98,7 @@ def test_endpoints_are_named_typed_and_documented(client: Client) -> None:
         (
             "/submit",
             {"checkpoint": "../x.pth"},
-            "expected auto or published or random or a file given as checkpoint_file.",
+            "expected auto or published or random or hf://owner/name or a file given as checkpoint_file.",
         ),
         ("/status", {"job_id": "../../etc/passwd"}, "There is no run with the id '../../etc/passwd'."),
         ("/cancel", {"job_id": "0" * 32}, "There is no run with the id"),
@@ -142,6 +143,51 @@ def test_files_are_downloads_and_nothing_else_is_given_out(client: Client, serve
     assert (changed.status_code, "was changed or removed after the run" in changed.text) == (409, True)
 
 
+def test_everything_is_one_zip_with_hashes_or_nothing(client: Client, server: AppServer) -> None:
+    job_id = client.predict(**QUICK, api_name="/submit")["job_id"]
+    files = {file["name"]: file["sha256"] for file in wait(client, job_id, "done")["files"]}
+    url = f"{server.url}/runs/{job_id}/files.zip"
+    answer = httpx.get(url)
+    root = f"espalier-{job_id[:8]}"
+    assert answer.headers["content-disposition"] == f'attachment; filename="{root}.zip"'
+    assert (answer.headers["content-type"], answer.headers["x-content-type-options"]) == ("application/zip", "nosniff")
+    with zipfile.ZipFile(io.BytesIO(answer.content)) as archive:
+        assert {name.removeprefix(f"{root}/") for name in archive.namelist()} == {*files, "manifest.json", "SHA256SUMS"}
+        for name, digest in files.items():
+            assert hashlib.sha256(archive.read(f"{root}/{name}")).hexdigest() == digest
+    assert httpx.head(url).status_code == 200 and httpx.head(url).content == b""
+    assert not [path for path in server.data.rglob("*.zip")], "nothing is stored twice"
+    report = server.data / "runs" / job_id / "report.json"
+    report.write_text(report.read_text() + " ")
+    assert httpx.get(url).status_code == 409
+    assert httpx.get(f"{server.url}/runs/{'0' * 32}/files.zip").status_code == 404
+
+
+def test_the_copied_client_code_does_the_same_run(
+    server: AppServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "it's mine.pth").write_bytes(b"weights")
+    monkeypatch.chdir(tmp_path)
+    asked = Request(
+        **QUICK,
+        checkpoint="it's mine.pth",
+        layer_sparsity={"layer1": 0.3},
+        exclude=("fc",),
+        mean=(0.1,) * 3,
+        std=(1,) * 3,
+    )
+    code = snippets.client_code(asked.model_dump(mode="json"), f"{server.url}/", ("checkpoint",))
+    exec(compile(code, "copied", "exec"), {})
+    state, *files = capsys.readouterr().out.splitlines()
+    assert state.strip() == "done"
+    name, url, digest = next(line.rsplit(" ", 2) for line in files if line.startswith("request.json"))
+    answer = httpx.get(f"{server.url}/{url}")
+    assert (name, hashlib.sha256(answer.content).hexdigest()) == ("request.json", digest)
+    ran = Request.from_json(answer.text)
+    assert Path(ran.checkpoint).read_bytes() == b"weights"
+    assert ran.model_copy(update={"checkpoint": asked.checkpoint}) == asked
+
+
 def test_files_of_the_queue_are_not_reachable_through_gradio(client: Client, server: AppServer) -> None:
     job_id = client.predict(**QUICK, api_name="/submit")["job_id"]
     wait(client, job_id, "done")
@@ -167,24 +213,6 @@ def test_other_names_and_other_sites_are_refused(server: AppServer) -> None:
         )
         assert answer.status_code == status
     assert httpx.get(f"{server.url}/healthz", headers={"host": f"localhost:{server.port}"}).json() == {"status": "ok"}
-
-
-def test_a_damaged_record_ends_the_app_with_one_sentence(tmp_path: Path) -> None:
-    Queue(tmp_path)
-    (tmp_path / "queue.sqlite").write_bytes(b"no database " * 500)
-    words = [*REAL]
-    ended = subprocess.run(
-        words,
-        env={"PATH": "", "ESPALIER_DATA": str(tmp_path)},
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    assert ended.returncode == 1
-    assert ended.stderr.startswith("Error: The record of runs") and "is damaged" in ended.stderr
-    assert "Traceback" not in ended.stderr
-    assert sys.executable == words[0]
 
 
 def test_a_wrong_setting_ends_the_app_with_one_sentence(tmp_path: Path) -> None:

@@ -3,28 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from app_server import AppServer
-from playwright.sync_api import Browser, BrowserContext, Page, expect, sync_playwright
+from playwright.sync_api import Browser, BrowserContext, Page, expect
 
 from compress.jobs import Queue
 
 pytestmark = pytest.mark.browser
-DEBIAN_CHROMIUM = Path("/usr/bin/chromium")
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    named = os.environ.get("ESPALIER_CHROMIUM") or (str(DEBIAN_CHROMIUM) if DEBIAN_CHROMIUM.exists() else None)
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=named, args=["--no-sandbox", "--disable-gpu"])
-        yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="module")
@@ -175,6 +164,15 @@ def test_settings_are_explained_and_refused_before_a_run_starts(page: Page, serv
     page.get_by_label("number input for Channels to remove, %").fill("30")
     page.keyboard.press("Tab")
     expect(words).to_contain_text("30 % of the channels go: about 1/2 of the parameters stay.")
+    plan = page.locator(".plan")
+    expect(plan).to_contain_text(
+        "Counted from the plan for resnet18 with 10 classes at 32 × 32 pixels.", timeout=15_000
+    )
+    plan.get_by_text("Layers that shrink (2)").click()
+    expect(plan.locator("tbody tr").first).to_contain_text("their <outputs> are added")
+    expect(page.locator(".bar", has_text="Multiplications per image")).to_contain_text(
+        "37.0 million → about 18.1 million"
+    )
     page.get_by_role("radio", name="16-bit floats").check()
     expect(words).to_contain_text("16-bit numbers take half the space")
     expect(page.get_by_label("number input for Bits per number")).to_be_hidden()

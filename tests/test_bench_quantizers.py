@@ -1,5 +1,6 @@
 """The page of the quantizer table says what its rows say."""
 
+from bench.quantized_models import lines_of
 from bench.quantizers import Row, requests, table
 from compress.quantizers import QUANTIZERS
 
@@ -23,3 +24,12 @@ def test_the_table_has_a_row_and_a_paper_for_each_quantizer():
     assert "| `qat` | average | 8 / 8 | 91.0 % | 92.0 % | 99.90 % | 21 of 21 | 30 |" in text
     assert "| `ptq` | mse | 4 / 4 | 50.0 % | does not train | 100.00 % | 20 of 21 | 3 |" in text
     assert "0.5 x 9,500 images at a peak learning rate of 0.0001" in text and "https://arxiv.org/abs/1712.05877" in text
+
+
+def test_a_dense_model_has_a_line_for_each_quantizer():
+    calibrated = Row("ptq", "average", 8, 8, 0.9, None, 0.999, 53, 54, 1.0)
+    trained = Row("qat", "average", 4, 8, 0.5, 0.915, 1.0, 54, 54, 1.0)
+    assert lines_of("resnet50", 0.92, [calibrated, trained]) == [
+        "| resnet50 | 92.0 % | `ptq` | 8 / 8 | 90.0 % | -2.0 | 99.90 % | 53 of 54 |",
+        "| resnet50 | 92.0 % | `qat` | 4 / 8 | 91.5 % | -0.5 | 100.00 % | 54 of 54 |",
+    ]

@@ -168,8 +168,8 @@ def test_fractions_and_config_lists_come_from_the_shell(capsys, monkeypatch, tmp
 
 
 def test_the_reports_command_repeats_the_plan():
-    from compress.card import shell_command
     from compress.request import Request
+    from compress.snippets import shell_command
 
     ratios = Request(layer_sparsity="layer1=0.3 conv1=0").model_dump(mode="json")
     assert shell_command(ratios).endswith("--layer-sparsity layer1=0.3 --layer-sparsity conv1=0.0")

@@ -10,7 +10,7 @@ import pytest
 from tensorrt_files import SPEC, files
 from typer.testing import CliRunner
 
-from compress import engine_files, runs
+from compress import engine_files, runs, signing
 from compress.__main__ import cli
 from compress.engines import RUNTIMES
 from compress.engines import passport as passports
@@ -27,7 +27,7 @@ def finished(tmp_path) -> Path:
     path.parent.mkdir()
     path.write_bytes(files()["tensorrt"].read_bytes())
     listed = {"artifacts/quantized.tensorrt.onnx": {"sha256": sha256(path), "bytes": path.stat().st_size}}
-    (tmp_path / "manifest.json").write_text(json.dumps({"format": 1, "files": listed}))
+    (tmp_path / "manifest.json").write_text(signing.sealed("manifest.json", {"format": 1, "files": listed}))
     return path
 
 

@@ -16,7 +16,7 @@ from PIL import Image
 from quantization_networks import CLASSES, SIZE, Mixed
 from tensorrt_files import LAYERS, SCRIPT, SPEC, answers, batch, files
 
-from compress import benchmark, engine_files, models
+from compress import benchmark, engine_files, models, signing
 from compress.engines import RUNTIMES, BuildSpec
 from compress.engines import passport as passports
 from compress.engines.tensorrt_run import gpu, missing_gpu
@@ -110,7 +110,7 @@ def test_check_says_that_what_was_built_here_runs_here(name, tmp_path):
     path.parent.mkdir()
     path.write_bytes(files()["tensorrt"].read_bytes())
     listed = {"artifacts/quantized.tensorrt.onnx": {"sha256": sha256(path)}}
-    (tmp_path / "manifest.json").write_text(json.dumps({"format": 1, "files": listed}))
+    (tmp_path / "manifest.json").write_text(signing.sealed("manifest.json", {"format": 1, "files": listed}))
     built = engine_files.build(path, name, batch_size=2, max_batch=4, targets=())
     assert engine_files.check(built.path) == []
     passports.path_of(built.path).unlink()

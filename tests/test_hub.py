@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import socket
 
+import gradio as gr
 import hub_server
 import pytest
 import torch
@@ -14,11 +14,13 @@ from huggingface_hub import constants
 from safetensors.torch import save
 from test_cli import call
 
-from compress import card, hub
-from compress.errors import CheckpointError, PublishingError, RequestError
+from compress import card, hub, signing
+from compress.errors import CheckpointError, PublishingError, RequestError, RunError
 from compress.files import sha256
 from compress.request import Request
 from compress.sources import open_source
+from compress.ui import sharing
+from compress.ui.settings import Settings
 
 
 @pytest.fixture
@@ -52,7 +54,8 @@ def run(tmp_path):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(content)
     listed = {name: {"sha256": sha256(folder / name), "bytes": len(content)} for name, content in files.items()}
-    (folder / "manifest.json").write_text(json.dumps({"format": 1, "files": listed}))
+    document = {"format": 1, "files": listed}
+    (folder / "manifest.json").write_text(signing.sealed("manifest.json", document))
     (folder / "log.txt").write_text("not a result")
     return folder
 
@@ -196,3 +199,51 @@ def test_without_a_network_both_ways_say_so(monkeypatch, tmp_path, run):
     )
     with pytest.raises(PublishingError, match="check the network, or publish later: the run stays as it is."):
         hub.publish(run, "team/small", token="hf_x")
+
+
+# ---- from the page ---------------------------------------------------------------------------------------------------
+
+
+class FinishedRuns:
+    """As much of the queue as publishing asks for."""
+
+    def __init__(self, folder):
+        self._folder = folder
+
+    def artifacts(self, job_id):
+        if job_id != "done":
+            raise RunError("This run has no files yet: it is running.")
+        return {}
+
+    def folder(self, job_id):
+        return self._folder
+
+
+def pressed(run, job_id, repository, host="127.0.0.1", public=False, pull_request=False):
+    publish = sharing.publisher(FinishedRuns(run), Settings(host=host))
+    return publish(job_id, repository, public, pull_request)
+
+
+def test_the_button_publishes_and_links_to_the_commit(server, run):
+    shown = pressed(run, "done", " team/small ")
+    assert "5 files are in team/small (private)" in shown and f'href="{server.url}/team/small/commit/' in shown
+    assert "(public)" in pressed(run, "done", "team/open", public=True)
+
+
+def test_what_is_refused_is_shown_as_text(server, run):
+    assert "This run has no files yet" in pressed(run, "busy", "team/small")
+    assert "repository: got &#x27;&lt;b&gt;&#x27;, expected owner/name" in pressed(run, "done", "<b>")
+
+
+def test_nobody_else_publishes_with_the_servers_token(server, run):
+    shown = pressed(run, "done", "team/small", host="0.0.0.0")
+    assert "everybody who reaches it would do so with its token" in shown and server.seen == []
+
+
+def test_a_space_asks_to_log_in(monkeypatch, run):
+    monkeypatch.setenv("SPACE_ID", "team/espalier")
+    assert not sharing.asks_to_log_in(dict(SPACE_ID="team/espalier"))
+    monkeypatch.setenv("OAUTH_CLIENT_ID", "id")
+    publish = sharing.publisher(FinishedRuns(run), Settings(host="0.0.0.0"))
+    assert publish.__annotations__["token"] == gr.OAuthToken | None
+    assert "Log in first" in publish("done", "team/small", False, False, None)

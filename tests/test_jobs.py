@@ -15,10 +15,11 @@ from pathlib import Path
 
 import pytest
 
-from compress import processes
-from compress.errors import RunError, StorageError
+from compress import processes, signing
+from compress.errors import RequestError, RunError, StorageError
 from compress.files import sha256
 from compress.jobs import Queue, Status, compress_command
+from compress.jobs_watch import Watch
 from compress.request import Request
 
 FAKE = Path(__file__).with_name("fake_run.py")
@@ -68,6 +69,13 @@ def wait_for_stage(queue: Queue, job_id: str, stage: str) -> Status:
         assert time.monotonic() < deadline and status.state in ("queued", "running"), f"{status} never reached {stage}"
         time.sleep(0.02)
     return status
+
+
+def wait_for_file(path: Path) -> None:
+    deadline = time.monotonic() + 15
+    while not path.exists():
+        assert time.monotonic() < deadline, f"{path} was never written"
+        time.sleep(0.02)
 
 
 def child_of(queue: Queue, job_id: str) -> processes.Child:
@@ -274,11 +282,13 @@ def test_a_child_that_was_started_but_not_recorded_is_ended_before_its_run_start
     client = Queue(data_dir, command=fake_command)
     job_id = client.submit(Request(**ENDLESS))
     folder = client.folder(job_id)
-    stray = processes.start(fake_command(folder, False), folder=folder, console=folder / "console.txt", env={})
+    stray = processes.start(
+        fake_command(folder, False), folder=folder, console=folder / "console.txt", env=dict(os.environ)
+    )
+    wait_for_file(folder / "environ.json")
     with Queue(data_dir, command=fake_command):
         assert stray.wait(timeout=10) != 0
-        wait_for_stage(client, job_id, "finetune")
-        client.cancel(job_id)
+        wait(client, job_id, "done")  # resnet34 is done only with --resume: what the stray child left is gone on with
 
 
 def test_only_one_server_carries_runs_out(data_dir: Path, queue: Queue) -> None:
@@ -350,7 +360,9 @@ def test_a_changed_file_is_not_given_out(queue: Queue) -> None:
     with pytest.raises(StorageError, match="was changed or removed after the run: its sha256 differs"):
         queue.artifact(job_id, name)
     (queue.folder(job_id) / "manifest.json").write_text("{")
-    with pytest.raises(StorageError, match="The manifest of this run cannot be read"):
+    with pytest.raises(
+        StorageError, match="The manifest of this run is damaged or was not signed by this server: its files"
+    ):
         queue.artifact(job_id, name)
 
 
@@ -360,21 +372,112 @@ def test_a_manifest_cannot_lead_out_of_the_folder(queue: Queue) -> None:
     record = queue.data_dir / "secret"
     record.write_text("secret")
     manifest = queue.folder(job_id) / "manifest.json"
-    manifest.write_text(json.dumps({"files": {"../../secret": {"sha256": sha256(record), "bytes": 6}}}))
+    listed = {"files": {"../../secret": {"sha256": sha256(record), "bytes": 6}}}
+    manifest.write_text(json.dumps(listed))
+    with pytest.raises(StorageError, match="was not signed by this server"):
+        queue.artifact(job_id, "../../secret")
+    manifest.write_text(signing.sealed("manifest.json", listed))
     with pytest.raises(StorageError, match="not given out"):
         queue.artifact(job_id, "../../secret")
 
 
-def test_a_damaged_record_is_told_and_left_alone(data_dir: Path) -> None:
-    Queue(data_dir).submit(Request(**QUICK))
-    record = data_dir / "queue.sqlite"
-    record.write_bytes(b"not a database" * 1000)
-    for left_over in ("queue.sqlite-wal", "queue.sqlite-shm"):
-        (data_dir / left_over).unlink(missing_ok=True)
-    before = record.read_bytes()
-    with pytest.raises(StorageError, match="The record of runs .* is damaged .*put back a copy of it, or move it away"):
-        Queue(data_dir)
-    assert record.read_bytes() == before
+def test_a_run_is_found_renamed_and_deleted_with_its_files(queue: Queue, data_dir: Path, tmp_path: Path) -> None:
+    weights = tmp_path / "w.pth"
+    weights.write_bytes(b"w")
+    first = queue.submit(Request(**QUICK), files={"checkpoint": weights})
+    second = queue.submit(Request(**QUICK, sparsity=0.3))
+    for job_id in (first, second):
+        wait(queue, job_id, "done")
+    assert queue.uploads(first) == {"checkpoint": data_dir / "runs" / first / "uploads" / "checkpoint" / "w.pth"}
+    assert queue.uploads(second) == {}
+    queue.rename(first, "  the <first>\n try, 100%_ ")
+    assert queue.status(first).title == "the <first> try, 100%_"
+    assert [status.job_id for status in queue.list(search="FIRST done")] == [first]
+    assert [status.job_id for status in queue.list(search="30 %")] == [second]
+    assert [status.job_id for status in queue.list(search="%_")] == [first], "a search is no pattern"
+    assert [status.job_id for status in queue.list(search=second[:9])] == [second]
+    assert queue.list(search="failed") == []
+    for name in ("", " \n", "x" * 121, "bell \a"):
+        with pytest.raises(RequestError, match="name: got .* expected 1 to 120 characters"):
+            queue.rename(first, name)
+    queue.delete(first)
+    for leftover in ("runs", "consoles", "deleted"):
+        assert [entry.name for entry in (data_dir / leftover).iterdir() if first in entry.name] == []
+    with pytest.raises(RunError, match="There is no run with the id"):
+        queue.status(first)
+    assert queue.status(second).state == "done" and weights.exists()
+
+
+def test_only_a_run_that_is_over_can_be_deleted(queue: Queue, data_dir: Path) -> None:
+    working, waiting = queue.submit(Request(**ENDLESS)), queue.submit(Request(**QUICK))
+    wait(queue, working, "running")
+    for job_id, state in ((working, "running"), (waiting, "queued")):
+        with pytest.raises(RunError, match=f"This run is {state}: only a run that is over can be deleted"):
+            queue.delete(job_id)
+        assert (data_dir / "runs" / job_id / "request.json").is_file()
+
+
+def test_a_folder_that_cannot_be_moved_keeps_its_run(queue: Queue, monkeypatch: pytest.MonkeyPatch) -> None:
+    job_id = queue.submit(Request(**QUICK))
+    wait(queue, job_id, "done")
+
+    def refuse(self: Path, target: Path) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.raises(StorageError, match="Permission denied"):
+        queue.delete(job_id)
+    monkeypatch.undo()
+    assert queue.status(job_id).state == "done" and "report.json" in queue.artifacts(job_id)
+
+
+def test_what_a_killed_server_was_deleting_is_gone_after_the_next_start(data_dir: Path) -> None:
+    Queue(data_dir)
+    (data_dir / "deleted" / "half" / "artifacts").mkdir(parents=True)
+    with Queue(data_dir, command=fake_command) as queue:
+        wait(queue, queue.submit(Request(**QUICK)), "done")
+    assert list((data_dir / "deleted").iterdir()) == []
+
+
+def test_a_run_that_works_too_long_is_ended_and_can_be_resumed(data_dir: Path) -> None:
+    with Queue(data_dir, command=fake_command, max_seconds=1.5) as queue:
+        job_id = queue.submit(Request(**ENDLESS))
+        failed = wait(queue, job_id, "failed")
+        assert failed.error == (
+            "The run was ended because it worked for more than the 0.025 minutes that this server allows. "
+            "Resume it, which repeats no finished stage, or ask for fewer epochs."
+        )
+        assert failed.resumable
+        for pid in processes._pids():
+            assert not any(job_id.encode() in word for word in processes._arguments(pid)), "its process lives"
+        queue.resume(job_id)
+        assert wait(queue, job_id, "done").state == "done"
+
+
+def test_one_visitor_cannot_fill_the_queue(data_dir: Path) -> None:
+    queue = Queue(data_dir, max_per_owner=2)
+    mine = [queue.submit(Request(seed=seed), owner="10.0.0.1") for seed in range(2)]
+    with pytest.raises(RunError, match="You have 2 runs waiting or working and this server allows 2 for each visitor"):
+        queue.submit(Request(seed=3), owner="10.0.0.1")
+    queue.submit(Request(), owner="10.0.0.2")
+    queue.cancel(mine[0])
+    queue.submit(Request(seed=4), owner="10.0.0.1")
+    with pytest.raises(RunError, match="for each visitor"):
+        queue.resume(mine[0])
+    for seed in range(3):
+        queue.submit(Request(seed=seed))  # nobody told whose they are: the shell of the server itself
+
+
+def test_a_record_of_the_version_before_is_taken_over(data_dir: Path) -> None:
+    job_id = Queue(data_dir).submit(Request())
+    with sqlite3.connect(data_dir / "queue.sqlite") as db:
+        db.execute("ALTER TABLE runs DROP COLUMN owner")
+        db.execute("PRAGMA user_version = 1")
+    queue = Queue(data_dir, max_per_owner=1)
+    assert queue.status(job_id).state == "queued"
+    queue.submit(Request(), owner="somebody")
+    with sqlite3.connect(data_dir / "queue.sqlite") as db:
+        assert db.execute("PRAGMA user_version").fetchone() == (2,)
 
 
 def test_a_record_of_another_version_and_an_unusable_folder_are_refused(data_dir: Path, tmp_path: Path) -> None:
@@ -395,6 +498,55 @@ def test_a_command_that_cannot_start_fails_the_run(data_dir: Path) -> None:
         status.error == "The run's process could not be started (No such file or directory). "
         "Check the installation, then resume the run."
     )
+
+
+def test_a_run_that_stands_still_is_ended_and_one_that_computes_is_not(data_dir: Path) -> None:
+    with Queue(data_dir, command=fake_command, stall_s=1.5) as queue:
+        job_id = queue.submit(Request(**ENDLESS))
+        wait_for_stage(queue, job_id, "finetune")
+        child = child_of(queue, job_id)
+        time.sleep(2.0)
+        assert queue.status(job_id).state == "running", "it reports every 0.2 s"
+        os.kill(child.pid, signal.SIGSTOP)
+        assert wait(queue, job_id, "failed").error == (
+            "The run neither computed nor reported anything for 0.025 minutes and was ended. "
+            "Resume it: finished stages are not repeated."
+        )
+        assert processes.living(child) == []
+        queue.resume(job_id)
+        wait(queue, job_id, "done")
+
+
+def test_what_a_run_does_is_told_from_standing_still(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, ticks = [0.0], [100]
+    monkeypatch.setattr(processes, "cpu_ticks", lambda child: ticks[0])
+    watch, child = Watch(300.0, clock=lambda: now[0]), processes.Child(1, "x")
+
+    def look(at: float, events: int, used: int) -> bool:
+        now[0], ticks[0] = at, used
+        return watch.idle("run", child, events)
+
+    assert not look(0, 10, 100)
+    assert not look(290, 10, 101)
+    assert look(310, 10, 102), "a thread that looks at a clock now and then does not count"
+    assert not look(320, 11, 102), "an event counts"
+    assert not look(610, 11, 103)
+    assert not look(625, 11, 140), "computing counts"
+    assert not look(900, 11, 140)
+    assert look(930, 11, 140)
+    watch.forget("run")
+    assert not look(2000, 11, 140), "a new attempt begins anew"
+
+
+def test_a_clock_that_is_put_back_does_not_keep_a_cancelled_run_alive(
+    queue: Queue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job_id = queue.submit(Request(model="mobilenet_v2", learning_rate=0.001))
+    wait_for_stage(queue, job_id, "finetune")
+    queue._record.ask_to_cancel(job_id)  # by a server that was killed right after it
+    real = time.time
+    monkeypatch.setattr("compress.jobs.time.time", lambda: real() - 3600)
+    wait(queue, job_id, "cancelled", seconds=5)
 
 
 def test_trouble_is_told_and_passes(queue: Queue, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ from compress.report import Report
 from compress.summary import verdict
 from compress.tables import tables
 
-KEYS = {"size", "latency", "accuracy", "sqnr", "channels", "training"}
+KEYS = {"size", "latency", "mixed", "accuracy", "sqnr", "channels", "training"}
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ from gpu_double import RELEASES
 from quantization_networks import CLASSES, SIZE
 from tensorrt_files import LAYERS, SPEC, answers, batch, files, runtime_of
 
+from compress import signing
 from compress.engines import RUNTIMES, BuildSpec
 from compress.engines import passport as passports
 from compress.engines.tensorrt_build import layers_of_build_log, layers_of_inspector
@@ -272,14 +273,14 @@ def test_an_engine_of_another_process_needs_a_manifest_that_lists_it(device, mon
         runtime.load(engine, SPEC)
     hashes = {f"artifacts/{path.name}": sha256(path) for path in engine.parent.iterdir()}
     (tmp_path / "stages").mkdir()
-    (tmp_path / "stages" / "build.json").write_text(json.dumps({"sha256": hashes}))
+    (tmp_path / "stages" / "build.json").write_text(signing.sealed("stage build", {"sha256": hashes}))
     runtime.load(engine, SPEC).close()
     listed = {name: {"sha256": digest} for name, digest in hashes.items()}
     os.unlink(tmp_path / "stages" / "build.json")
-    (tmp_path / "manifest.json").write_text(json.dumps({"files": listed}))
+    (tmp_path / "manifest.json").write_text(signing.sealed("manifest.json", {"files": listed}))
     runtime.load(engine, SPEC).close()
     listed["artifacts/model.engine.json"]["sha256"] = "another"
-    (tmp_path / "manifest.json").write_text(json.dumps({"files": listed}))
+    (tmp_path / "manifest.json").write_text(signing.sealed("manifest.json", {"files": listed}))
     with pytest.raises(HandoffError, match="No manifest of a run lists model.engine.json with this hash"):
         runtime.load(engine, SPEC)
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from compress import runs
 from compress.engines.base import BuildSpec
-from compress.errors import HandoffError
+from compress.errors import HandoffError, StorageError
 from compress.files import sha256, write_text
 
 _built_by_this_process: set[str] = set()
@@ -71,9 +71,12 @@ def checked_engine(engine_path: Path, runtime: str) -> tuple[bytes, dict[str, An
 
 
 def unrecorded(engine_path: Path) -> str | None:
-    """None when a run's manifest lists the engine and its passport as they are; else one sentence."""
+    """None when a run's manifest, signed here, lists the engine and its passport as they are; else one sentence."""
     for path in (engine_path, path_of(engine_path)):
-        recorded = runs.recorded_sha256(path)
+        try:
+            recorded = runs.recorded_sha256(path)
+        except StorageError as error:
+            return str(error)
         if recorded is None or not path.is_file() or recorded != sha256(path):
             return (
                 f"No manifest of a run lists {path.name} with this hash, and loading an engine runs code from it: "

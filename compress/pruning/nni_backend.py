@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import gc
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
@@ -22,6 +23,9 @@ from .trace import structure_copy
 
 if TYPE_CHECKING:
     from . import Pruner, Training
+
+
+_WEIGHTS_AT_ONCE = 8_000_000
 
 
 @dataclass(frozen=True)
@@ -77,13 +81,35 @@ def kept_channels(model: nn.Module, plan: Plan, nni_class: str) -> dict[str, tor
         PruningError: the plan does not fit the model, or NNI kept other channels than planned.
     """
     _check_fits(model, plan)
-    subject = structure_copy(model)
-    _heads_as_rows(subject, plan)
-    with _nni.quiet(), torch.no_grad():
-        pruner = _pruner_class(nni_class)(subject, config_list(subject, plan))
-        make_comparable(pruner, plan)
-        _, masks = pruner.compress()
-    return _kept(plan, masks)
+    kept: dict[str, torch.Tensor] = {}
+    for part in _portions(model, plan):
+        subject = structure_copy(model)
+        _heads_as_rows(subject, part)
+        with _nni.quiet(), torch.no_grad():
+            pruner = _pruner_class(nni_class)(subject, config_list(subject, part))
+            make_comparable(pruner, part)
+            _, masks = pruner.compress()
+        kept |= _kept(part, masks)
+        del subject, pruner, masks
+        gc.collect()  # NNI's wrappers refer to each other, and would keep their copies
+    return kept
+
+
+def _portions(model: nn.Module, plan: Plan) -> Iterator[Plan]:
+    """The plan in parts of whole groups: NNI holds four copies of every weight that it looks at.
+
+    How many channels a group keeps is planned, so groups do not compete here and no part needs to know of another.
+    """
+    part: list[Group] = []
+    weights = 0
+    for group in plan.groups:
+        own = sum(_weight(model.get_submodule(layer)).numel() for layer in group.layers)
+        if part and weights + own > _WEIGHTS_AT_ONCE:
+            yield replace(plan, groups=tuple(part))
+            part, weights = [], 0
+        part, weights = [*part, group], weights + own
+    if part:
+        yield replace(plan, groups=tuple(part))
 
 
 def zero_weights(model: nn.Module, plan: Plan, sparsity: float) -> Sparse:
@@ -154,6 +180,11 @@ def _check_fits(model: nn.Module, plan: Plan) -> None:
                 f"The plan was made for another model: it expects {group.channels_before} output "
                 f"channels in {layer} and finds {got}; call plan() on this model."
             )
+
+
+def _weight(module: nn.Module) -> torch.Tensor:
+    """What NNI gets to see of a layer."""
+    return value_rows(module) if is_attention(module) else module.get_parameter("weight")
 
 
 def _output_channels(module: nn.Module | None) -> int | None:

@@ -123,8 +123,8 @@ def plan(
         rankings.require_metric(pruner)
     _keep_as_asked(channels, wishes)
     for conv in channels.grouped:
-        _settle_grouped(channels.sets, conv, wishes, multiple)
-    groups, left_out = _decide(channels, model, wishes, multiple)
+        settle_grouped(channels.sets, conv, wishes, multiple)
+    groups, left_out = decide(channels, model, wishes, multiple)
     if wishes.ranking == "global":
         groups, unchanged = _rank(model, groups, wishes, multiple, pruner)
         left_out += unchanged
@@ -244,7 +244,7 @@ def _whole(model: nn.Module, channels: Channels, names: Sequence[str]) -> list[s
     ]
 
 
-def _settle_grouped(sets: ChannelSets, conv: GroupedConv, wishes: Wishes, multiple: int) -> None:
+def settle_grouped(sets: ChannelSets, conv: GroupedConv, wishes: Wishes, multiple: int) -> None:
     """Choose how the channels around a grouped convolution may go: whole groups, or evenly out of every group."""
     result = sets[conv.result]
     source = None if conv.source is None else sets[conv.source]
@@ -277,9 +277,10 @@ def _have_own(wishes: Wishes, *sets: ChannelSet) -> bool:
     return all(any(layer in wishes.ratios for layer in found.layers) for found in sets)
 
 
-def _decide(
+def decide(
     channels: Channels, model: nn.Module, wishes: Wishes, multiple: int
 ) -> tuple[tuple[Group, ...], tuple[LeftOut, ...]]:
+    """The groups that lose channels, and the layers that stay with the reason; grouped convolutions are settled."""
     groups: list[Group] = []
     reasons: dict[str, str] = {}
     for root in channels.sets.roots():

@@ -14,13 +14,15 @@ from typing import Any, TypedDict, get_type_hints
 import gradio as gr
 
 from compress.errors import CompressError, RequestError, RunError
+from compress.hub import SCHEME as HUB_SCHEME
 from compress.jobs import Queue, Status
 from compress.jobs_files import UPLOAD_FIELDS
 from compress.request import Request
-from compress.ui.handlers import App
-from compress.ui.views import file_url
+from compress.ui.form import CHECKPOINT_SOURCES, DATA_SOURCES
+from compress.ui.handlers import App, Visit
+from compress.ui.views_results import file_url
 
-NAMED_SOURCES = {"checkpoint": ("auto", "published", "random"), "data": ("fashion-mnist", "none"), "class_map": ()}
+NAMED_SOURCES = {"checkpoint": CHECKPOINT_SOURCES, "data": DATA_SOURCES, "class_map": ()}
 """What a visitor may give as text where a shell takes a path: never a path of the server."""
 
 
@@ -55,9 +57,10 @@ class Endpoints:
         self._app = app
         self._queue: Queue = app.queue
 
-    def submit(self, **values: Any) -> dict[str, Any]:
+    def submit(self, visitor: gr.Request | None, **values: Any) -> dict[str, Any]:
         request, files = self._request(values)
-        return self._queue.status(self._queue.submit(request, files=files)).as_dict()
+        owner = "" if visitor is None else Visit.of(visitor).who
+        return self._queue.status(self._queue.submit(request, files=files, owner=owner)).as_dict()
 
     def check(self, **values: Any) -> dict[str, Any]:
         request, files = self._request(values)
@@ -146,12 +149,17 @@ class Endpoints:
             if upload is not None:
                 files[field] = self._app.uploaded(upload["path"] if isinstance(upload, dict) else upload)
                 values[field] = files[field].name
-            elif values.get(field) is not None and values[field] not in NAMED_SOURCES[field]:
-                allowed = [*NAMED_SOURCES[field], f"a file given as {field}_file"]
+            elif values.get(field) is not None and not _is_named(field, values[field]):
+                hub = [f"{HUB_SCHEME}owner/name"] if field == "checkpoint" else []
+                allowed = [*NAMED_SOURCES[field], *hub, f"a file given as {field}_file"]
                 raise RequestError(field, values[field], " or ".join(allowed))
         return Request(
             **{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
         ), files
+
+
+def _is_named(field: str, value: Any) -> bool:
+    return value in NAMED_SOURCES[field] or (field == "checkpoint" and str(value).startswith(HUB_SCHEME))
 
 
 _SUBMIT = """Queues a run and returns at once.
@@ -190,6 +198,9 @@ def _with_request_parameters(function: Callable[..., Any], description: str) -> 
         lines.append(f"    {name}_file: {text}")
 
     told = _told(function)
+    takes_visitor = "visitor" in inspect.signature(function).parameters
+    if takes_visitor:
+        parameters.insert(0, ("visitor", gr.Request, None))  # filled in by Gradio, and no parameter of the endpoint
 
     def endpoint(*positional: Any, **values: Any) -> Any:
         return told(**dict(zip((name for name, _, _ in parameters), positional, strict=False)) | values)

@@ -5,21 +5,24 @@ A field added to `Request` appears in the form without a change here; its descri
 
 from __future__ import annotations
 
+import json
 import types
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, Union, get_args, get_origin
 
 import gradio as gr
 from gradio.components import Component
 
 from compress.errors import CompressError
+from compress.hub import SCHEME as HUB_SCHEME
 from compress.quantizers import QUANTIZERS
 from compress.request import Request
 from compress.request_rules import FULL_PRECISION, HALF_PRECISION, QUANTIZED_BITS
 
 INTEGERS, HALF, FULL = "integers", "half", "full"
-UPLOAD = "upload"
+UPLOAD, HUB = "upload", "hub"
 CHECKPOINT_TYPES = [".safetensors", ".pth", ".pt"]
 SECTIONS = {
     "Images": ("input_size", "mean", "std", "class_map", "test_fraction"),
@@ -63,6 +66,8 @@ SECTIONS = {
 """Fields that are folded away, by heading."""
 SET_BY_MAIN_FIELDS = ("model", "checkpoint", "data", "sparsity", "weight_bits")
 SAME = "same as the weights"
+CHECKPOINT_SOURCES = ("auto", "published", "random")
+DATA_SOURCES = ("fashion-mnist", "none")
 PLACEHOLDERS = {
     "layer_sparsity": "layer1.0.conv1=0.3",
     "max_layer_sparsity": "no limit",
@@ -94,7 +99,13 @@ def main_fields(models: tuple[str, ...]) -> dict[str, Component]:
             filterable=True,
         )
         fields["weights"] = gr.Radio(
-            [("Trained weights", "auto"), ("My checkpoint", UPLOAD), ("Untrained", "random")],
+            [
+                ("Trained weights", "auto"),
+                ("Published", "published"),
+                ("My checkpoint", UPLOAD),
+                ("From the Hub", HUB),
+                ("Untrained", "random"),
+            ],
             value="auto",
             label="Weights",
         )
@@ -103,6 +114,13 @@ def main_fields(models: tuple[str, ...]) -> dict[str, Component]:
             file_types=CHECKPOINT_TYPES,
             visible=False,
             height=136,
+        )
+        fields["hub"] = gr.Textbox(
+            label="Repository on the Hugging Face Hub",
+            info="owner/name, with @revision or /file behind it where they are needed",
+            placeholder="owner/name",
+            max_lines=1,
+            visible=False,
         )
     with gr.Column(elem_classes="card"):
         gr.HTML('<h2><span class="number">2</span>Images</h2>')
@@ -118,10 +136,10 @@ def main_fields(models: tuple[str, ...]) -> dict[str, Component]:
     with gr.Column(elem_classes="card"):
         gr.HTML('<h2><span class="number">3</span>How small</h2>')
         fields["sparsity"] = gr.Slider(
-            5,
-            90,
+            1,
+            99,
             value=50,
-            step=5,
+            step=1,
             label="Channels to remove, %",
             info="More makes the model smaller and faster, and costs accuracy",
             buttons=[],
@@ -152,13 +170,18 @@ def more_fields() -> dict[str, Component]:
     return fields
 
 
-def to_request(values: Mapping[str, Any]) -> tuple[Request, dict[str, Path]]:
-    """The request and the uploaded files (field -> path) that the form's values mean.
+def to_request(
+    values: Mapping[str, Any], kept: Mapping[str, Path] = MappingProxyType({})
+) -> tuple[Request, dict[str, Path]]:
+    """The request and the files (field -> path) that the form's values mean.
+
+    Args:
+        kept: files of the run whose settings the form was filled with; they stand in where no other was uploaded.
 
     Raises:
         CompressError: a value or a combination that cannot work, or a file that is missing.
     """
-    given: dict[str, Any] = {"model": values["model"] or "", "sparsity": round(float(values["sparsity"]) / 100, 4)}
+    given: dict[str, Any] = {"model": values["model"] or "", "sparsity": round(float(values["sparsity"]) / 100, 6)}
     files = {}
     for field, choice, upload, what in (
         ("checkpoint", "weights", "checkpoint_file", "checkpoint"),
@@ -166,20 +189,68 @@ def to_request(values: Mapping[str, Any]) -> tuple[Request, dict[str, Path]]:
     ):
         given[field] = values[choice]
         if values[choice] == UPLOAD:
-            if not values[upload]:
+            if not values[upload] and field not in kept:
                 raise CompressError(
                     f"No {what} was chosen: upload one, or choose another source above the upload field."
                 )
-            files[field] = Path(values[upload])
+            files[field] = Path(values[upload] or kept[field])
             given[field] = files[field].name
+    if values["weights"] == HUB:
+        given["checkpoint"] = _on_the_hub(values["hub"] or "")
     given |= _bits(values)
     for names in folded_fields().values():
         for name in names:
             if name not in given and values[name] not in (None, ""):
                 given[name] = _value(name, values[name])
-    if values["class_map"]:
-        files["class_map"] = Path(values["class_map"])
+    if values["class_map"] or "class_map" in kept:
+        files["class_map"] = Path(values["class_map"] or kept["class_map"])
     return Request(**given), files
+
+
+def _on_the_hub(text: str) -> str:
+    """What was typed or pasted, as `Request.checkpoint` names it."""
+    name = text.strip().removeprefix("https://huggingface.co/").removeprefix(HUB_SCHEME).strip("/")
+    if not name:
+        raise CompressError("No repository was named: write owner/name, or choose another source of weights.")
+    return HUB_SCHEME + name
+
+
+def from_request(request: Request) -> dict[str, Any]:
+    """The form's values, by field, that mean `request`, without its files; the other way of `to_request`."""
+    values: dict[str, Any] = {
+        "model": request.model,
+        "weights": _weights_of(request.checkpoint),
+        "checkpoint_file": None,
+        "hub": request.checkpoint.removeprefix(HUB_SCHEME) if request.checkpoint.startswith(HUB_SCHEME) else "",
+        "images": request.data if request.data in DATA_SOURCES else UPLOAD,
+        "data_file": None,
+        "sparsity": round(100 * request.sparsity, 4),
+        "arithmetic": INTEGERS if request.quantizes else HALF if request.half_precision else FULL,
+        "bits": request.weight_bits if request.quantizes else 8,
+    }
+    for name in (name for names in folded_fields().values() for name in names):
+        values[name] = _shown(name, getattr(request, name))
+    same = not request.quantizes or request.activation_bits == request.weight_bits
+    values |= {"class_map": None, "activation_bits": SAME if same else str(request.activation_bits)}
+    return values if request.quantizes else values | {"quantizer": Request.model_fields["quantizer"].default}
+
+
+def _weights_of(checkpoint: str) -> str:
+    if checkpoint.startswith(HUB_SCHEME):
+        return HUB
+    return checkpoint if checkpoint in CHECKPOINT_SOURCES else UPLOAD
+
+
+def _shown(name: str, value: Any) -> Any:
+    """A field's value as its control shows it."""
+    if name.endswith("config_list"):
+        return "" if value is None else json.dumps(value)
+    if isinstance(value, dict):
+        return " ".join(f"{key}={item}" for key, item in value.items())
+    if isinstance(value, tuple):
+        return " ".join(map(str, value))
+    _, optional = _unwrapped(Request.model_fields[name].annotation)
+    return ("" if value is None else str(value)) if optional else value
 
 
 def _bits(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,12 +9,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 from plotly.graph_objects import Figure
-from pydantic import ValidationError
 
 from compress import charts
 from compress.errors import CompressError, RequestError, RunError, StorageError
@@ -23,14 +23,18 @@ from compress.jobs_record import FINAL
 from compress.report import Report
 from compress.request import Request
 from compress.tables import tables
-from compress.ui import views
-from compress.ui.form import UPLOAD, to_request
+from compress.ui import views, views_results, views_runs, views_start
+from compress.ui.comparison import Comparison, report_of
+from compress.ui.estimates import Count, Estimates, Structure
+from compress.ui.form import HUB, UPLOAD, from_request, to_request
 from compress.ui.phone import narrowed
 from compress.ui.settings import Settings
 from compress.ui.shell import Offer
 
 Updates = dict[str, Any]
 Check = Callable[[Request], dict[str, Any]]
+Classify = Callable[[Path, Path], dict[str, Any]]
+"""(run folder, image) -> what `compress.tryout.classify` says."""
 CHARTS = {
     "size": ("Size", "How much of the model is left."),
     "latency": ("Speed", "Time for one image, as it was measured again and again; further left is faster."),
@@ -49,61 +53,161 @@ CHARTS = {
 }
 """Title and sentence of each chart of `compress.charts`."""
 MAX_LISTED = 30
+MAX_COMPARED = 200
+VIEWS = ("start", "run", "compare")
+
+
+@dataclass(frozen=True)
+class Visit:
+    """Whose request it is that a handler answers, and under which address the visitor reached the server."""
+
+    who: str
+    """Login name, else network address."""
+    address: str
+
+    @classmethod
+    def of(cls, request: gr.Request) -> Visit:
+        client = request.client.host if request.client else ""
+        return cls(request.username or client, str(request.request.base_url))
+
+
+@dataclass(frozen=True)
+class Context:
+    """What the browser tells of itself; anything of another form is taken for nothing."""
+
+    job: str
+    """Run in the address."""
+    again: str
+    """Run in the address whose settings the form shall hold."""
+    compare: tuple[str, ...] | None
+    """Runs in the address that are set side by side; None on another page."""
+    mine: tuple[str, ...]
+    """Runs begun in this browser."""
+    ticked: tuple[str, ...]
+    """Runs ticked in the list."""
+    look: str
+    """Words of light, dark, wide and narrow."""
+
+    @classmethod
+    def read(cls, text: str) -> Context:
+        try:
+            given = json.loads(text or "{}")
+        except ValueError:
+            given = {}
+        given = given if isinstance(given, dict) else {}
+        lists = {name: _strings(given.get(name)) for name in ("compare", "mine", "ticked")}
+        return cls(
+            job=str(given.get("job") or ""),
+            again=str(given.get("again") or ""),
+            compare=lists["compare"] or None,
+            mine=lists["mine"],
+            ticked=lists["ticked"],
+            look=str(given.get("look") or ""),
+        )
 
 
 class App:
     """The handlers, around one queue."""
 
-    def __init__(self, queue: Queue, check: Check, settings: Settings, models: Sequence[Offer]) -> None:
-        self.queue, self.check, self.settings = queue, check, settings
+    def __init__(
+        self,
+        queue: Queue,
+        check: Check,
+        settings: Settings,
+        models: Sequence[Offer],
+        classify: Classify,
+        count: Count,
+    ) -> None:
+        self.queue, self.check, self.settings, self.classify = queue, check, settings, classify
         self.models = tuple(models)
+        self.comparison = Comparison(queue)
+        self.estimates = Estimates(settings.data_dir / "estimates", count)
 
     # ---- the start view -----------------------------------------------------------------------------------------
 
-    def open(self, context: str) -> Updates:
-        """The page was opened. `context` is the browser's JSON: job (of the address), mine (runs begun there), look."""
-        seen = _context(context)
-        updates: Updates = {"look": seen["look"], "runs": self._run_list(seen["mine"])}
-        if not seen["job"]:
-            return updates | {"start": gr.update(visible=True), "run": gr.update(visible=False)}
+    def open(self, visit: Visit, context: str) -> Updates:
+        """The page was opened."""
+        seen = Context.read(context)
+        updates: Updates = {"look": seen.look, "runs": self._run_list(seen)}
         try:
-            self.queue.status(seen["job"])
+            if seen.job:
+                return updates | self._opened(visit, seen.job, seen.look)
+            if seen.compare is not None:
+                return updates | self._compared(seen)
+            if seen.again:
+                updates |= self._filled(seen.again)
         except CompressError as error:
-            return updates | {"start": gr.update(visible=True), "notice": views.alert(str(error))}
-        return updates | self._opened(seen["job"], seen["look"])
+            updates |= {"notice": views.alert(str(error))}
+        return updates | _only("start")
 
-    def submit(self, values: Mapping[str, Any], look: str) -> Updates:
+    def banner(self) -> Updates:
+        """Why nothing can be carried out, above everything else; nothing when all is well."""
+        return {"banner": views.alert(self.queue.trouble or "")}
+
+    def submit(self, visit: Visit, values: Mapping[str, Any], again: str, look: str) -> Updates:
         try:
-            request, files = to_request(values)
-            job_id = self.queue.submit(request, files={field: self.uploaded(path) for field, path in files.items()})
+            request, files = self._asked(values, again)
+            job_id = self.queue.submit(request, files=files, owner=visit.who)
         except CompressError as error:
             return {"notice": views.alert(str(error))}
-        return {"notice": ""} | self._opened(job_id, look)
+        return {"notice": ""} | self._opened(visit, job_id, look)
 
-    def preflight(self, values: Mapping[str, Any]) -> Updates:
+    def _asked(self, values: Mapping[str, Any], again: str) -> tuple[Request, dict[str, Path]]:
+        """The request of the form and its files: uploads, or those of the run `again`."""
+        kept = self.queue.uploads(again) if again else {}
+        request, files = to_request(values, kept)
+        return request, {
+            field: path if path == kept.get(field) else self.uploaded(path) for field, path in files.items()
+        }
+
+    def _filled(self, again: str) -> Updates:
+        """The form with the settings of a run."""
+        request, uploads = self.queue.request(again), self.queue.uploads(again)
+        values: Updates = from_request(request)
+        slider = gr.update(value=values["sparsity"], step=1 if float(values["sparsity"]).is_integer() else 0.0001)
+        note = views_runs.filled_from(self.queue.status(again), uploads)
+        return values | {"sparsity": slider, "again": again, "again_note": note}
+
+    def preflight(self, values: Mapping[str, Any], again: str) -> Updates:
         """The plan of a run, without starting it."""
         try:
-            request, files = to_request(values)
-            request = request.model_copy(update={field: str(self.uploaded(path)) for field, path in files.items()})
-            return {"checked": views.checked(self.check(request)), "notice": ""}
+            request, files = self._asked(values, again)
+            request = request.model_copy(update={field: str(path) for field, path in files.items()})
+            return {"checked": views_start.checked(self.check(request)), "notice": ""}
         except CompressError as error:
             return {"checked": "", "notice": views.alert(str(error))}
 
     def meaning(self, values: Mapping[str, Any]) -> Updates:
         """What the settings at hand mean; a contradiction is shown at once, in place of it."""
-        named = dict(values) | {"weights": "auto", "images": "none", "class_map": None}
         try:
-            request, _ = to_request(named)
+            request, offer = self._meant(values)
         except RequestError as error:
             return {"meaning": views.alert(str(error))}
-        parameters = next((offer.parameters for offer in self.models if offer.name == values["model"]), None)
-        return {"meaning": views.meaning(request, parameters)}
+        outlook = offer and self.estimates.outlook(request, Structure.of(request, offer.input_size))
+        return {"meaning": views_start.meaning(request, offer.parameters if offer else None, outlook)}
+
+    def counted(self, values: Mapping[str, Any]) -> Updates:
+        """`meaning`, after the model was counted if it was not yet; nothing new where that was done or cannot be."""
+        try:
+            request, offer = self._meant(values)
+            if offer is None or self.estimates.known(structure := Structure.of(request, offer.input_size)):
+                return {}
+            self.estimates.count(structure)
+        except CompressError:
+            return {}  # the rough estimate stays, and is called so
+        return self.meaning(values)
+
+    def _meant(self, values: Mapping[str, Any]) -> tuple[Request, Offer | None]:
+        """The request of a form whose files need not be there yet. Raises `RequestError`."""
+        named = {"checkpoint_file": "x.pth", "data_file": "x.zip", "class_map": None, "hub": "owner/name"}
+        request, _ = to_request(dict(values) | named)
+        return request, next((offer for offer in self.models if offer.name == request.model), None)
 
     @staticmethod
     def sources(weights: str, images: str, model: str, arithmetic: str) -> Updates:
         """Shows the upload fields that belong to the choices, and a hint where the choices do not fit."""
         hint = ""
-        if images == "fashion-mnist" and weights != UPLOAD and (model != "resnet18" or weights == "random"):
+        if images == "fashion-mnist" and weights not in (UPLOAD, HUB) and (model != "resnet18" or weights == "random"):
             hint = (
                 "These images go with the bundled resnet18. Another model needs a checkpoint that was trained on them."
             )
@@ -111,6 +215,7 @@ class App:
             hint = "Without images nothing is trained: the report tells how far the answers move, and no accuracy."
         return {
             "checkpoint_file": gr.update(visible=weights == UPLOAD),
+            "hub": gr.update(visible=weights == HUB),
             "data_file": gr.update(visible=images == UPLOAD),
             "bits": gr.update(visible=arithmetic == "integers"),
             "hint": f"<p>{hint}</p>" if hint else "",
@@ -123,15 +228,26 @@ class App:
             raise RequestError("file", Path(path).name, "a file that was uploaded here: upload it again")
         return resolved
 
-    def _run_list(self, mine: Sequence[str]) -> str:
+    def search(self, text: str, context: str) -> Updates:
+        """The list of the runs that have every word; those that are ticked stay in it."""
+        return {"runs": self._run_list(Context.read(context), text)}
+
+    def _run_list(self, seen: Context, text: str = "") -> str:
         try:
-            if self.settings.lists_all_runs:
-                return views.run_list(self.queue.list(MAX_LISTED))
-            return views.run_list(
-                [status for job_id in mine[:MAX_LISTED] if (status := self._find(job_id)) is not None]
-            )
+            found = self._visible(seen, MAX_LISTED, text)
+            kept = [run for job_id in seen.ticked if (run := self._find(job_id)) is not None]
         except StorageError as error:
             return views.alert(str(error))
+        runs = list({run.job_id: run for run in (*kept, *found)}.values())
+        return views_runs.run_list(runs, seen.ticked, searched=bool(text.strip()))
+
+    def _visible(self, seen: Context, limit: int, text: str = "") -> list[Status]:
+        """The runs that this visitor may see: all, or those begun in this browser; newest first."""
+        if self.settings.lists_all_runs:
+            return self.queue.list(limit, text)
+        runs = [run for job_id in seen.mine[:limit] if (run := self._find(job_id)) is not None]
+        words = text.lower().split()
+        return [run for run in runs if all(word in f"{run.title} {run.state} {run.job_id}".lower() for word in words)]
 
     def _find(self, job_id: str) -> Status | None:
         try:
@@ -141,14 +257,17 @@ class App:
 
     # ---- the run view -------------------------------------------------------------------------------------------
 
-    def _opened(self, job_id: str, look: str) -> Updates:
+    def _opened(self, visit: Visit, job_id: str, look: str) -> Updates:
+        status, uploads = self.queue.status(job_id), self.queue.uploads(job_id)
+        request = views_runs.without_paths(self.queue.request(job_id), uploads)
         shown = {
-            "start": gr.update(visible=False),
-            "run": gr.update(visible=True),
             "timer": gr.Timer(active=True),
             "job": job_id,
+            "links": views_runs.links(job_id),
+            "title": status.title,
+            "settings": views_runs.settings_of(request) + views_runs.copy_as(request, visit.address, uploads),
         }
-        return shown | {"settings": views.settings_of(self.queue.request(job_id))} | self.look(job_id, "", look)
+        return _only("run") | shown | self.look(job_id, "", look)
 
     def look(self, job_id: str, seen: str, look: str) -> Updates:
         """What changed in a run since the look that returned `seen`."""
@@ -174,6 +293,7 @@ class App:
             "resume": gr.update(visible=status.resumable),
             "log_box": gr.update(open=status.state != "done"),
             "results": gr.update(visible=status.state == "done"),
+            "delete": gr.update(interactive=over),
         }
         return updates | (self._results(job_id, look) if status.state == "done" else {})
 
@@ -183,36 +303,64 @@ class App:
     def resume(self, job_id: str, look: str) -> Updates:
         return self._act(self.queue.resume, job_id, look)
 
-    def _act(self, action: Callable[[str], Status], job_id: str, look: str) -> Updates:
+    def _act(self, action: Callable[[str], object], job_id: str, look: str) -> Updates:
         try:
             action(job_id)
         except CompressError as error:
             return self.look(job_id, "", look) | {"run_notice": views.alert(str(error))}
         return self.look(job_id, "", look) | {"run_notice": ""}
 
-    def restyle(self, job_id: str, look: str) -> Updates:
+    def rename(self, job_id: str, title: str, look: str) -> Updates:
+        return self._act(lambda job: self.queue.rename(job, title), job_id, look)
+
+    def delete(self, job_id: str) -> Updates:
+        """Removes the run; the page goes back to the start when no job is left in it. Nothing without an id."""
+        if not job_id:
+            return {}
+        try:
+            self.queue.delete(job_id)
+        except CompressError as error:
+            return {"run_notice": views.alert(str(error))}
+        return {"job": "", "timer": gr.Timer(active=False)}
+
+    def try_image(self, job_id: str, path: str | None) -> Updates:
+        """An image of the visitor's through the original and the compressed model."""
+        try:
+            if not path:
+                raise CompressError("No image was chosen: upload one first.")
+            if any(run.state == "running" and run.stage == "measure" for run in self.queue.list(MAX_LISTED, "running")):
+                raise RunError("A run is being measured now, and this would disturb it: try again in a minute.")
+            self.queue.artifacts(job_id)  # raises for a run that is not done
+            return {"tried": views_results.answers(self.classify(self.queue.folder(job_id), self.uploaded(path)))}
+        except CompressError as error:
+            return {"tried": views.alert(str(error))}
+
+    def restyle(self, job_id: str, look: str, context: str) -> Updates:
         """The charts again, for the page in its other colours."""
+        seen = Context.read(context)
+        if not job_id and seen.compare is not None:
+            return self.comparison.chart(self._comparable(seen), look)
         status = self._find(job_id)
         if status is None or status.state != "done":
             return {}
         try:
-            figures = _figures(self._report(job_id), look)
+            figures = _figures(report_of(self.queue, job_id), look)
         except CompressError:
             return {}  # the results already show the sentence
         return {f"plot_{key}": figures[key] for key in CHARTS if key in figures}
 
     def _results(self, job_id: str, look: str) -> Updates:
         try:
-            report = self._report(job_id)
+            report = report_of(self.queue, job_id)
             files = self.queue.artifacts(job_id)
         except CompressError as error:
             return {"verdict": views.alert(str(error))}
         figures, numbers = _figures(report, look), tables(report)
         updates: Updates = {
-            "verdict": views.verdict(report) + views.findings(report),
+            "verdict": views_results.verdict(report) + views_results.findings(report),
             "summary": views.table(*numbers["summary"], name="Original and compressed model compared")
-            + views.machine(report),
-            "files": views.downloads(job_id, files),
+            + views_results.machine(report),
+            "files": views_results.downloads(job_id, files) + views_results.usage(job_id, report, files),
         }
         for key, (title, _) in CHARTS.items():
             updates[f"chart_{key}"] = gr.update(visible=key in figures)
@@ -221,15 +369,17 @@ class App:
                 updates[f"numbers_{key}"] = views.numbers(*numbers[key], name=title)
         return updates
 
-    def _report(self, job_id: str) -> Report:
-        path = self.queue.artifact(job_id, "report.json")
-        try:
-            return Report.from_file(path)
-        except ValidationError as error:
-            raise StorageError(
-                f"The report of this run cannot be shown: it was written by another version "
-                f"({error.error_count()} fields differ)."
-            ) from error
+    # ---- runs side by side --------------------------------------------------------------------------------------
+
+    def _compared(self, seen: Context) -> Updates:
+        shown = self.comparison.updates(self._comparable(seen), seen.compare or (), seen.look)
+        return _only("compare") | shown
+
+    def _comparable(self, seen: Context) -> list[Status]:
+        """The runs that the visitor may see and those in the address, newest first."""
+        asked = [run for job_id in seen.compare or () if (run := self._find(job_id)) is not None]
+        runs = {run.job_id: run for run in (*self._visible(seen, MAX_COMPARED), *asked)}
+        return sorted(runs.values(), key=lambda run: -run.created)
 
 
 def _figures(report: Report, look: str) -> dict[str, Figure]:
@@ -238,16 +388,10 @@ def _figures(report: Report, look: str) -> dict[str, Figure]:
     return {key: narrowed(figure) if "narrow" in look else figure for key, figure in figures.items()}
 
 
-def _context(text: str) -> dict[str, Any]:
-    """What the browser told, with only what has the right form."""
-    try:
-        given = json.loads(text or "{}")
-    except ValueError:
-        given = {}
-    given = given if isinstance(given, dict) else {}
-    mine = given.get("mine")
-    return {
-        "job": str(given.get("job") or ""),
-        "look": str(given.get("look") or ""),
-        "mine": [job for job in mine if isinstance(job, str)] if isinstance(mine, list) else [],
-    }
+def _only(shown: str) -> Updates:
+    """One of the views is to be seen, the others are not."""
+    return {view: gr.update(visible=view == shown) for view in VIEWS}
+
+
+def _strings(value: Any) -> tuple[str, ...]:
+    return tuple(item for item in value if isinstance(item, str)) if isinstance(value, list) else ()

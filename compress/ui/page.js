@@ -10,7 +10,9 @@ window.espalier = (() => {
   function context() {
     const chosen = read(LOOK);
     if (chosen) document.body.classList.toggle("dark", chosen === "dark");
-    return JSON.stringify({ job: job(), mine: mine(), look: look() });
+    const asked = new URLSearchParams(location.search);
+    const ticked = [...document.querySelectorAll("#runs input:checked")].map((box) => box.value);
+    return JSON.stringify({ job: job(), again: asked.get("again") || "", compare: asked.getAll("compare"), mine: mine(), ticked, look: look() });
   }
 
   function opened(id) {
@@ -19,6 +21,32 @@ window.espalier = (() => {
     history.pushState(null, "", "?job=" + encodeURIComponent(id));
     scrollTo({ top: 0 });
   }
+
+  // Gradio fills new rows into the elements of old ones, which keep what was ticked in them
+  function retick() {
+    document.querySelectorAll("#runs input").forEach((box) => { box.checked = box.hasAttribute("checked"); });
+  }
+
+  function left(id) {
+    if (!id) location.assign("./");
+  }
+
+  async function copy(text) {
+    if (navigator.clipboard) return navigator.clipboard.writeText(text);
+    const area = Object.assign(document.createElement("textarea"), { value: text });  // a page that is not from https
+    document.body.append(area);
+    area.select();
+    document.execCommand("copy");
+    area.remove();
+  }
+
+  document.addEventListener("click", async (event) => {
+    const button = event.target.closest?.("button.copy");
+    if (!button) return;
+    await copy(button.closest(".copied").querySelector("pre").textContent);
+    button.textContent = "Copied";
+    setTimeout(() => { button.textContent = "Copy"; }, 2000);
+  });
 
   function toggle() {
     const dark = document.body.classList.toggle("dark");
@@ -32,5 +60,5 @@ window.espalier = (() => {
 
   addEventListener("popstate", () => location.reload());
   document.documentElement.lang = "en";
-  return { context, opened, toggle };
+  return { context, opened, retick, left, toggle };
 })();

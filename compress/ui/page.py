@@ -8,12 +8,13 @@ from typing import Any
 import gradio as gr
 from gradio.components import Component
 
-from compress.ui import views
+from compress.ui import sharing, views
 from compress.ui.api import add_endpoints
 from compress.ui.form import main_fields, more_fields
-from compress.ui.handlers import CHARTS, App, Updates
+from compress.ui.handlers import CHARTS, App, Updates, Visit
 
 POLL_S = 1.0
+IMAGE_TYPES = [".jpg", ".jpeg", ".png", ".webp", ".bmp"]
 TITLE = "Espalier: smaller, faster image classifiers"
 Parts = dict[str, Any]
 
@@ -31,8 +32,9 @@ def build_page(app: App, *, cache_age_s: int) -> gr.Blocks:
             parts["theme"] = gr.Button(
                 "Light or dark", size="sm", variant="secondary", elem_classes="theme", min_width=60, scale=0
             )
+        parts["banner"] = gr.HTML(elem_id="banner")
         fields, start = _start_view(app)
-        parts |= start | _run_view() | fields
+        parts |= start | _run_view() | _compare_view() | fields
         _connect(page, app, parts, list(fields))
         add_endpoints(app)
     return page
@@ -41,7 +43,8 @@ def build_page(app: App, *, cache_age_s: int) -> gr.Blocks:
 def _memory() -> Parts:
     """What the browser keeps, so that the page goes on after the server was restarted."""
     parts: Parts = {
-        name: gr.Textbox(visible=False, elem_id=f"memory-{name}") for name in ("context", "job", "seen", "look")
+        name: gr.Textbox(visible=False, elem_id=f"memory-{name}")
+        for name in ("context", "job", "seen", "look", "again")
     }
     parts["timer"] = gr.Timer(POLL_S, active=False)
     return parts
@@ -55,6 +58,7 @@ def _start_view(app: App) -> tuple[dict[str, Component], Parts]:
             "<p>Prune, fine-tune, quantize, export, measure: one run does it all and proves every step. "
             "As it stands, the form compresses the example that comes along.</p></header>"
         )
+        parts["again_note"] = gr.HTML()
         with gr.Row(elem_classes="columns", equal_height=False):
             with gr.Column(scale=3, min_width=320):
                 fields = main_fields(tuple(offer.name for offer in app.models))
@@ -67,7 +71,11 @@ def _start_view(app: App) -> tuple[dict[str, Component], Parts]:
                 parts["submit"] = gr.Button("Compress", variant="primary", size="lg", elem_id="submit")
                 parts["preflight"] = gr.Button("Show the plan first", variant="secondary", elem_id="preflight")
                 parts["checked"] = gr.HTML()
-        gr.HTML("<h2>Earlier runs</h2>", elem_classes="earlier")
+        with gr.Row(elem_classes="earlier", equal_height=False):
+            gr.HTML('<h2>Earlier runs</h2><p><a href="?compare=">All finished runs in one chart</a></p>')
+            parts["search"] = gr.Textbox(
+                label="Search", placeholder="name, state or id", elem_id="search", scale=0, min_width=260
+            )
         parts["runs"] = gr.HTML(elem_id="runs")
     return fields, parts
 
@@ -84,14 +92,20 @@ def _run_view() -> Parts:
                 parts["resume"] = gr.Button(
                     "Resume the run", variant="primary", elem_id="resume", size="md", min_width=120, visible=False
                 )
-                gr.HTML('<a class="button" href="./">New run</a>')
+                parts["links"] = gr.HTML(elem_classes="links")
         parts["run_notice"] = gr.HTML()
         parts["live"] = gr.HTML(elem_id="live")
         with gr.Column(elem_id="results", visible=False) as parts["results"]:
             _results(parts)
         with gr.Accordion("Log", open=True, elem_classes="card") as parts["log_box"]:
             parts["log"] = gr.HTML(elem_id="log")
-        parts["settings"] = gr.HTML(elem_classes="card")
+        parts["settings"] = gr.HTML(elem_classes="card", elem_id="settings")
+        with gr.Accordion("Rename or delete", open=False, elem_classes="card"), gr.Row(elem_classes="manage"):
+            parts["title"] = gr.Textbox(label="Name of this run", max_lines=1, elem_id="title")
+            parts["rename"] = gr.Button("Rename", size="md", elem_id="rename", min_width=110, scale=0)
+            parts["delete"] = gr.Button(
+                "Delete the run", variant="stop", size="md", elem_id="delete", min_width=140, scale=0
+            )
     return parts
 
 
@@ -106,8 +120,40 @@ def _results(parts: Parts) -> None:
             parts[f"plot_{key}"] = gr.Plot(show_label=False, container=False, elem_id=f"plot-{key}")
             parts[f"numbers_{key}"] = gr.HTML()
     with gr.Column(elem_classes="card"):
+        gr.HTML(
+            '<h2>Try it</h2><p class="soft">An image of yours through the original and the compressed model, as they '
+            "are deployed. It is not kept with the run.</p>"
+        )
+        with gr.Row(elem_classes="manage"):
+            parts["image"] = gr.File(label="An image (JPEG, PNG, WebP or BMP)", file_types=IMAGE_TYPES, height=116)
+            parts["try"] = gr.Button("Classify", size="md", elem_id="try", min_width=120, scale=0)
+        parts["tried"] = gr.HTML(elem_id="tried")
+    with gr.Column(elem_classes="card"):
         gr.HTML('<h2>Files</h2><p class="soft">Every file is checked against its sha256 before it is sent.</p>')
         parts["files"] = gr.HTML(elem_id="files")
+    parts |= sharing.card()
+
+
+def _compare_view() -> Parts:
+    parts: Parts = {}
+    with gr.Column(elem_classes="view", elem_id="compare", visible=False) as parts["compare"]:
+        gr.HTML(
+            '<div class="run-head"><h1>Runs side by side</h1><p class="soft">The address of this page is the link to '
+            'it. <a href="./">New run</a></p></div>'
+        )
+        parts["compare_table"] = gr.HTML(elem_classes="card", elem_id="side-by-side")
+        with gr.Column(elem_classes="card", elem_id="chart-compare", visible=False) as parts["compare_chart"]:
+            gr.HTML(
+                '<h2>Accuracy against speed</h2><p class="soft">Every finished run; further left is faster, higher is '
+                "more accurate. The dotted line joins those that no other beats in both (the Pareto front). A number "
+                "leads to its run.</p>"
+            )
+            parts["plot_compare"] = gr.Plot(show_label=False, container=False, elem_id="plot-compare")
+            parts["numbers_compare"] = gr.HTML()
+        with gr.Column(elem_classes="card"):
+            gr.HTML("<h2>Finished runs</h2>")
+            parts["compare_runs"] = gr.HTML(elem_id="compare-runs")
+    return parts
 
 
 def _connect(page: gr.Blocks, app: App, parts: Parts, names: list[str]) -> None:
@@ -117,14 +163,27 @@ def _connect(page: gr.Blocks, app: App, parts: Parts, names: list[str]) -> None:
     def values(given: tuple[Any, ...]) -> dict[str, Any]:
         return dict(zip((name for name in names if name != "hint"), given, strict=True))
 
-    def on(event: Any, handler: Callable[..., Updates], inputs: list[Any], outputs: list[str], **options: Any) -> Any:
+    def on(
+        event: Any,
+        handler: Callable[..., Updates],
+        inputs: list[Any],
+        outputs: list[str],
+        *,
+        visited: bool = False,
+        **options: Any,
+    ) -> Any:
+        """Connects a handler; with `visited` it is told first whose request it answers."""
+
         def call(*given: Any) -> Any:
             updates = handler(*given)
             found = [updates.get(name, gr.skip()) for name in outputs]
             return found if len(found) > 1 else found[0]
 
+        def call_for(visitor: gr.Request, *given: Any) -> Any:
+            return call(Visit.of(visitor), *given)
+
         return event(
-            call,
+            call_for if visited else call,
             inputs,
             [parts[name] for name in outputs],
             api_visibility="private",
@@ -133,49 +192,111 @@ def _connect(page: gr.Blocks, app: App, parts: Parts, names: list[str]) -> None:
 
     run_outputs = list(_SHOWN)
     where = [parts["job"], parts["look"]]
-    on(page.load, app.open, [parts["context"]], run_outputs, js="() => espalier.context()")
-    on(page.load, lambda *given: app.meaning(values(given)), form, ["meaning"])
+    context = {"js": "() => espalier.context()"}
+    filled = [name for name in names if name not in ("hint", "checkpoint_file", "data_file", "class_map")]
+    opened = [*run_outputs, *_COMPARED, "again", "again_note", *filled]
+    on(page.load, app.open, [parts["context"]], opened, visited=True, **context)
+    on(page.load, app.banner, [], ["banner"])
+    counting = (lambda *given: app.counted(values(given)), form, ["meaning"])
+    meant = on(page.load, lambda *given: app.meaning(values(given)), form, ["meaning"])
+    on(meant.then, *counting, **_BEHIND)
     submitted = on(
         parts["submit"].click,
-        lambda look, *given: app.submit(values(given), look),
-        [parts["look"], *form],
+        lambda visit, again, look, *given: app.submit(visit, values(given), again, look),
+        [parts["again"], parts["look"], *form],
         run_outputs,
+        visited=True,
         trigger_mode="once",
     )
     submitted.then(None, [parts["job"]], None, js="job => espalier.opened(job)")
     on(
         parts["preflight"].click,
-        lambda *given: app.preflight(values(given)),
-        form,
+        lambda again, *given: app.preflight(values(given), again),
+        [parts["again"], *form],
         ["checked", "notice"],
-        queue=True,
-        concurrency_limit=1,
-        show_progress="full",
         show_progress_on=parts["checked"],
-        trigger_mode="once",
+        **_SLOW,
     )
+    on(
+        parts["try"].click,
+        app.try_image,
+        [parts["job"], parts["image"]],
+        ["tried"],
+        show_progress_on=parts["tried"],
+        **_SLOW,
+    )
+    parts["publish"].click(
+        sharing.publisher(app.queue, app.settings),
+        [parts[name] for name in ("job", "repository", "public", "pull_request")],
+        [parts["shared"]],
+        api_visibility="private",
+        show_progress_on=parts["shared"],
+        **_SLOW,
+    )
+    searched = on(
+        parts["search"].change,
+        app.search,
+        [parts["search"], parts["context"]],
+        ["runs"],
+        js="text => [text, espalier.context()]",
+        trigger_mode="always_last",
+    )
+    searched.then(None, None, None, js="() => espalier.retick()", api_visibility="private")
     on(parts["timer"].tick, app.look, [parts["job"], parts["seen"], parts["look"]], run_outputs, trigger_mode="once")
     on(parts["cancel"].click, app.cancel, where, run_outputs, trigger_mode="once")
     on(parts["resume"].click, app.resume, where, run_outputs, trigger_mode="once")
+    on(
+        parts["rename"].click,
+        app.rename,
+        [parts["job"], parts["title"], parts["look"]],
+        [*run_outputs],
+        trigger_mode="once",
+    )
+    deleted = on(
+        parts["delete"].click,
+        app.delete,
+        [parts["job"]],
+        ["job", "timer", "run_notice"],
+        js="job => confirm('Delete this run with its files? This cannot be undone.') ? job : ''",
+        trigger_mode="once",
+    )
+    deleted.then(None, [parts["job"]], None, js="job => espalier.left(job)", api_visibility="private")
     choices = [parts[name] for name in ("weights", "images", "model", "arithmetic")]
     for choice in choices:
-        on(choice.change, app.sources, choices, ["checkpoint_file", "data_file", "bits", "hint"])
+        on(choice.change, app.sources, choices, ["checkpoint_file", "hub", "data_file", "bits", "hint"])
     for name in names:
-        if name not in ("hint", "checkpoint_file", "data_file", "class_map", "weights", "images"):
-            on(
+        if name not in ("hint", "checkpoint_file", "data_file", "class_map"):
+            meant = on(
                 parts[name].change,
                 lambda *given: app.meaning(values(given)),
                 form,
                 ["meaning"],
                 trigger_mode="always_last",
             )
+            if name in ("model", "weights", "images", "input_size", "channel_multiple"):
+                on(meant.then, *counting, **_BEHIND)
     themed = parts["theme"].click(None, None, [parts["look"]], js="() => espalier.toggle()", api_visibility="private")
-    on(themed.then, app.restyle, where, [f"plot_{key}" for key in CHARTS])
+    on(
+        themed.then,
+        app.restyle,
+        [*where, parts["context"]],
+        ["plot_compare", *(f"plot_{key}" for key in CHARTS)],
+        js="(job, look) => [job, look, espalier.context()]",
+    )
 
 
+_SLOW = {"queue": True, "concurrency_limit": 1, "show_progress": "full", "trigger_mode": "once"}
+"""Of events that start a process: they wait for each other."""
+_BEHIND = {"queue": True, "concurrency_limit": 1}
+"""Of an event that starts a process and that nobody waits for."""
+_COMPARED = ("compare_table", "compare_chart", "plot_compare", "numbers_compare", "compare_runs")
 _SHOWN = (
     "start",
     "run",
+    "compare",
+    "links",
+    "title",
+    "delete",
     "notice",
     "runs",
     "look",

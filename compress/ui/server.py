@@ -8,13 +8,17 @@ from typing import Any
 
 import gradio as gr
 import uvicorn
-from fastapi import FastAPI
-from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Response
+from fastapi import FastAPI, Request
+from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
 
+from compress import bundle
 from compress.errors import RunError, StorageError
 from compress.jobs import Queue
-from compress.ui import shell
-from compress.ui.handlers import App, Check
+from compress.runs import MANIFEST
+from compress.ui import shell, views_results
+from compress.ui.estimates import Count
+from compress.ui.handlers import App, Check, Classify
+from compress.ui.limits import Limits, sweep
 from compress.ui.page import build_page
 from compress.ui.settings import Settings
 from compress.ui.theme import HEAD, STYLE, EspalierTheme
@@ -49,17 +53,28 @@ Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 
-def build_app(settings: Settings, queue: Queue, *, check: Check, models: Sequence[shell.Offer]) -> FastAPI:
+def build_app(
+    settings: Settings,
+    queue: Queue,
+    *,
+    check: Check,
+    classify: Classify,
+    count: Count,
+    models: Sequence[shell.Offer],
+) -> FastAPI:
     """The whole app around a queue, which the caller starts and closes.
 
     Args:
         check: request -> what a run of it would do; see `compress.pipeline.check`.
+        classify: (run folder, image) -> the answers of its models; see `compress.tryout.classify`.
+        count: structure -> what pruning would leave of it; see `compress.profiles.profile`.
         models: the classifiers on offer.
     """
     settings.uploads.mkdir(parents=True, exist_ok=True)
+    sweep(settings.uploads, CACHE_AGE_S)
     app = FastAPI(title="Espalier", docs_url=None, redoc_url=None, openapi_url=None)
     _add_routes(app, queue)
-    page = build_page(App(queue, check, settings, models), cache_age_s=CACHE_AGE_S)
+    page = build_page(App(queue, check, settings, models, classify, count), cache_age_s=CACHE_AGE_S)
     gr.mount_gradio_app(
         app,
         page,
@@ -79,6 +94,12 @@ def build_app(settings: Settings, queue: Queue, *, check: Check, models: Sequenc
         allowed_paths=[],
         blocked_paths=[str(queue.data_dir / "runs"), str(queue.data_dir / "consoles")],
         max_file_size=settings.max_upload_mb * 1024 * 1024,
+    )
+    app.add_middleware(
+        Limits,
+        requests_per_min=settings.requests_per_min,
+        uploads_per_hour=settings.uploads_per_hour,
+        max_upload_bytes=settings.max_upload_mb * 1024 * 1024,
     )
     app.add_middleware(Guard, hosts=settings.hosts)
     return app
@@ -107,6 +128,25 @@ def _add_routes(app: FastAPI, queue: Queue) -> None:
             filename=path.name,
             headers={"etag": f'"{digest}"', "cache-control": "private, no-cache", "x-sha256": digest},
         )
+
+    @app.api_route("/runs/{job_id}/files.zip", methods=["GET", "HEAD"])
+    def everything(job_id: str, request: Request) -> Response:
+        """All files of a finished run and its manifest, each compared with its hash before the first byte is sent."""
+        try:
+            listed = queue.artifacts(job_id)
+            files = {name: queue.artifact(job_id, name) for name in listed}
+        except RunError as error:
+            return PlainTextResponse(str(error), status_code=404)
+        except StorageError as error:
+            return PlainTextResponse(str(error), status_code=409)
+        name = views_results.folder_name(job_id)
+        headers = {"content-disposition": f'attachment; filename="{name}.zip"', "cache-control": "private, no-cache"}
+        if request.method == "HEAD":
+            return Response(media_type="application/zip", headers=headers)
+        hashes = {name: str(facts["sha256"]) for name, facts in listed.items()}
+        manifest = {MANIFEST: queue.folder(job_id) / MANIFEST}
+        pieces = bundle.stream(files | manifest, hashes, name)
+        return StreamingResponse(pieces, media_type="application/zip", headers=headers)
 
 
 class Guard:
@@ -152,10 +192,17 @@ def serve(settings: Settings) -> None:
     """Runs the app until it is stopped. Runs that work then go on; the next start watches them again.
 
     Raises:
-        StorageError: the data folder cannot be used, or the record of runs is damaged.
+        StorageError: the data folder cannot be used. With a damaged record of runs the app is read-only.
     """
-    with Queue(settings.data_dir, at_once=settings.at_once, max_queued=settings.max_queued) as queue:
-        app = build_app(settings, queue, check=shell.check, models=shell.models(settings.data_dir / "models.json"))
+    with Queue(settings.data_dir, read_only_when_damaged=True, **settings.queue_limits) as queue:
+        app = build_app(
+            settings,
+            queue,
+            check=shell.check,
+            classify=shell.classify,
+            count=shell.estimate,
+            models=shell.models(settings.data_dir / "models.json"),
+        )
         uvicorn.run(
             app,
             host=settings.host,

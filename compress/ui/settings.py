@@ -9,6 +9,7 @@ from typing import Any
 
 from compress.errors import RequestError
 from compress.jobs import DATA_DIR
+from compress.retention import Limits
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
@@ -27,8 +28,21 @@ class Settings:
     """ESPALIER_RUNS_AT_ONCE: runs that work at the same time; one per device."""
     max_queued: int = 20
     """ESPALIER_MAX_QUEUED: runs that may wait."""
+    max_per_visitor: int | None = None
+    """ESPALIER_MAX_PER_VISITOR: runs that one visitor may have waiting or working; default: any number.
+    A visitor is a login name, else an address; behind a proxy set FORWARDED_ALLOW_IPS, or all share the proxy's."""
+    run_limit_min: int | None = None
+    """ESPALIER_RUN_LIMIT_MIN: minutes after which a run is ended; it can be resumed. Default: never."""
     max_upload_mb: int = 2048
     """ESPALIER_MAX_UPLOAD_MB: largest uploaded file."""
+    requests_per_min: int = 1200
+    """ESPALIER_REQUESTS_PER_MIN: of one address; a page that watches a run sends about 60, opening it about 140."""
+    uploads_per_hour: int = 120
+    """ESPALIER_UPLOADS_PER_HOUR: of one address."""
+    keep_days: int | None = None
+    """ESPALIER_KEEP_DAYS: days after which a run that is over is removed, unless `compress jobs keep` keeps it. Default: never."""
+    max_disk_gb: int | None = None
+    """ESPALIER_MAX_DISK_GB: of all runs together; the oldest ones that are over and not kept make room. Default: any."""
     list_runs: bool | None = None
     """ESPALIER_LIST_RUNS: 1 shows every run to every visitor, 0 only those started in the same browser.
     Default: 1 on a loopback address, else 0, because a run's link is all that protects it."""
@@ -39,6 +53,17 @@ class Settings:
     @property
     def data_dir(self) -> Path:
         return self.data.expanduser().resolve()
+
+    @property
+    def queue_limits(self) -> dict[str, Any]:
+        """The limits of the queue, as arguments of `compress.jobs.Queue`."""
+        return {
+            "at_once": self.at_once,
+            "max_queued": self.max_queued,
+            "max_per_owner": self.max_per_visitor,
+            "keeping": Limits(self.keep_days, None if self.max_disk_gb is None else self.max_disk_gb * 10**9),
+            "max_seconds": None if self.run_limit_min is None else 60 * self.run_limit_min,
+        }
 
     @property
     def uploads(self) -> Path:
@@ -67,7 +92,13 @@ class Settings:
             "ESPALIER_PORT": ("port", _number(1, 65535)),
             "ESPALIER_RUNS_AT_ONCE": ("at_once", _number(1, 64)),
             "ESPALIER_MAX_QUEUED": ("max_queued", _number(1, 1000)),
+            "ESPALIER_MAX_PER_VISITOR": ("max_per_visitor", _number(1, 1000)),
+            "ESPALIER_RUN_LIMIT_MIN": ("run_limit_min", _number(1, 100_000)),
             "ESPALIER_MAX_UPLOAD_MB": ("max_upload_mb", _number(1, 1_000_000)),
+            "ESPALIER_REQUESTS_PER_MIN": ("requests_per_min", _number(10, 1_000_000)),
+            "ESPALIER_UPLOADS_PER_HOUR": ("uploads_per_hour", _number(1, 1_000_000)),
+            "ESPALIER_KEEP_DAYS": ("keep_days", _number(1, 100_000)),
+            "ESPALIER_MAX_DISK_GB": ("max_disk_gb", _number(1, 1_000_000)),
             "ESPALIER_LIST_RUNS": ("list_runs", _switch),
             "ESPALIER_ALLOWED_HOSTS": ("allowed_hosts", _names),
         }

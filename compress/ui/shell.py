@@ -20,9 +20,12 @@ from compress.errors import CompressError, RunError
 from compress.files import write_text
 from compress.jobs_files import REFUSAL
 from compress.request import Request
+from compress.ui.estimates import Structure
 
 CHECK_LIMIT_S = 180
 MODELS_LIMIT_S = 120
+CLASSIFY_LIMIT_S = 60
+ESTIMATE_LIMIT_S = 120
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,8 @@ class Offer:
 
     name: str
     parameters: int
+    input_size: int = 224
+    """Of its published weights, in pixels."""
 
 
 def check(request: Request) -> dict[str, Any]:
@@ -48,6 +53,22 @@ def check(request: Request) -> dict[str, Any]:
     return found
 
 
+def classify(run_folder: Path, image: Path) -> dict[str, Any]:
+    """What `compress.tryout.classify` says of an image; raises as `check` does."""
+    found = ask("classify", str(run_folder), str(image), limit_s=CLASSIFY_LIMIT_S)
+    assert isinstance(found, dict), "`compress classify --json` prints an object"
+    return found
+
+
+def estimate(structure: Structure) -> dict[str, Any]:
+    """What `compress.profiles.profile` counts; raises as `check` does."""
+    words = ("--classes", structure.classes, "--input-size", structure.input_size)
+    multiple = ("--channel-multiple", structure.multiple)
+    found = ask("estimate", structure.model, *map(str, (*words, *multiple)), limit_s=ESTIMATE_LIMIT_S)
+    assert isinstance(found, dict), "`compress estimate --json` prints an object"
+    return found
+
+
 def models(cache: Path) -> tuple[Offer, ...]:
     """The classifiers on offer; kept in the file `cache`, because listing them takes seconds.
 
@@ -62,7 +83,7 @@ def models(cache: Path) -> tuple[Offer, ...]:
     if kept.get("torchvision") != installed:
         kept = {"torchvision": installed, "models": ask("models", limit_s=MODELS_LIMIT_S)}
         write_text(cache, json.dumps(kept))
-    return tuple(Offer(row["name"], int(row["parameters"])) for row in kept["models"])
+    return tuple(Offer(row["name"], int(row["parameters"]), int(row["input_size"])) for row in kept["models"])
 
 
 def ask(*words: str, limit_s: float) -> Any:

@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from fractions import Fraction
+from collections.abc import Iterable, Sequence
 from html import escape
-from typing import Any
-from urllib.parse import quote
 
 from compress.jobs import Status
-from compress.report import Report
-from compress.request import Request
 from compress.runs import STAGES
 
 STAGE_NAMES = {
@@ -53,78 +48,14 @@ def alert(text: str) -> str:
     return f'<div class="alert" role="alert">{escape(text)}</div>' if text else ""
 
 
-# ---- what the settings mean ---------------------------------------------------------------------------------------
-
-
-def meaning(request: Request, parameters: int | None) -> str:
-    """What the settings do, in words and as two bars. Estimates: layers that stay whole are not counted.
-
-    Args:
-        parameters: of the original model, where known.
-    """
-    kept = (1 - request.sparsity) ** 2 if request.shrinks else 1.0
-    bits = 8 if request.quantizes else request.weight_bits if request.half_precision else 32
-    size = kept * bits / 32
-    bars = [("Parameters", kept, None, None), ("File size", size, None, None)]
-    if parameters is not None:
-        bars = [
-            ("Parameters", kept, f"{parameters / 1e6:.1f}" + " million" * (kept == 1), _millions(parameters * kept)),
-            ("File size", size, _size(parameters * 4), _size(parameters * 4 * size)),
-        ]
-    words = f"{_pruning_meaning(request, kept)} {_bits_meaning(request)}"
-    return f'<div class="meaning" role="status"><p>{words}</p>{"".join(_bar(*bar) for bar in bars)}</div>'
-
-
-def _pruning_meaning(request: Request, kept: float) -> str:
-    if not request.prunes:
-        return "No channels are removed."
-    if not request.shrinks:
-        return f"{100 * request.sparsity:.0f} % of the weights become zero; no layer gets smaller or faster."
-    return f"{100 * request.sparsity:.0f} % of the channels go: about {_share(kept)} of the parameters stay."
-
-
-def _bits_meaning(request: Request) -> str:
-    if request.half_precision:
-        return "16-bit numbers take half the space of 32-bit ones."
-    if not request.quantizes:
-        return "Numbers keep their 32 bits."
-    if request.weight_bits == 8:
-        return "8-bit integers take a quarter of the space of 32-bit numbers."
-    return (
-        f"{request.weight_bits}-bit weights are trained on their grid and kept in 8-bit integers, "
-        "so the file is as large as at 8 bits."
-    )
-
-
-def _share(value: float) -> str:
-    nearest = Fraction(1, max(1, round(1 / value)))
-    if abs(float(nearest) - value) < 0.03 * value:
-        return f"{nearest.numerator}/{nearest.denominator}"
-    return f"{100 * value:.0f} %"
-
-
-def _bar(name: str, share: float, before: str | None, after: str | None) -> str:
-    text = (
-        f"{before} → about <b>{after}</b>"
-        if before and share < 1
-        else f"<b>{before}</b>"
-        if before
-        else f"about <b>{_share(share)}</b>"
-    )
-    return (
-        f'<div class="bar"><span>{name}</span><span class="value">{text}</span>'
-        f'<i class="track" aria-hidden="true"><i style="width:{max(1.0, 100 * share):.1f}%"></i></i></div>'
-    )
-
-
 # ---- a run --------------------------------------------------------------------------------------------------------
 
 
 def run_head(status: Status) -> str:
-    begun = f"submitted {_ago(status.created)} · run <code>{status.job_id[:8]}</code>"
+    begun = f"submitted {ago(status.created)} · run <code>{status.job_id[:8]}</code>"
     facts = f"{begun} · the address of this page is the link to it"
     title = escape(status.title).replace(" %", "&nbsp;%")
-    return f'<div class="run-head"><h1>{title}</h1><p>{_badge(status.state)}<span class="soft">{facts}</span></p></div>'
+    return f'<div class="run-head"><h1>{title}</h1><p>{badge(status.state)}<span class="soft">{facts}</span></p></div>'
 
 
 def progress(status: Status) -> str:
@@ -190,135 +121,26 @@ def ending(status: Status) -> str:
     return ""
 
 
-# ---- results ------------------------------------------------------------------------------------------------------
-
-
-LOSS_TO_NOTICE = 1.0
-"""Points of accuracy; a larger loss is shown in the colour of trouble."""
-
-
-def verdict(report: Report) -> str:
-    facts, first, last = report.verdict, report.variants[0], report.variants[-1]
-    answer = "accuracy" if report.data.kind == "labelled" else "agreement"
-    speed, drop = facts.speedup_vs_fastest_fp32, facts.accuracy_drop_points
-    slower = speed is not None and speed < 1
-    change = "—" if drop is None else f"{-drop:+.1f}".replace("-", "−")
-    stayed = f"{last.parameters / 1e6:.2f} of {first.parameters / 1e6:.2f} million"
-    tiles = (
-        _tile(_factor(speed), "as fast" if slower else "faster", _through(facts.runtime), bad=slower),
-        _tile(_factor(facts.size_ratio), "smaller file", "to deploy"),
-        _tile(
-            change,
-            f"points of {answer}",
-            "on images never trained on" if drop is not None else "not measured",
-            bad=drop is not None and drop > LOSS_TO_NOTICE,
-        ),
-        _tile(f"{100 * last.parameters / first.parameters:.0f} %", "of the parameters", stayed),
-    )
-    notes = "".join(f"<p>{escape(note)}</p>" for note in report.notes)
-    return (
-        f'<section class="verdict"><p class="headline">{escape(facts.text)}</p>'
-        f'<ul class="tiles">{"".join(tiles)}</ul><div class="soft">{notes}</div></section>'
-    )
-
-
-def findings(report: Report) -> str:
-    """Where most was lost, whether int8 pays on each runtime, and runtimes that answer the same file differently."""
-    apart = [check.text for check in report.cross_checks if not check.agrees]
-    items = [report.loss.text, *(row.text for row in report.worth), *apart]
-    return f'<ul class="soft">{"".join(f"<li>{escape(text)}</li>" for text in items)}</ul>'
-
-
-def _tile(value: str, name: str, how: str, *, bad: bool = False) -> str:
-    kind = ' class="bad"' if bad else ""
-    return f"<li{kind}><b>{escape(value)}</b><span>{escape(name)}</span><small>{escape(how)}</small></li>"
-
-
-def _through(runtime: str | None) -> str:
-    return "not measured" if runtime is None else f"through {runtime}"
-
-
-def machine(report: Report) -> str:
-    """What the measured times depend on."""
-    here, size = report.environment, report.data.input_size
-    threads = f"{here.threads} thread{'s' if here.threads != 1 else ''}"
-    where = f"{here.cpu}, {threads}, {here.gpu or 'no GPU'}, input {size} × {size}"
-    return (
-        f'<p class="soft">Measured on {escape(where)}. “Faster” is against the fastest real fp32 of the original model '
-        "in the same run.</p>"
-    )
+# ---- tables and text ------------------------------------------------------------------------------------------------
 
 
 def table(headers: Sequence[str], rows: Iterable[Sequence[str]], name: str) -> str:
     body = ("".join(_cell(cell, first=number == 0) for number, cell in enumerate(row)) for row in rows)
-    return _table(headers, body, name)
+    return html_table(headers, body, name)
 
 
 def numbers(headers: Sequence[str], rows: Sequence[Sequence[str]], name: str) -> str:
     """The table of a chart, folded away."""
-    return _folded("The numbers of this chart", table(headers, rows, name)) if rows else ""
+    return folded("The numbers of this chart", table(headers, rows, name)) if rows else ""
 
 
-def downloads(job_id: str, files: Mapping[str, Mapping[str, Any]]) -> str:
-    """A link, the size and the hash of each file: the report first, then what can be deployed."""
-    order = sorted(files, key=lambda name: (name != "report.html", not name.startswith("artifacts/"), name))
-    rows = []
-    for name in order:
-        link = f'<a href="{escape(file_url(job_id, name))}" download>{escape(name.removeprefix("artifacts/"))}</a>'
-        size, digest = _size(int(files[name]["bytes"])), escape(str(files[name]["sha256"]))
-        rows.append(f'<th scope="row">{link}</th><td>{size}</td><td><code>{digest}</code></td>')
-    return _table(("File", "Size", "sha256"), rows, "Files of this run", kind="files")
-
-
-def file_url(job_id: str, name: str) -> str:
-    """Where a run's file is served, relative to the app's address."""
-    return f"runs/{job_id}/files/{quote(name)}"
-
-
-def settings_of(request: Request) -> str:
-    """The request as `compress run --request` takes it, folded away."""
-    fields = Request.model_fields
-    changed = sum(getattr(request, name) != field.default for name, field in fields.items())
-    count = f"{changed} of {len(fields)} differ from the defaults" if changed else "all at their defaults"
-    text = f'<pre class="log" tabindex="0" aria-label="Settings of this run">{escape(request.to_json())}</pre>'
-    return _folded(f"Settings of this run ({count})", text)
-
-
-def run_list(runs: Sequence[Status]) -> str:
-    if not runs:
-        return '<p class="soft">No runs yet. The first one appears here, and stays when you close the page.</p>'
-    items = "".join(
-        f'<li><a href="?job={run.job_id}"><span class="title">{escape(run.title)}</span>{_badge(run.state)}'
-        f'<span class="soft">{_ago(run.created)}</span></a></li>'
-        for run in runs
+def copied(title: str, text: str) -> str:
+    """Text to be copied, with a button that does it; see page.js."""
+    name = escape(title)
+    return (
+        f'<div class="copied"><p><b>{name}</b><button type="button" class="copy" aria-label="Copy: {name}">Copy</button>'
+        f'</p><pre class="log" tabindex="0" aria-label="{name}">{escape(text)}</pre></div>'
     )
-    return f'<ul class="runs">{items}</ul>'
-
-
-def checked(found: Mapping[str, Any]) -> str:
-    """What the pre-flight check found: the plan, what stays whole and why, the runtimes."""
-    groups = [
-        (
-            ", ".join(g["layers"][:3]) + (f" and {len(g['layers']) - 3} more" if len(g["layers"]) > 3 else ""),
-            str(g["channels_before"]),
-            str(g["channels_after"]),
-            str(g["reason"]),
-        )
-        for g in found["groups"]
-    ]
-    kept = [(str(item["layer"]), str(item["reason"])) for item in found["left_out"]]
-    modules = [(line["level"], line["module"], line["text"]) for line in found.get("modules", ())]
-    runtimes = [(str(item["runtime"]), str(item["text"])) for item in found["runtimes"]]
-    parts = [f'<p class="{"good" if found["possible"] else "bad"}">{escape(str(found["text"]))}</p>']
-    for title, headers, rows in (
-        ("Layers that shrink", ("Layers", "Channels", "Kept", "Why together"), groups),
-        ("Layers that stay whole", ("Layer", "Why"), kept),
-        ("Each layer", ("", "Layer", "What happens to it"), modules),
-        ("Runtimes", ("Runtime", "State"), runtimes),
-    ):
-        if rows:
-            parts.append(_folded(f"{title} ({len(rows)})", table(headers, rows, title)))
-    return f'<div class="checked" role="status">{"".join(parts)}</div>'
 
 
 # ---- words --------------------------------------------------------------------------------------------------------
@@ -332,9 +154,9 @@ def duration(seconds: float) -> str:
     return f"{seconds / 3600:.1f} h"
 
 
-def _table(headers: Iterable[str], rows: Iterable[str], name: str, kind: str = "") -> str:
-    """A table that scrolls sideways by itself; `rows` are the cells of each row as HTML."""
-    head = "".join(f'<th scope="col">{escape(header)}</th>' for header in headers)
+def html_table(headers: Iterable[str], rows: Iterable[str], name: str, kind: str = "", *, escaped: bool = False) -> str:
+    """A table that scrolls sideways by itself; `rows` are the cells of each row as HTML, and `headers` if `escaped`."""
+    head = "".join(f'<th scope="col">{header if escaped else escape(header)}</th>' for header in headers)
     body = "".join(f"<tr>{row}</tr>" for row in rows)
     return (
         f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(name)}"><table class="{kind}">'
@@ -342,11 +164,11 @@ def _table(headers: Iterable[str], rows: Iterable[str], name: str, kind: str = "
     )
 
 
-def _folded(title: str, inner: str) -> str:
+def folded(title: str, inner: str) -> str:
     return f'<details class="numbers"><summary>{title}</summary>{inner}</details>'
 
 
-def _ago(moment: float) -> str:
+def ago(moment: float) -> str:
     passed = time.time() - moment
     if passed < 60:
         return "just now"
@@ -355,22 +177,18 @@ def _ago(moment: float) -> str:
     return f"on {time.strftime('%Y-%m-%d', time.gmtime(moment))}"
 
 
-def _badge(state: str) -> str:
+def badge(state: str) -> str:
     return f'<span class="badge {state}">{STATE_NAMES[state]}</span>'
 
 
-def _factor(value: float | None) -> str:
+def factor(value: float | None) -> str:
     return "—" if value is None else f"{value:.1f}×"
 
 
-def _size(count: float) -> str:
+def file_size(count: float) -> str:
     if count < 1000:
         return f"{count:.0f} B"
     return f"{count / 1e3:.1f} kB" if count < 1e6 else f"{count / 1e6:.1f} MB"
-
-
-def _millions(count: float) -> str:
-    return f"{count / 1e6:.1f} million"
 
 
 def _cell(text: str, *, first: bool) -> str:

@@ -1,0 +1,168 @@
+"""What one visitor may take of the server: requests per minute, uploads per hour, bytes and time of a request's body."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import time
+from collections.abc import Awaitable, Callable, MutableMapping
+from pathlib import Path
+from typing import Any
+
+from fastapi.responses import PlainTextResponse
+from starlette.formparsers import MultiPartException
+
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+
+UPLOAD = "/gradio_api/upload"
+MAX_BODY_BYTES = 1 << 20
+"""Of a request that is no upload."""
+SLACK_BYTES = 1 << 16
+"""Headers of the parts of an upload."""
+SILENCE_S = 30.0
+"""Longest pause within a body."""
+SLOWEST_BYTES_S = 16 * 1024
+"""After the first SILENCE_S, a body has to arrive at least so fast on average."""
+MOST_VISITORS = 10_000
+TOO_LARGE, TOO_SLOW, TOO_MANY = 413, 408, 429
+
+
+class Rate:
+    """So many events in so many seconds for each visitor: a bucket that empties at a steady rate."""
+
+    def __init__(self, events: int, seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self._events, self._per_second, self._clock = events, events / seconds, clock
+        self._fill: dict[str, tuple[float, float]] = {}
+        """Visitor -> how full the bucket was, and when."""
+
+    def wait_s(self, visitor: str) -> float:
+        """Counts an event; 0, or the seconds until there is room for it, and then it is not counted."""
+        now = self._clock()
+        if len(self._fill) >= MOST_VISITORS:
+            self._fill = {who: seen for who, seen in self._fill.items() if self._level(seen, now) > 0}
+        level = self._level(self._fill.get(visitor, (0.0, now)), now)
+        if level + 1 > self._events:
+            return (level + 1 - self._events) / self._per_second
+        self._fill[visitor] = (level + 1, now)
+        return 0.0
+
+    def _level(self, seen: tuple[float, float], now: float) -> float:
+        return max(0.0, seen[0] - (now - seen[1]) * self._per_second)
+
+
+class Refused(MultiPartException):
+    """Ends the reading of a body. Gradio then removes what it has stored of an upload, as for this exception only."""
+
+    def __init__(self, status: int, sentence: str) -> None:
+        super().__init__(sentence)
+        self.status = status
+
+
+class Limits:
+    """Middleware; visitors are told apart by address, which behind a proxy needs FORWARDED_ALLOW_IPS."""
+
+    def __init__(
+        self,
+        app: Any,
+        *,
+        requests_per_min: int,
+        uploads_per_hour: int,
+        max_upload_bytes: int,
+        silence_s: float = SILENCE_S,
+    ) -> None:
+        self.app = app
+        self._requests, self._uploads = Rate(requests_per_min, 60), Rate(uploads_per_hour, 3600)
+        self._max_upload_bytes, self._silence_s = max_upload_bytes, silence_s
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        upload = scope["path"].rstrip("/") == UPLOAD and scope["method"] == "POST"
+        most = self._max_upload_bytes + SLACK_BYTES if upload else MAX_BODY_BYTES
+        if (refusal := self._refusal(scope, upload, most)) is not None:
+            await refusal(scope, receive, send)
+            return
+        body = _Body(receive, send, most, self._silence_s)
+        try:
+            await self.app(scope, body.receive, body.send)
+        except Exception:  # the app was told of the refusal by an exception, and the visitor by an answer
+            if body.refused is None:
+                raise
+
+    def _refusal(self, scope: Scope, upload: bool, most: int) -> PlainTextResponse | None:
+        visitor = scope["client"][0] if scope.get("client") else ""
+        waits = [self._requests.wait_s(visitor)]
+        if upload and not waits[0]:
+            waits.append(self._uploads.wait_s(visitor))
+        if max(waits) > 0:
+            seconds = int(max(waits)) + 1
+            text = f"Too many requests from your address. Try again in {seconds} s."
+            return PlainTextResponse(text, status_code=TOO_MANY, headers={"retry-after": str(seconds)})
+        lengths = [value for name, value in scope["headers"] if name.lower() == b"content-length"]
+        if lengths and (not lengths[0].isdigit() or int(lengths[0]) > most):
+            return PlainTextResponse(_too_large(most), status_code=TOO_LARGE, headers={"connection": "close"})
+        return None
+
+
+class _Body:
+    """The body of one request on its way in, and the answer on its way out."""
+
+    def __init__(self, receive: Receive, send: Send, most: int, silence_s: float) -> None:
+        self._receive, self._send, self._most, self._silence_s = receive, send, most, silence_s
+        self._begun, self._bytes, self._whole, self._answered = time.monotonic(), 0, False, False
+        self.refused: Refused | None = None
+
+    async def receive(self) -> Message:
+        if self._whole:  # what is waited for now is that the visitor leaves
+            return await self._receive()
+        try:
+            message = await asyncio.wait_for(self._receive(), self._silence_s)
+        except TimeoutError:
+            raise self._refuse(
+                TOO_SLOW, "The request did not arrive: send it again over a faster connection."
+            ) from None
+        if message["type"] == "http.disconnect":
+            raise self._refuse(TOO_SLOW, "The request was interrupted.")
+        self._bytes += len(message.get("body", b""))
+        self._whole = not message.get("more_body", False)
+        passed = time.monotonic() - self._begun
+        if self._bytes > self._most:
+            raise self._refuse(TOO_LARGE, _too_large(self._most))
+        if not self._whole and passed > self._silence_s and self._bytes < passed * SLOWEST_BYTES_S:
+            raise self._refuse(TOO_SLOW, "The request arrived too slowly: send it again over a faster connection.")
+        return message
+
+    async def send(self, message: Message) -> None:
+        if self.refused is None or self._answered:
+            await self._send(message)
+        elif message["type"] == "http.response.start":
+            self._answered = True
+            text = str(self.refused.message).encode()
+            headers = [(b"content-type", b"text/plain; charset=utf-8"), (b"connection", b"close")]
+            await self._send({"type": "http.response.start", "status": self.refused.status, "headers": headers})
+            await self._send({"type": "http.response.body", "body": text})
+            self._send = _nothing
+
+    def _refuse(self, status: int, sentence: str) -> Refused:
+        self.refused = Refused(status, sentence)
+        return self.refused
+
+
+async def _nothing(message: Message) -> None:
+    """The answer was given."""
+
+
+def _too_large(most: int) -> str:
+    return f"The request is larger than the maximum allowed size of {most // 2**20 or 1} MiB."
+
+
+def sweep(uploads: Path, age_s: float) -> None:
+    """Removes what earlier processes left among the uploads: Gradio only knows of those that came to itself."""
+    oldest = time.time() - age_s
+    for entry in uploads.iterdir():
+        if entry.stat().st_mtime < oldest:
+            shutil.rmtree(entry, ignore_errors=True) if entry.is_dir() else entry.unlink(missing_ok=True)

@@ -1,0 +1,121 @@
+"""Which runs make room, which never do, and what a clock that jumps may not cause."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from test_jobs import ENDLESS, QUICK, data_dir, fake_command, wait, wait_for_stage  # noqa: F401  (a fixture)
+
+from compress.errors import RunError, StorageError
+from compress.jobs import Queue, _Kept
+from compress.jobs_record import Row
+from compress.request import Request
+from compress.retention import AFTER_JUMP_S, AFTER_START_S, DAY_S, LOOK_S, Limits, Sweeper
+
+NOW = 1_000 * DAY_S
+
+
+class Clocks:
+    def __init__(self) -> None:
+        self.wall, self.steady = NOW, 50.0
+
+    def pass_(self, seconds: float) -> None:
+        self.wall += seconds
+        self.steady += seconds
+
+    def sweeper(self, **limits: float) -> Sweeper:
+        return Sweeper(Limits(**limits), clock=lambda: self.wall, steady=lambda: self.steady)  # type: ignore[arg-type]
+
+
+def row(job_id: str, state: str, days_ago: float) -> Row:
+    moment = NOW - days_ago * DAY_S
+    return Row(job_id, job_id, state, 0, 1, 0, None, None, None, moment, moment, moment, "")
+
+
+ROWS = [row("running", "running", 90), row("queued", "queued", 90), row("cancelling", "cancelling", 90)] + [
+    row(f"{state}-{days}", state, days)
+    for state, days in (("done", 40), ("failed", 20), ("cancelled", 31), ("done", 1))
+]
+
+
+def test_what_is_over_and_old_expires_and_nothing_else() -> None:
+    clocks = Clocks()
+    sweeper = clocks.sweeper(keep_days=30)
+    clocks.pass_(AFTER_START_S)
+    assert set(sweeper.look(ROWS, lambda job: 1, lambda job: False).expired) == {"done-40", "cancelled-31"}
+    assert sweeper.look(ROWS, lambda job: 1, lambda job: job == "done-40").expired == ("cancelled-31",)
+
+
+def test_the_oldest_make_room_and_what_works_or_is_kept_never_does() -> None:
+    sweeper = Clocks().sweeper(max_bytes=50)
+    found = sweeper.look(ROWS, lambda job: 10, lambda job: job == "done-40")
+    assert (found.expired, found.over) == (("cancelled-31", "failed-20"), False)
+    full = sweeper.look(ROWS, lambda job: 100, lambda job: job == "done-40")
+    assert set(full.expired) == {"cancelled-31", "failed-20", "done-1"} and full.over
+    assert Clocks().sweeper(keep_days=1).look(ROWS, lambda job: 1 / 0, lambda job: True).expired == ()
+
+
+@pytest.mark.parametrize("jump", [365 * DAY_S, -365 * DAY_S])
+def test_a_clock_that_jumps_removes_nothing_for_a_day(jump: float) -> None:
+    clocks = Clocks()
+    sweeper = clocks.sweeper(keep_days=30)
+    fresh = [row("fresh", "done", 0)]
+    clocks.pass_(AFTER_START_S)
+    clocks.wall += jump
+    for _ in range(100):
+        assert sweeper.look(fresh, lambda job: 1, lambda job: False).expired == ()
+        clocks.pass_(LOOK_S)
+    clocks.wall -= jump
+    assert sweeper.look(ROWS, lambda job: 1, lambda job: False).expired == ()
+    clocks.pass_(AFTER_JUMP_S)
+    assert "done-40" in sweeper.look(ROWS, lambda job: 1, lambda job: False).expired
+
+
+def test_a_wrong_clock_at_the_start_removes_nothing() -> None:
+    clocks = Clocks()
+    clocks.wall += 365 * DAY_S  # until it is set right
+    sweeper = clocks.sweeper(keep_days=30)
+    assert sweeper.look(ROWS, lambda job: 1, lambda job: False).expired == ()
+
+
+def test_without_limits_nothing_is_looked_at() -> None:
+    clocks = Clocks()
+    assert not clocks.sweeper().is_due()
+    limited = clocks.sweeper(keep_days=1)
+    assert limited.is_due() and not limited.is_due()
+    clocks.pass_(LOOK_S)
+    assert limited.is_due()
+
+
+def test_a_queue_over_its_room_keeps_what_is_shared_and_refuses_the_rest(data_dir: Path) -> None:  # noqa: F811
+    with Queue(data_dir, command=fake_command) as queue:
+        shared, old = (queue.submit(Request(**QUICK, sparsity=share)) for share in (0.3, 0.4))
+        for job_id in (shared, old):
+            wait(queue, job_id, "done")
+        queue.keep(shared)
+        working = queue.submit(Request(**ENDLESS))
+        wait_for_stage(queue, working, "finetune")
+    tight = Queue(data_dir, command=fake_command, keeping=Limits(max_bytes=1000))
+    tight.make_room()
+    assert {status.job_id: status.state for status in tight.list()} == {shared: "done", working: "running"}
+    assert tight.artifact(shared, "report.json").is_file() and not (data_dir / "runs" / old).exists()
+    assert list((data_dir / "deleted").iterdir()) == []
+    with pytest.raises(StorageError, match="take all the room that this server gives to runs"):
+        tight.submit(Request(**QUICK))
+    with pytest.raises(RunError, match="There is no run with the id"):
+        tight.keep(old)
+    tight.cancel(working)
+    tight.keep(shared, False)
+    tight.make_room()
+    assert tight.list() == [] and list((data_dir / "runs").iterdir()) == []
+
+
+def test_a_run_that_is_kept_while_it_is_removed_stays(data_dir: Path) -> None:  # noqa: F811
+    with Queue(data_dir, command=fake_command) as queue:
+        job_id = queue.submit(Request(**QUICK))
+        wait(queue, job_id, "done")
+    queue.keep(job_id)
+    with pytest.raises(_Kept):
+        queue._record.delete(job_id, lambda: queue._put_away_unless_kept(job_id))
+    assert queue.artifact(job_id, "report.json").is_file()
