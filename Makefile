@@ -2,10 +2,12 @@
 PYTHON ?= python3.11
 VENV := .venv
 PY := $(VENV)/bin/python
+SEED ?= 1
+COUNT ?= 1000000
 OUT ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help setup setup-dev browser demo app bench-app test test-slow test-gpu lint bench pruners-table quantizers-table quantized-models-table coverage torture assets clean
+.PHONY: help setup setup-dev browser demo app bench-app test test-slow test-gpu lint bench pruners-table quantizers-table quantized-models-table coverage torture fuzz assets clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-23s %s\n", $$1, $$2}'
@@ -66,7 +68,10 @@ coverage: setup  ## docs/coverage.md: every torchvision classifier, proved; hour
 	$(PY) -m bench.coverage
 
 torture: setup-dev  ## hostile uploads and faults, all of them, and the table of what held; ROWS="hostile ..." for some
-	PYTHONPATH=tests $(PY) -m torture $(ROWS)
+	PYTHONPATH=tests $(PY) -W ignore -m torture $(ROWS)
+
+fuzz: setup-dev  ## a million random mutants of checkpoints and zips, hours; SEED=7 and COUNT=1000 for others
+	PYTHONPATH=tests $(PY) -W ignore -m torture.mutants --seed $(SEED) --count $(COUNT) --folder build/fuzz
 
 clean:  ## removes the environment and all runs
 	rm -rf $(VENV) runs

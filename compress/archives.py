@@ -12,7 +12,6 @@ import stat
 import threading
 import unicodedata
 import zipfile
-import zlib
 from pathlib import Path
 from typing import Protocol
 
@@ -104,7 +103,7 @@ class Zip:
         try:
             with self._lock, self._file.open(entry) as stream:
                 return stream.read(entry.file_size + 1)
-        except (zipfile.BadZipFile, zlib.error, EOFError, OSError) as error:
+        except Exception as error:  # noqa: BLE001 - zipfile raises ten types on damaged bytes, each means the same
             raise Unreadable("damaged inside the zip") from error
 
 

@@ -19,8 +19,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 from torch import Tensor
 
-from compress import containers, files
-from compress.errors import CheckpointError, RequestError
+from compress import containers, files, signing
+from compress.errors import CheckpointError, RequestError, StorageError
 from compress.inspection import Inspected, inspect
 from compress.loader import Loader
 from compress.models import Preprocessing
@@ -31,6 +31,7 @@ PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.", "net.")
 FACTS = ("preprocessing", "class_names")
 """The metadata that is taken over; anything else that somebody wrote there is left behind."""
 ACCEPTED, RECORD = "accepted.safetensors", "accepted.json"
+RECORD_KIND = "accepted checkpoint"
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ def read_once(path: Path, folder: Path) -> Checkpoint:
         inspected = inspect(path)
         with files.atomic(accepted) as partial:
             _accept(path, inspected, partial, None)
-        files.write_text(record, json.dumps({"sha256": files.sha256(accepted)}) + "\n")
+        files.write_text(record, signing.sealed(RECORD_KIND, {"sha256": files.sha256(accepted)}))
     return read_own(accepted)
 
 
@@ -112,8 +113,8 @@ def _accept(path: Path, inspected: Inspected, target: Path, loader: Loader | Non
 
 def _is_recorded(accepted: Path, record: Path) -> bool:
     try:
-        return json.loads(record.read_text(encoding="utf-8"))["sha256"] == files.sha256(accepted)
-    except (OSError, ValueError, TypeError, KeyError):
+        return signing.opened(RECORD_KIND, record)["sha256"] == files.sha256(accepted)
+    except (OSError, StorageError, KeyError):
         return False
 
 

@@ -24,17 +24,6 @@ CROP_RATIO = 256 / 224
 """Shorter side before the crop over the input size, where no `resize_size` is given; torchvision's usual recipe."""
 
 _EIGHT_BIT_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")
-_DECODE_ERRORS = (
-    OSError,
-    ValueError,
-    SyntaxError,
-    EOFError,
-    TypeError,
-    IndexError,
-    KeyError,
-    OverflowError,
-    AttributeError,
-)
 
 
 class Unreadable(Exception):
@@ -123,7 +112,9 @@ def decode(data: bytes) -> Image.Image:
         raise Unreadable("not a JPEG, PNG, WebP or BMP image") from error
     except Image.DecompressionBombError as error:
         raise Unreadable(f"more than {MAX_PIXELS // 10**6} million pixels") from error
-    except _DECODE_ERRORS as error:
+    except Unreadable:
+        raise
+    except Exception as error:  # noqa: BLE001 - decoders raise a dozen types on damaged bytes
         raise Unreadable("damaged or cut off") from error
 
 
@@ -131,7 +122,7 @@ def _refuse_unsuitable(image: Image.Image) -> None:
     """By the header alone, before any pixel is decoded."""
     if image.width * image.height > MAX_PIXELS:
         raise Unreadable(f"more than {MAX_PIXELS // 10**6} million pixels")
-    if getattr(image, "n_frames", 1) > 1:
+    if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":  # a JPEG with a preview behind it, as phones write
         raise Unreadable("animated")
     if image.mode not in _EIGHT_BIT_MODES:
         raise Unreadable("more than 8 bits per channel")

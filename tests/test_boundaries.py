@@ -2,6 +2,7 @@
 
 import ast
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,16 @@ def test_only_the_runtimes_import_by_a_name_made_at_run_time():
 @pytest.mark.parametrize("name", ["request.py", "errors.py", "report.py", "files.py", "runs.py", "charts.py"])
 def test_light_files_import_no_torch(name):
     assert "torch" not in imported(ROOT / "compress" / name)
+
+
+def test_one_file_loads_checkpoints_and_nothing_else_of_the_program_may():
+    """The lint rule (banned-api in pyproject.toml) is off in one file, which calls the loader once."""
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["ruff"]["lint"]
+    assert {"torch.load", "torch.jit.load", "pickle"} <= set(settings["flake8-tidy-imports"]["banned-api"])
+    assert "TID251" in settings["select"]
+    ignored = {path for path, rules in settings["per-file-ignores"].items() if "TID251" in rules}
+    assert {path for path in ignored if not path.startswith("tests/")} == {"compress/unpacking.py"}
+    assert (ROOT / "compress/unpacking.py").read_text(encoding="utf-8").count("torch.load(") == 1
 
 
 def test_checkpoints_are_only_ever_loaded_as_weights():
