@@ -51,7 +51,6 @@ def alter_report(folder: Path, *, accuracy: float, p50_ms: float, sparsity: floa
     facts["request"] |= {"sparsity": sparsity}
     report.write_text(json.dumps(facts))
     listed = signing.opened(MANIFEST, manifest)
-    listed.pop(signing.SIGNATURE, None)
     listed["files"]["report.json"]["sha256"] = sha256(report)
     manifest.write_text(signing.sealed(MANIFEST, listed))
 
