@@ -229,6 +229,7 @@ def test_an_open_page_goes_on_after_the_server_was_killed(browser: Browser, serv
         choose_model(page, "resnet34")
         job_id = compress(page)
         expect(page.locator(".now")).to_contain_text("Training the smaller model", timeout=15_000)
+        page.evaluate("window.before = true")
         server.kill()
         try:
             assert queue.status(job_id).state == "running", "the run has to outlive the server"
@@ -237,6 +238,7 @@ def test_an_open_page_goes_on_after_the_server_was_killed(browser: Browser, serv
             )  # Gradio says that the server does not answer
         finally:
             server.start()
+        page.wait_for_function("!window.before", timeout=20_000)  # Gradio loads the page anew when the server is back
         page.get_by_role("button", name="Cancel the run").click()
         expect(page.locator(".badge")).to_have_text("Cancelled", timeout=20_000)
 
