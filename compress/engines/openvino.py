@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import deque
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -85,7 +86,11 @@ class _OpenVinoSession(Session):
 
 
 class _ThroughputSession(_OpenVinoSession):
-    """Every image is a request of its own, and as many run side by side as OpenVINO finds best for the threads."""
+    """Every image is a request of its own, and as many run side by side as OpenVINO finds best for the threads.
+
+    Answers are waited for in turn. OpenVINO's own queue calls back into Python from its threads, and once closed a model
+    while such a call was still returning: each of the two waited for the other for ever.
+    """
 
     def __init__(self, path: Path, spec: BuildSpec) -> None:
         super().__init__(path, spec)
@@ -95,18 +100,25 @@ class _ThroughputSession(_OpenVinoSession):
         return 1
 
     def _make_request(self) -> Any:
-        return _import_openvino().AsyncInferQueue(self._compiled)
+        count = self._compiled.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS")
+        return [self._compiled.create_infer_request() for _ in range(count)]
 
     def run(self, images: np.ndarray) -> np.ndarray:
         images = check_images(images, self._spec, None)
-        answers: dict[int, np.ndarray] = {}
-        self._request.set_callback(
-            lambda request, index: answers.__setitem__(index, request.get_output_tensor(0).data.copy())
-        )
+        answers: list[np.ndarray] = []
+        working: deque[Any] = deque()
         for index in range(len(images)):
-            self._request.start_async({0: images[index : index + 1]}, userdata=index, share_inputs=True)
-        self._request.wait_all()
-        return np.concatenate([answers[index] for index in range(len(images))])
+            if len(working) == len(self._request):
+                answers.append(_answer(working.popleft()))
+            request = self._request[index % len(self._request)]
+            request.start_async({0: images[index : index + 1]}, share_inputs=True)
+            working.append(request)
+        return np.concatenate([*answers, *map(_answer, working)])
+
+
+def _answer(request: Any) -> np.ndarray:
+    request.wait()
+    return request.get_output_tensor(0).data.copy()
 
 
 def _import_openvino() -> ModuleType:
