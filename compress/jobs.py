@@ -41,11 +41,11 @@ log = logging.getLogger("compress.jobs")
 DATA_DIR = Path("app-data")
 """Folder of the queue where ESPALIER_DATA does not name one."""
 GRACE_S = 3.0
+"""From SIGTERM to SIGKILL; with the second that the kernel needs, the device is free again within 5 s."""
 OVERDUE = (
     "The run was ended because it worked for more than the {:g} minutes that this server allows. Resume it, which repeats no "
     "finished stage, or ask for fewer epochs."
 )
-"""From SIGTERM to SIGKILL; with the second that the kernel needs, the device is free again within 5 s."""
 TICK_S = 0.2
 MIN_FREE_BYTES = 1 << 30
 MAX_TITLE = 120
