@@ -14,7 +14,7 @@ from compress.engines import RUNTIMES, BuildSpec, Kernel
 from compress.errors import HandoffError
 from compress.onnx_export import export_flavours
 from compress.report import Worth
-from compress.ui import views
+from compress.ui import views_results
 from compress.worth import Raced, judge, to_exclude
 
 INTEGERS = tuple(Kernel(name, "conv", "int8") for name in ("stem", "conv1", "fc"))
@@ -97,12 +97,12 @@ def test_wrong_answers_are_never_worth_their_speed():
 def test_every_face_of_the_report_shows_the_findings_escaped():
     report = example_report()
     sentences = [report.loss.text, report.worth[0].text, report.cross_checks[0].text]
-    for page in (card.html_report(report), views.findings(report)):
+    for page in (card.html_report(report), views_results.findings(report)):
         assert all(text in html.unescape(page) for text in sentences)
         assert "<on two runtimes>" not in page and "&lt;on two runtimes&gt;" in page
     assert all(text in card.model_card(report) for text in sentences)
     agreed = report.model_copy(update={"cross_checks": (report.cross_checks[0].model_copy(update={"agrees": True}),)})
-    assert "two runtimes" not in views.findings(agreed) and "two runtimes" in card.html_report(agreed)
+    assert "two runtimes" not in views_results.findings(agreed) and "two runtimes" in card.html_report(agreed)
 
 
 def test_the_exclusion_is_raced_against_the_file_as_it_is(tmp_path):
