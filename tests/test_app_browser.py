@@ -9,12 +9,11 @@ from pathlib import Path
 
 import pytest
 from app_server import AppServer
-from playwright.sync_api import Browser, BrowserContext, ConsoleMessage, Page, expect
+from playwright.sync_api import Browser, BrowserContext, Page, expect
 
 from compress.jobs import Queue
 
 pytestmark = pytest.mark.browser
-LEFT = ("Failed to fetch", "network error", "ERR_ABORTED")
 
 
 @pytest.fixture(scope="module")
@@ -46,18 +45,13 @@ def page(browser: Browser, server: AppServer) -> Iterator[Page]:
 def watched(context: BrowserContext, url: str) -> Page:
     page = context.new_page()
     page.trouble = []
-    page.on("console", lambda message: page.trouble.append(message.text) if _is_trouble(message) else None)
+    page.on("console", lambda message: page.trouble.append(message.text) if message.type == "error" else None)
     page.on("pageerror", lambda error: page.trouble.append(str(error)))
     page.on(
         "request",
         lambda request: None if request.url.startswith((url, "data:", "blob:")) else page.trouble.append(request.url),
     )
     return page
-
-
-def _is_trouble(message: ConsoleMessage) -> bool:
-    """An error, but for requests that ended because the page was left."""
-    return message.type == "error" and not any(words in message.text for words in LEFT)
 
 
 def open_start(page: Page, url: str) -> None:
