@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -50,11 +51,15 @@ def test_a_manifest_that_is_written_first_is_caught(tmp_path: Path) -> None:
     assert "not reported as interrupted, but done: None" in wrong, wrong
 
 
-def test_zombies_that_nobody_reaps_are_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(processes, "reap", lambda group: None)
+def test_zombies_and_handles_that_are_left_are_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    leaked: list[int] = []
+    monkeypatch.setattr(processes, "reap", lambda group: leaked.append(os.open(os.devnull, os.O_RDONLY)))
     monkeypatch.setattr(kills, "PATIENCE_S", 3.0)
     monkeypatch.setattr("torture.runs_in_a_row.PART", 12)
-    assert any("zombies" in line for line in RUNS.run(tmp_path, False).failures)
+    failures = RUNS.run(tmp_path, False).failures
+    for handle in leaked:
+        os.close(handle)
+    assert any("zombies" in line for line in failures) and any("handles" in line for line in failures), failures
 
 
 def test_a_fault_is_put_into_the_call_that_is_meant(tmp_path: Path) -> None:

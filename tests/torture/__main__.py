@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import tempfile
 import time
@@ -25,9 +26,15 @@ def main() -> int:
     unknown = set(arguments.rows) - {row.name for row in ROWS}
     if unknown:
         parser.error(f"there is no row {min(unknown)}")
-    chosen = [row for row in ROWS if not arguments.rows or row.name in arguments.rows]
+    with tempfile.TemporaryDirectory(prefix="espalier-torture-") as folder:
+        os.environ["ESPALIER_SIGNING_KEY"] = str(Path(folder) / "signing.key")  # of its own, as in the tests
+        return _carry_out_all(arguments.rows, full=not arguments.part)
+
+
+def _carry_out_all(names: list[str], *, full: bool) -> int:
+    chosen = [row for row in ROWS if not names or row.name in names]
     print("| test | must reach | reached | holds | seconds |\n|---|---|---|---|---:|")
-    return 1 if [row for row in chosen if not carry_out(row, full=not arguments.part)] else 0
+    return 1 if [row for row in chosen if not carry_out(row, full=full)] else 0
 
 
 def carry_out(row: Row, *, full: bool) -> bool:
