@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -324,13 +324,20 @@ def _in_threads(function: Callable[[int], R], items: Sequence[int]) -> list[R]:
 # ---- batches ------------------------------------------------------------------------------------------------------
 
 
-def batches(
+def batches(split: Split, batch_size: int, **how: Any) -> Iterator[tuple[Tensor, Tensor]]:
+    """`numbered_batches` without the numbers."""
+    return (batch[:2] for batch in numbered_batches(split, batch_size, **how))
+
+
+def numbered_batches(
     split: Split, batch_size: int, *, shuffle: bool, seed: int, augment: bool = False, preprocessing: Preprocessing
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """(images float32 [n, 3, size, size] normalised, labels int64 [n]); the last batch may be smaller.
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """(images float32 [n, 3, size, size] normalised, labels int64 [n], numbers in the split int64 [n]).
 
     Args:
         augment: random shifts of up to 1/16 of the image, edges repeated, and horizontal flips.
+
+    The last batch may be smaller.
     """
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(split), generator=generator) if shuffle else torch.arange(len(split))
@@ -338,7 +345,7 @@ def batches(
         pixels = split.take(chosen, preprocessing)
         if augment:
             pixels = shift_and_flip(pixels, generator)
-        yield normalise(pixels, preprocessing), split.labels[chosen]
+        yield normalise(pixels, preprocessing), split.labels[chosen], chosen
 
 
 def normalise(pixels: Tensor, preprocessing: Preprocessing) -> Tensor:

@@ -128,7 +128,7 @@ def pruning_training(
         raise TrainingError(training.TOO_FEW_IMAGES)
     recipe = recipe_of(request, source, request.pruning_epochs, request.pruning_learning_rate)
     return pruning.Training(
-        batches=lambda epoch: islice(images.batches(epoch), images.per_epoch),
+        batches=lambda epoch: (batch[:2] for batch in islice(images.batches(epoch), images.per_epoch)),
         loss=training.loss_function(recipe, teacher if recipe.distillation_weight > 0 else None),
         steps=max(request.pruning_steps, round(recipe.epochs * images.per_epoch)),
         learning_rate=recipe.learning_rate,
@@ -165,8 +165,9 @@ def training_images(request: Request, source: Source) -> TrainingImages:
     train = source.dataset.train
     held_out, trained = data.split_held_out(train, min(HELD_OUT, len(train) // 20), request.seed)
 
-    def batches(epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        return data.batches(
+    def batches(epoch: int) -> Iterator[training.Batch]:
+        pick = data.batches if request.augment else data.numbered_batches
+        return pick(
             trained,
             request.train_batch_size,
             shuffle=True,

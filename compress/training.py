@@ -4,8 +4,9 @@ AdamW, or SGD with Nesterov momentum, under one cosine cycle. With a teacher, th
 
     (1 - w) * cross-entropy(labels) + w * T^2 * KL(teacher / T || student / T)          (Hinton et al. 2015)
 
-Teacher and student see the same augmented image, so the student matches the teacher's function rather than a fixed
-table of answers (Beyer et al. 2022, "A good teacher is patient and consistent").
+With augmentation teacher and student see the same augmented image, so the student matches the teacher's function rather
+than a fixed table of answers (Beyer et al. 2022, "A good teacher is patient and consistent"). Without it that table is
+all there is to match, and each answer is asked for once.
 """
 
 from __future__ import annotations
@@ -23,11 +24,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from compress.distillation import Teacher, logits_of
 from compress.errors import TrainingError
 
-Batch = tuple[Tensor, Tensor]
+Batch = tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]
 Batches = Callable[[int], Iterable[Batch]]
-"""Epoch number -> batches of (images float32 [N, 3, H, W] normalised, labels int64 [N]; -1 where unknown)."""
+"""Epoch number -> batches of (images float32 [N, 3, H, W] normalised, labels int64 [N]; -1 where unknown), and where
+images are not augmented, their numbers int64 [N]: the same number always comes with the same pixels."""
 Progress = Callable[[float, str], None]
 
 WARM_UP = 0.15
@@ -99,8 +102,7 @@ def fit(
         raise TrainingError(TOO_FEW_IMAGES)
     place = device()
     model.to(place)
-    if teacher is not None:
-        teacher = copy.deepcopy(teacher).eval().requires_grad_(False).to(place)
+    asked = Teacher(teacher, place) if teacher is not None else None
     optimizer = _optimizer(model, recipe)
     layout = fastest_format(model, next(iter(batches(0)))[0].to(place))
     model.to(memory_format=layout.memory_format)
@@ -108,9 +110,9 @@ def fit(
     total = max(1, round(recipe.epochs * steps_per_epoch))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: one_cycle(step / total))
 
-    def step(images: Tensor, labels: Tensor) -> Tensor:
+    def step(images: Tensor, labels: Tensor, numbers: Tensor | None = None) -> Tensor:
         images = images.to(place).contiguous(memory_format=layout.memory_format)
-        loss = _loss(model, teacher, images, labels.to(place), recipe, layout)
+        loss = _loss(model, asked, images, labels.to(place), recipe, layout, numbers)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
@@ -119,7 +121,7 @@ def fit(
         return loss.detach()
 
     records = []
-    with single_pixels_multiplied(model), single_pixels_multiplied(teacher):
+    with single_pixels_multiplied(model), single_pixels_multiplied(asked and asked.model):
         for epoch in range(math.ceil(total / steps_per_epoch)):
             start, before = time.perf_counter(), epoch * steps_per_epoch
             _train_mode(model)
@@ -158,13 +160,12 @@ def loss_function(recipe: Recipe, teacher: nn.Module | None) -> Callable[[nn.Mod
 
     For training loops other than `fit`, which bring model, images and labels to `device()` themselves.
     """
-    if teacher is not None:
-        teacher = copy.deepcopy(teacher).eval().requires_grad_(False).to(device())
+    asked = Teacher(teacher, device()) if teacher is not None else None
     layout = Format(channels_last=False, autocast=None)
 
     def loss(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
-        with single_pixels_multiplied(teacher):
-            return _loss(model, teacher, images, labels, recipe, layout)
+        with single_pixels_multiplied(asked and asked.model):
+            return _loss(model, asked, images, labels, recipe, layout)
 
     return loss
 
@@ -184,14 +185,14 @@ def _clear(zeros: list[tuple[nn.Parameter, Tensor]]) -> None:
 def _epoch(
     epoch: int,
     batches: Iterable[Batch],
-    step: Callable[[Tensor, Tensor], Tensor],
+    step: Callable[..., Tensor],
     recipe: Recipe,
     progress: Callable[[int, str], None],
 ) -> float:
     """Trains on `batches` and returns the mean loss."""
     loss_sum, seen = 0.0, 0
-    for images, labels in batches:
-        loss_sum += _finite(step(images, labels), epoch, seen, recipe)
+    for batch in batches:
+        loss_sum += _finite(step(*batch), epoch, seen, recipe)
         seen += 1
         if seen % 10 == 0:
             progress(seen, f"epoch {epoch + 1} of {recipe.epochs:g}, loss {loss_sum / seen:.3f}")
@@ -260,7 +261,7 @@ def fastest_format(model: nn.Module, images: Tensor) -> Format:
                 batch = images.contiguous(memory_format=layout.memory_format)
                 with _autocast(layout, images.device):
                     answer = trial(batch)
-                _logits(answer).float().square().mean().backward()
+                logits_of(answer).float().square().mean().backward()
                 if images.is_cuda:
                     torch.cuda.synchronize()
                 if round_number > 0:  # the first step also pays for kernel selection
@@ -269,15 +270,18 @@ def fastest_format(model: nn.Module, images: Tensor) -> Format:
 
 
 def _loss(
-    model: nn.Module, teacher: nn.Module | None, images: Tensor, labels: Tensor, recipe: Recipe, layout: Format
+    model: nn.Module,
+    teacher: Teacher | None,
+    images: Tensor,
+    labels: Tensor,
+    recipe: Recipe,
+    layout: Format,
+    numbers: Tensor | None = None,
 ) -> Tensor:
     with _autocast(layout, images.device):
         answer = model(images)
-        target = None
-        if teacher is not None:
-            with torch.no_grad():
-                target = _logits(teacher(images)).float()
-    logits = _logits(answer).float()
+        target = teacher(images, numbers) if teacher is not None else None
+    logits = logits_of(answer).float()
     weight = recipe.distillation_weight if target is not None else 0.0
     loss = torch.zeros((), device=logits.device)
     if weight < 1:
@@ -289,11 +293,6 @@ def _loss(
         )
         loss = loss + weight * t * t * divergence
     return loss
-
-
-def _logits(answer: Any) -> Tensor:
-    """Architectures with auxiliary heads answer with a named tuple while they train."""
-    return answer.logits if hasattr(answer, "logits") else answer
 
 
 def _finite(loss: Tensor, epoch: int, step: int, recipe: Recipe) -> float:
