@@ -186,13 +186,14 @@ def connected(where: Cluster) -> Iterator[Connection]:
             ray.init(address=where.address, logging_level="error", log_to_driver=False, namespace="espalier")
     except ray.exceptions.AuthenticationError as error:
         raise RunError(
-            f"The cluster {where.address} does not accept the token. Give its token in RAY_AUTH_TOKEN, or the file that "
-            "holds it in RAY_AUTH_TOKEN_PATH."
+            f"There is no token for the cluster {where.address}. Give its token in RAY_AUTH_TOKEN, or the file that holds it "
+            "in RAY_AUTH_TOKEN_PATH."
         ) from error
     except (ray.exceptions.RayError, ConnectionError, RuntimeError, ValueError, OSError) as error:
         raise RunError(
-            f"The cluster {where.address} cannot be reached from here ({_first_line(error)}). This machine has to be one of its "
-            "nodes: `ray start --address=HOST:PORT --num-cpus=0` makes it one on which no run works."
+            f"The cluster {where.address} cannot be joined from here ({_first_line(error)}). Either its token is another one "
+            "(RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH), or this machine is none of its nodes: `ray start --address=HOST:PORT "
+            "--num-cpus=0` makes it one on which no run works."
         ) from error
     finally:
         if threading.current_thread() is threading.main_thread():
