@@ -22,7 +22,7 @@ import typer
 from compress import text
 from compress.errors import CompressError, RequestError
 from compress.request import Request
-from compress.shell_groups import FAILED, Json, engine_cli, jobs_cli
+from compress.shell_groups import FAILED, ClusterAddress, ClusterCpus, ClusterGpus, Json, engine_cli, jobs_cli
 
 cli = typer.Typer(
     no_args_is_help=True,
@@ -87,14 +87,25 @@ def run(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the run in --out at its first unfinished stage.")
     ] = False,
+    cluster: ClusterAddress = None,
+    cluster_cpus: ClusterCpus = 1,
+    cluster_gpus: ClusterGpus = 0.0,
     as_json: Json = False,
 ) -> None:
     """Compress a model: prune, shrink, fine-tune, quantize, export, build engines, measure, report."""
     asked = _request(values, request)
     folder = out or Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{asked.model}"
-    from compress import pipeline
+    if cluster is None:
+        from compress import pipeline
 
-    report = pipeline.run(asked, out=folder, resume=resume, notify=_show_progress)
+        report = pipeline.run(asked, out=folder, resume=resume, notify=_show_progress)
+    else:
+        from compress.cluster import Cluster, run_on
+        from compress.report import Report
+
+        where = Cluster(cluster, cluster_cpus, cluster_gpus)
+        run_on(where, asked, out=folder, resume=resume, notify=_show_progress)
+        report = Report.from_file(folder / "report.json")
     if as_json:
         typer.echo(report.to_json(), nl=False)
         return

@@ -3,36 +3,33 @@
     <data>/queue.sqlite        the record: every run, its state, its process
     <data>/runs/<id>/          a run's folder (see compress.runs), with uploads/ and request.json put there at submit
     <data>/consoles/<id>.txt   what the run's process printed in its last attempt
-    <data>/deleted/            runs on their way out; emptied
+    <data>/deleted/            runs on their way out; emptied (beside runs/, where that is a link)
     <data>/kept/<id>           marks a run that is never removed to make room
 
 Any number of processes may open the same queue (the web app, `python -m compress jobs`); the one that called `start`
-first also carries the runs out. Children are not tied to it: when it dies they go on, and the next one watches them.
+first also carries the runs out (`compress.jobs_carrier`). Children are not tied to it: when it dies they go on, and the
+next one watches them.
 """
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import os
 import re
 import shutil
-import sys
-import threading
-import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from subprocess import Popen
 from typing import Any
 
-from compress import jobs_files, processes, retention, signing
-from compress.errors import CompressError, RequestError, RunError, StorageError
+from compress import jobs_files, retention
+from compress.errors import RequestError, RunError, StorageError
 from compress.files import sha256, storage_error, write_text
+from compress.jobs_carrier import Carrier
+from compress.jobs_executor import Command, Executor, compress_command
 from compress.jobs_readonly import ReadOnly
-from compress.jobs_record import ACTIVE, FINAL, QUEUED, DamagedRecord, Record, Row
-from compress.jobs_watch import STALL_S, Watch
+from compress.jobs_record import FINAL, DamagedRecord, Record, Row
+from compress.jobs_watch import STALL_S
 from compress.request import Request
 from compress.runs import STAGES, manifest
 
@@ -40,17 +37,8 @@ log = logging.getLogger("compress.jobs")
 
 DATA_DIR = Path("app-data")
 """Folder of the queue where ESPALIER_DATA does not name one."""
-GRACE_S = 3.0
-"""From SIGTERM to SIGKILL; with the second that the kernel needs, the device is free again within 5 s."""
-OVERDUE = (
-    "The run was ended because it worked for more than the {:g} minutes that this server allows. Resume it, which repeats no "
-    "finished stage, or ask for fewer epochs."
-)
-TICK_S = 0.2
 MIN_FREE_BYTES = 1 << 30
 MAX_TITLE = 120
-Command = Callable[[Path, bool], Sequence[str]]
-"""(run folder, whether it is resumed) -> the words that start the child."""
 
 
 @dataclass(frozen=True)
@@ -83,26 +71,12 @@ class Status:
         return asdict(self)
 
 
-def compress_command(folder: Path, resume: bool) -> list[str]:
-    # -P: the run's folder, which is the working directory, must not be searched for modules
-    words = [
-        sys.executable,
-        "-P",
-        "-m",
-        "compress",
-        "run",
-        "--request",
-        str(folder / "request.json"),
-        "--out",
-        str(folder),
-    ]
-    return [*words, "--resume"] if resume else words
-
-
 class Queue:
     """Submit, watch, cancel and resume runs; see the module's text for who carries them out.
 
     Args:
+        command: how the child of a run is started.
+        passes: names of variables that the child gets from the environment of this process, see `Executor`.
         at_once: runs that work at the same time.
         max_queued: runs that may wait.
         max_per_owner: runs of one owner that may wait or work; None is any number.
@@ -120,6 +94,7 @@ class Queue:
         data_dir: str | Path,
         *,
         command: Command = compress_command,
+        passes: Sequence[str] = (),
         at_once: int = 1,
         max_queued: int = 20,
         max_per_owner: int | None = None,
@@ -129,22 +104,23 @@ class Queue:
         read_only_when_damaged: bool = False,
     ) -> None:
         self.data_dir = Path(data_dir).expanduser().resolve()
-        self._runs, self._consoles = self.data_dir / "runs", self.data_dir / "consoles"
-        self._deleted, self._kept = self.data_dir / "deleted", self.data_dir / "kept"
-        try:
-            for folder in (self._runs, self._consoles, self._deleted, self._kept):
-                folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise storage_error(folder, error) from error
-        self.trouble: str | None = None
-        """Why runs cannot be carried out at the moment; None when all is well."""
+        self._folders = jobs_files.Folders(self.data_dir)
         self._record = self._opened(read_only_when_damaged)
-        self._command, self._at_once, self._max_queued = command, at_once, max_queued
-        self._max_per_owner, self._max_seconds = max_per_owner, max_seconds
-        self._children: dict[str, Popen[bytes]] = {}
-        self._watch, self._sweeper, self._over_quota = Watch(stall_s), retention.Sweeper(keeping), False
-        self._stopping = threading.Event()
-        self._thread: threading.Thread | None = None
+        self._max_queued, self._max_per_owner = max_queued, max_per_owner
+        self._carrier = Carrier(
+            self._folders,
+            self._record,
+            Executor(command, passes),
+            at_once=at_once,
+            max_seconds=max_seconds,
+            stall_s=stall_s,
+            keeping=keeping,
+        )
+
+    @property
+    def trouble(self) -> str | None:
+        """Why runs cannot be carried out at the moment; None when all is well."""
+        return self._carrier.trouble
 
     def _opened(self, read_only_when_damaged: bool) -> Record | ReadOnly:
         try:
@@ -152,9 +128,9 @@ class Queue:
         except DamagedRecord as error:
             if not read_only_when_damaged:
                 raise
-            self.trouble = f"{error} Until then finished runs can be looked at, and nothing can be started."
-            log.error("%s", self.trouble)
-            return ReadOnly(self._runs, self.trouble, title_of)
+            reason = f"{error} Until then finished runs can be looked at, and nothing can be started."
+            log.error("%s", reason)
+            return ReadOnly(self._folders.runs, reason, title_of)
 
     # ---- what everybody may call --------------------------------------------------------------------------------
 
@@ -172,7 +148,7 @@ class Queue:
         """
         self._refuse_when_full()
         job_id = uuid.uuid4().hex
-        folder = self._runs / job_id
+        folder = self._folders.run(job_id)
         try:
             taken = jobs_files.take(files or {}, folder / "uploads")
             request = request.model_copy(update=taken)
@@ -213,21 +189,15 @@ class Queue:
             StorageError: its folder cannot be moved.
         """
         row = self._row(job_id)
-        folder = self._runs / row.job_id
-
-        def put_away() -> None:
-            if folder.exists():
-                folder.rename(self._deleted / row.job_id)
-
         try:
-            gone = self._record.delete(row.job_id, put_away)
+            gone = self._record.delete(row.job_id, lambda: self._folders.put_away(row.job_id))
         except OSError as error:
-            raise storage_error(folder, error) from error
+            raise storage_error(self._folders.run(row.job_id), error) from error
         if not gone:
             raise RunError(f"This run is {row.state}: only a run that is over can be deleted. Cancel it first.")
-        self._console(job_id).unlink(missing_ok=True)
-        (self._kept / job_id).unlink(missing_ok=True)
-        self._empty_deleted()
+        self._folders.console(job_id).unlink(missing_ok=True)
+        self._folders.kept(job_id).unlink(missing_ok=True)
+        self._folders.empty_deleted()
 
     def keep(self, job_id: str, kept: bool = True) -> None:
         """Keeps a run, because its link was shared, from being removed to make room; or no longer.
@@ -236,7 +206,7 @@ class Queue:
             RunError: there is no such run.
             StorageError: the mark cannot be written.
         """
-        mark = self._kept / self._row(job_id).job_id
+        mark = self._folders.kept(self._row(job_id).job_id)
 
         def put() -> None:
             mark.touch() if kept else mark.unlink(missing_ok=True)
@@ -258,13 +228,11 @@ class Queue:
         if row.state in FINAL:
             raise RunError(f"This run is {row.state} already, so there is nothing to cancel.")
         row = self._record.ask_to_cancel(job_id)
-        if row.state == "cancelling" and row.child is not None:
-            if not processes.stop(row.child, GRACE_S):
-                raise RunError(
-                    "The run's process does not end, even when killed: it waits for the device or the disk. "
-                    "Try again in a minute."
-                )
-            self._settle(row)
+        if row.state == "cancelling" and row.child is not None and not self._carrier.end(row):
+            raise RunError(
+                "The run's process does not end, even when killed: it waits for the device or the disk. "
+                "Try again in a minute."
+            )
         return self.status(job_id)
 
     def resume(self, job_id: str) -> Status:
@@ -291,14 +259,14 @@ class Queue:
 
     def folder(self, job_id: str) -> Path:
         """The run's folder. Raises `RunError` when there is no such run."""
-        return self._runs / self._row(job_id).job_id
+        return self._folders.run(self._row(job_id).job_id)
 
     def log_tail(self, job_id: str, max_bytes: int = 16_384) -> str:
         """The end of the run's log; for one that failed, of what its process printed as well."""
         row = self._row(job_id)
-        text = jobs_files.tail(self._runs / job_id / "log.txt", max_bytes)
+        text = jobs_files.tail(self._folders.run(job_id) / "log.txt", max_bytes)
         if row.state == "failed":
-            text += jobs_files.tail(self._console(job_id), max_bytes)
+            text += jobs_files.tail(self._folders.console(job_id), max_bytes)
         return text
 
     def artifacts(self, job_id: str) -> dict[str, dict[str, Any]]:
@@ -312,7 +280,7 @@ class Queue:
         if row.state != "done":
             raise RunError(f"This run is {row.state}: files can be downloaded when a run is done.")
         try:
-            return manifest(self._runs / job_id)
+            return manifest(self._folders.run(job_id))
         except StorageError as error:
             log.error("files are not given out: %s", error)
             raise StorageError(
@@ -330,7 +298,7 @@ class Queue:
         listed = self.artifacts(job_id)
         if name not in listed:
             raise RunError(f"This run has no file {name!r}; it has {', '.join(sorted(listed))}.")
-        folder = self._runs / job_id
+        folder = self._folders.run(job_id)
         path = (folder / name).resolve()
         if not path.is_relative_to(folder) or not path.is_file() or sha256(path) != listed[name].get("sha256"):
             raise StorageError(
@@ -347,19 +315,12 @@ class Queue:
         Raises:
             StorageError: the key that results are signed with cannot be read or made.
         """
-        if self._thread is None and isinstance(self._record, Record):
-            signing.prepare()
-            self._stopping.clear()
-            self._thread = threading.Thread(target=self._tend, name="compress-queue", daemon=True)
-            self._thread.start()
+        self._carrier.start()
         return self
 
     def close(self) -> None:
         """Stops carrying out runs. Children go on; the next process that calls `start` watches them."""
-        self._stopping.set()
-        if self._thread is not None:
-            self._thread.join(timeout=10)
-            self._thread = None
+        self._carrier.close()
 
     def __enter__(self) -> Queue:
         return self.start()
@@ -367,135 +328,11 @@ class Queue:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _tend(self) -> None:
-        with self._record.leadership() as leads:
-            checked = False
-            while not self._stopping.wait(TICK_S):
-                try:
-                    if not leads():
-                        continue
-                    if not checked:
-                        self._end_unrecorded_children()
-                        self._empty_deleted()
-                        checked = True
-                    self._tick()
-                    self.trouble = None
-                except (CompressError, OSError) as error:  # told by /healthz; the next tick tries again
-                    if str(error) != self.trouble:
-                        log.error("runs cannot be carried out: %s", error)
-                    self.trouble = str(error)
-
-    def _tick(self) -> None:
-        self._part_with_cancelled()
-        if self._sweeper.is_due():
-            self.make_room()
-        for row in self._record.in_states(*ACTIVE):
-            assert row.child is not None, "a run is recorded as working together with its child"
-            if not processes.alive(row.child):
-                if processes.stop(row.child, grace_s=0.0):  # what the child left behind
-                    self._settle(row)
-            elif row.state == "cancelling" and not 0 <= time.time() - (row.cancel_asked or 0.0) <= GRACE_S:
-                processes.stop(row.child, grace_s=0.0)  # whoever asked is gone; also when the clock was put back
-            elif self._watch.idle(row.job_id, row.child, self._events_size(row.job_id)) and processes.stop(
-                row.child, GRACE_S
-            ):
-                self._settle(row, why=self._watch.sentence)
-            elif self._is_overdue(row) and processes.stop(row.child, GRACE_S):
-                self._settle(row, why=OVERDUE.format((self._max_seconds or 0) / 60))
-        while len(self._record.in_states(*ACTIVE)) < self._at_once:
-            if not self._record.start_next(self._start_child, self._events_size):
-                return
-
-    def _start_child(self, row: Row) -> processes.Child | str:
-        """The started child, or the sentence why it could not be started."""
-        folder = self._runs / row.job_id
-        env = processes.environment(os.environ) | {
-            "PYTHONPATH": str(Path(__file__).resolve().parents[1]),
-            "PYTHONUNBUFFERED": "1",
-        }
-        try:
-            process = processes.start(
-                self._command(folder, row.attempt > 1 or jobs_files.has_begun(folder)),
-                folder=folder,
-                console=self._console(row.job_id),
-                env=env,
-            )
-        except OSError as error:
-            why = error.strerror or error
-            return f"The run's process could not be started ({why}). Check the installation, then resume the run."
-        self._children[row.job_id] = process
-        child = processes.identify(process.pid)
-        assert child is not None, "a child that was not waited for is at least a zombie"
-        return child
-
-    def _events_size(self, job_id: str) -> int:
-        events = self._runs / job_id / "events.jsonl"
-        return events.stat().st_size if events.exists() else 0
-
-    def _is_overdue(self, row: Row) -> bool:
-        assert row.child is not None
-        limit = self._max_seconds
-        return limit is not None and row.state == "running" and processes.age_s(row.child) > limit
-
-    def _settle(self, row: Row, why: str | None = None) -> None:
-        """Writes down how a run ended whose process is gone; `why` when it was ended from here."""
-        process = self._children.pop(row.job_id, None)
-        folder = self._runs / row.job_id
-        returncode = process.wait(timeout=5) if process else None
-        state, error = jobs_files.outcome(folder, row, returncode, jobs_files.tail(self._console(row.job_id), 4096))
-        if row.child is not None:
-            processes.reap(row.child.pid)
-        self._watch.forget(row.job_id)
-        if why and state != "done":
-            state, error = "failed", why
-        self._record.settle(row, state, error)
-
     def make_room(self) -> None:
         """Removes the runs that have expired; see `compress.retention`."""
-        rows = self._record.newest(1_000_000)
-        found = self._sweeper.look(
-            rows,
-            lambda job_id: retention.folder_bytes(self._runs / job_id),
-            lambda job_id: (self._kept / job_id).exists(),
-        )
-        for job_id in found.expired:
-            with contextlib.suppress(_Kept):
-                if self._record.delete(job_id, lambda job_id=job_id: self._put_away_unless_kept(job_id)):
-                    log.info("run %s has expired and was removed", job_id[:8])
-                    self._console(job_id).unlink(missing_ok=True)
-        self._empty_deleted()
-        self._over_quota = found.over
-
-    def _put_away_unless_kept(self, job_id: str) -> None:
-        if (self._kept / job_id).exists():
-            raise _Kept
-        if (self._runs / job_id).exists():
-            (self._runs / job_id).rename(self._deleted / job_id)
-
-    def _part_with_cancelled(self) -> None:
-        """Takes leave of children whose run another process cancelled, `compress jobs cancel` for example."""
-        working = {row.job_id for row in self._record.in_states(*ACTIVE)}
-        for job_id, process in list(self._children.items()):
-            if job_id not in working and process.poll() is not None:
-                self._children.pop(job_id, None)
-                self._watch.forget(job_id)
-                processes.reap(process.pid)
-
-    def _end_unrecorded_children(self) -> None:
-        """Ends children that a server started and could not write down, because it was killed in that moment."""
-        for row in self._record.in_states(QUEUED):
-            for pid in processes.find(str(self._runs / row.job_id / "request.json")):
-                if (child := processes.identify(pid)) is not None:
-                    processes.stop(child, GRACE_S)
+        self._carrier.make_room()
 
     # ---- helpers ------------------------------------------------------------------------------------------------
-
-    def _empty_deleted(self) -> None:
-        for folder in self._deleted.iterdir():
-            shutil.rmtree(folder, ignore_errors=True)  # what stays is tried again at the next start
-
-    def _console(self, job_id: str) -> Path:
-        return self._consoles / f"{job_id}.txt"
 
     def _row(self, job_id: str) -> Row:
         row = self._record.get(job_id) if re.fullmatch(r"[0-9a-f]{32}", job_id) else None
@@ -507,7 +344,7 @@ class Queue:
 
     def _refuse_when_full(self) -> None:
         self._record.refuse_when_full(self._max_queued)
-        if self._over_quota:
+        if self._carrier.over_quota:
             raise StorageError(
                 "The runs that are kept or at work take all the room that this server gives to runs. Try again later, or "
                 "ask its administrator to remove some."
@@ -521,7 +358,7 @@ class Queue:
 
     def _status(self, row: Row) -> Status:
         event = (
-            jobs_files.last_event(self._runs / row.job_id / "events.jsonl", row.events_offset, "stage")
+            jobs_files.last_event(self._folders.run(row.job_id) / "events.jsonl", row.events_offset, "stage")
             if row.attempt
             else {}
         )
@@ -546,10 +383,6 @@ class Queue:
             started=row.started,
             finished=row.finished,
         )
-
-
-class _Kept(Exception):
-    """The run is kept since a moment ago."""
 
 
 def title_of(request: Request) -> str:

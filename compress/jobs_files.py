@@ -1,4 +1,4 @@
-"""What the queue reads from and puts into a run's folder: progress, how it ended, uploads."""
+"""The folders of a queue, and what it reads from and puts into a run's folder: progress, how it ended, uploads."""
 
 from __future__ import annotations
 
@@ -23,6 +23,50 @@ REFUSAL = "Error: "
 """How the last line begins that `python -m compress` prints when it refuses."""
 
 
+class Folders:
+    """Where a queue keeps what belongs to a run; `compress.jobs` tells what is where.
+
+    `runs` may be a link to a folder that the nodes of a cluster see, while the record stays on a disk of this machine.
+    Raises `StorageError` when they cannot be made.
+    """
+
+    def __init__(self, data_dir: Path) -> None:
+        self.runs = _made(data_dir / "runs").resolve()
+        self.deleted = _made(self.runs.with_name("deleted"))  # a run is moved there, so it lies on the same disk
+        self._consoles, self._kept = _made(data_dir / "consoles"), _made(data_dir / "kept")
+
+    def run(self, job_id: str) -> Path:
+        return self.runs / job_id
+
+    def console(self, job_id: str) -> Path:
+        return self._consoles / f"{job_id}.txt"
+
+    def kept(self, job_id: str) -> Path:
+        """The mark of a run that is never removed to make room."""
+        return self._kept / job_id
+
+    def events_bytes(self, job_id: str) -> int:
+        events = self.run(job_id) / "events.jsonl"
+        return events.stat().st_size if events.exists() else 0
+
+    def put_away(self, job_id: str) -> None:
+        """Takes the run's folder, where there is one, out of the list of runs. Raises OSError."""
+        if self.run(job_id).exists():
+            self.run(job_id).rename(self.deleted / job_id)
+
+    def empty_deleted(self) -> None:
+        for folder in self.deleted.iterdir():
+            shutil.rmtree(folder, ignore_errors=True)  # what stays is tried again at the next start
+
+
+def _made(folder: Path) -> Path:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise storage_error(folder, error) from error
+    return folder
+
+
 def outcome(folder: Path, row: Row, returncode: int | None, console: str) -> tuple[str, str | None]:
     """(final state, the sentence why). The manifest is written last, so its presence alone means `done`."""
     if (folder / MANIFEST).is_file():
@@ -34,15 +78,25 @@ def outcome(folder: Path, row: Row, returncode: int | None, console: str) -> tup
         return "failed", str(last["error"])
     if (refusal := console.strip().rpartition("\n")[2]).startswith(REFUSAL):
         return "failed", refusal.removeprefix(REFUSAL)
+    return "failed", interrupted(returncode, stopped=last.get("state") == "cancelled")
+
+
+def interrupted(returncode: int | None, *, stopped: bool = False) -> str:
+    """The sentence for a run whose process ended without saying why.
+
+    Args:
+        returncode: as `subprocess` reports it, negative for a signal; None where it is not known.
+        stopped: somebody told the process to end.
+    """
     why = "Its process ended without a result"
-    if last.get("state") == "cancelled":
+    if stopped:
         why = "It was stopped from outside the queue"
     elif returncode is not None and returncode < 0:
         cause = ", often because the machine ran out of memory" if returncode == -9 else ""
         why = f"Its process was killed (signal {-returncode}{cause})"
     elif returncode:
         why = f"Its process ended with exit code {returncode}; the log shows more"
-    return "failed", f"The run was interrupted. {why}. Resume it: finished stages are not repeated."
+    return f"The run was interrupted. {why}. Resume it: finished stages are not repeated."
 
 
 def has_begun(folder: Path) -> bool:

@@ -20,28 +20,28 @@ class Watch:
 
     def __init__(self, stall_s: float, clock: Callable[[], float] = time.monotonic) -> None:
         self._stall_s, self._clock = stall_s, clock
-        self._seen: dict[str, tuple[float, float, int, int]] = {}
-        """Run -> when it last did something, when it was looked at, its events in bytes, its ticks of processor time."""
+        self._seen: dict[processes.Child, tuple[float, float, int, int]] = {}
+        """Attempt -> when it last did something, when it was looked at, its events in bytes, its ticks of processor time."""
         minutes = stall_s / 60
         self.sentence = (
             f"The run neither computed nor reported anything for {minutes:g} minutes and was ended. Resume it: finished "
             "stages are not repeated."
         )
 
-    def idle(self, job_id: str, child: processes.Child, events_bytes: int) -> bool:
+    def idle(self, child: processes.Child, events_bytes: int) -> bool:
         """Whether the run has done nothing for so long that it hangs."""
         now = self._clock()
-        if job_id not in self._seen:
-            self._seen[job_id] = (now, now, events_bytes, processes.cpu_ticks(child))
+        if child not in self._seen:
+            self._seen[child] = (now, now, events_bytes, processes.cpu_ticks(child))
             return False
-        active, looked, events_before, ticks_before = self._seen[job_id]
+        active, looked, events_before, ticks_before = self._seen[child]
         if now - looked < self._stall_s / LOOKS:
             return False
         ticks = processes.cpu_ticks(child)
         if events_bytes != events_before or ticks - ticks_before > NOTHING_TICKS or ticks < ticks_before:
             active = now
-        self._seen[job_id] = (active, now, events_bytes, ticks)
+        self._seen[child] = (active, now, events_bytes, ticks)
         return now - active >= self._stall_s
 
-    def forget(self, job_id: str) -> None:
-        self._seen.pop(job_id, None)
+    def forget(self, child: processes.Child) -> None:
+        self._seen.pop(child, None)

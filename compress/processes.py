@@ -66,9 +66,16 @@ def environment(source: Mapping[str, str]) -> dict[str, str]:
     }
 
 
-def start(command: Sequence[str], *, folder: Path, console: Path, env: Mapping[str, str]) -> subprocess.Popen[bytes]:
-    """Starts `command` in a session of its own; what it prints goes to the file `console`. Raises OSError."""
-    with console.open("wb") as output:
+def start(
+    command: Sequence[str], *, folder: Path, console: Path | None, env: Mapping[str, str], keep: Sequence[int] = ()
+) -> subprocess.Popen[bytes]:
+    """Starts `command` in a session of its own. Raises OSError.
+
+    Args:
+        console: the file that what it prints goes to; None is where this process prints.
+        keep: open files that it inherits, by their descriptors.
+    """
+    with console.open("wb") if console else contextlib.nullcontext() as output:
         return subprocess.Popen(  # noqa: S603  (a list of our own words, no shell)
             list(command),
             cwd=folder,
@@ -78,6 +85,7 @@ def start(command: Sequence[str], *, folder: Path, console: Path, env: Mapping[s
             stderr=output,
             start_new_session=True,
             close_fds=True,
+            pass_fds=tuple(keep),
         )
 
 

@@ -152,6 +152,20 @@ def open_run(out: Path, request: Request, notify: Notify, *, resume: bool = Fals
         StorageError: it cannot be written.
     """
     created = not out.exists()
+    claim(out, request, resume=resume)
+    for leftover in out.rglob(f"{PARTIAL}*"):
+        leftover.unlink()
+    (out / MANIFEST).unlink(missing_ok=True)  # until this attempt is complete, nothing here may pass for a finished run
+    write_text(out / "request.json", request.to_json())
+    return Run(out, request, notify, created)
+
+
+def claim(out: Path, request: Request, *, resume: bool) -> None:
+    """Makes the folder when there is none, and refuses one that this run may not work in.
+
+    Raises:
+        RunError, StorageError: as `open_run`.
+    """
     try:
         out.mkdir(parents=True, exist_ok=True)
         found = {entry.name for entry in out.iterdir()}
@@ -170,11 +184,6 @@ def open_run(out: Path, request: Request, notify: Notify, *, resume: bool = Fals
             f"The output folder {out} is not empty (it holds {sorted(strangers)[0]}). "
             "Choose a new or empty folder, or add --resume."
         )
-    for leftover in out.rglob(f"{PARTIAL}*"):
-        leftover.unlink()
-    (out / MANIFEST).unlink(missing_ok=True)  # until this attempt is complete, nothing here may pass for a finished run
-    write_text(saved, request.to_json())
-    return Run(out, request, notify, created)
 
 
 def verify(folder: Path) -> list[str]:

@@ -13,6 +13,12 @@ from compress import text
 
 Json = Annotated[bool, typer.Option("--json", help="Print the machine-readable form.")]
 JobId = Annotated[str, typer.Argument(help="Id of a run, as `jobs list` prints it.", show_default=False)]
+ClusterAddress = Annotated[
+    str | None,
+    typer.Option("--cluster", help="HOST:PORT of a Ray cluster that carries the run out; see docs/cluster.md."),
+]
+ClusterCpus = Annotated[int, typer.Option(help="CPUs of the cluster's node that the run gets.")]
+ClusterGpus = Annotated[float, typer.Option(help="GPU that the run gets: 0, 1, or a share of one.")]
 FAILED = 1
 """Exit status of a command that answers no."""
 

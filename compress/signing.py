@@ -40,6 +40,15 @@ def prepare() -> None:
     _key()
 
 
+def fingerprint() -> str | None:
+    """Tells this installation's key from others without telling it; None when there is none yet.
+
+    Raises:
+        StorageError: the key cannot be read.
+    """
+    return _name(_key()) if key_path().exists() else None
+
+
 def sealed(kind: str, document: Mapping[str, Any]) -> str:
     """`document` with its signature, as JSON text.
 

@@ -8,6 +8,7 @@ import gpu_double
 import pytest
 import torch
 from playwright.sync_api import Browser, Error, sync_playwright
+from queues import data_dir, queue  # noqa: F401  (fixtures)
 
 torch.set_num_threads(min(2, torch.get_num_threads()))
 

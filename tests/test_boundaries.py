@@ -27,6 +27,7 @@ ALLOWED = {
     "pycuda": {"compress/engines/tensorrt", "compress/templates/infer.py"},
     "gradio": {"app.py", "compress/ui/"},
     "huggingface_hub": {"compress/hub.py"},
+    "ray": {"compress/cluster.py"},
 }
 
 

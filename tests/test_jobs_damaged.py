@@ -12,7 +12,7 @@ import pytest
 from app_server import AppServer
 from gradio_client import Client
 from gradio_client.exceptions import AppError
-from test_jobs import ENDLESS, QUICK, data_dir, fake_command, wait, wait_for_stage  # noqa: F401  (a fixture)
+from queues import ENDLESS, QUICK, fake_command, wait, wait_for_stage
 from typer.testing import CliRunner
 
 from compress.__main__ import cli
@@ -25,7 +25,7 @@ JUNK = b"not a database, but as long as one" * 500
 ADVICE = "put back a copy of it, or make a new one from the folders of the runs: python -m compress jobs recover"
 
 
-def damaged(data_dir: Path) -> tuple[str, str]:  # noqa: F811
+def damaged(data_dir: Path) -> tuple[str, str]:
     """A folder with a finished and a refused run, whose record is then overwritten; their ids."""
     with Queue(data_dir, command=fake_command) as queue:
         good = queue.submit(Request(**QUICK))
@@ -36,20 +36,20 @@ def damaged(data_dir: Path) -> tuple[str, str]:  # noqa: F811
     return good, bad
 
 
-def overwrite(data_dir: Path) -> None:  # noqa: F811
+def overwrite(data_dir: Path) -> None:
     for name in ("queue.sqlite-wal", "queue.sqlite-shm"):
         (data_dir / name).unlink(missing_ok=True)
     (data_dir / "queue.sqlite").write_bytes(JUNK)
 
 
-def test_a_damaged_record_is_told_and_left_alone(data_dir: Path) -> None:  # noqa: F811
+def test_a_damaged_record_is_told_and_left_alone(data_dir: Path) -> None:
     damaged(data_dir)
     with pytest.raises(StorageError, match=f"The record of runs .* is damaged .*{ADVICE}"):
         Queue(data_dir)
     assert (data_dir / "queue.sqlite").read_bytes() == JUNK
 
 
-def test_read_only_shows_finished_runs_and_refuses_every_change(data_dir: Path) -> None:  # noqa: F811
+def test_read_only_shows_finished_runs_and_refuses_every_change(data_dir: Path) -> None:
     good, bad = damaged(data_dir)
     with Queue(data_dir, command=fake_command, read_only_when_damaged=True) as queue:
         assert "is damaged" in str(queue.trouble) and "nothing can be started" in str(queue.trouble)
@@ -67,7 +67,7 @@ def test_read_only_shows_finished_runs_and_refuses_every_change(data_dir: Path) 
     assert {path.name for path in (data_dir / "runs").iterdir()} == {good, bad}
 
 
-def test_a_record_that_is_gone_is_not_made_anew_beside_runs(data_dir: Path) -> None:  # noqa: F811
+def test_a_record_that_is_gone_is_not_made_anew_beside_runs(data_dir: Path) -> None:
     damaged(data_dir)
     for empty in (False, True):
         (data_dir / "queue.sqlite").unlink()
@@ -78,7 +78,7 @@ def test_a_record_that_is_gone_is_not_made_anew_beside_runs(data_dir: Path) -> N
         (data_dir / "queue.sqlite").write_bytes(JUNK)
 
 
-def test_every_page_of_the_record_that_is_damaged_is_found_or_does_no_harm(data_dir: Path) -> None:  # noqa: F811
+def test_every_page_of_the_record_that_is_damaged_is_found_or_does_no_harm(data_dir: Path) -> None:
     """Junk over each page in turn: it is told, or what is read is what was written."""
     queue = Queue(data_dir)
     ids = {queue.submit(Request(seed=seed)) for seed in range(12)}
@@ -92,7 +92,7 @@ def test_every_page_of_the_record_that_is_damaged_is_found_or_does_no_harm(data_
             assert "is damaged" in str(error)
 
 
-def test_recover_keeps_the_damaged_record_and_lists_every_run(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+def test_recover_keeps_the_damaged_record_and_lists_every_run(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     good, bad = damaged(data_dir)
     monkeypatch.setenv("ESPALIER_DATA", str(data_dir))
     told = CliRunner().invoke(cli, ["jobs", "recover"])
@@ -106,7 +106,7 @@ def test_recover_keeps_the_damaged_record_and_lists_every_run(data_dir: Path, mo
     assert isinstance(CliRunner().invoke(cli, ["jobs", "recover"]).exception, RunError)
 
 
-def test_recover_waits_until_nothing_works(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+def test_recover_waits_until_nothing_works(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     queue = Queue(data_dir, command=fake_command).start()
     job_id = queue.submit(Request(**ENDLESS))
     wait_for_stage(queue, job_id, "finetune")
@@ -122,7 +122,7 @@ def test_recover_waits_until_nothing_works(data_dir: Path, monkeypatch: pytest.M
 
 
 @pytest.fixture
-def server(data_dir: Path) -> Iterator[AppServer]:  # noqa: F811
+def server(data_dir: Path) -> Iterator[AppServer]:
     damaged(data_dir)
     server = AppServer(data_dir)
     yield server

@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from test_jobs import ENDLESS, QUICK, data_dir, fake_command, wait, wait_for_stage  # noqa: F401  (a fixture)
+from queues import ENDLESS, QUICK, fake_command, wait, wait_for_stage
 
 from compress.errors import RunError, StorageError
-from compress.jobs import Queue, _Kept
+from compress.jobs import Queue
+from compress.jobs_carrier import _Kept
 from compress.jobs_record import Row
 from compress.request import Request
 from compress.retention import AFTER_JUMP_S, AFTER_START_S, DAY_S, LOOK_S, Limits, Sweeper
@@ -88,7 +89,7 @@ def test_without_limits_nothing_is_looked_at() -> None:
     assert limited.is_due()
 
 
-def test_a_queue_over_its_room_keeps_what_is_shared_and_refuses_the_rest(data_dir: Path) -> None:  # noqa: F811
+def test_a_queue_over_its_room_keeps_what_is_shared_and_refuses_the_rest(data_dir: Path) -> None:
     with Queue(data_dir, command=fake_command) as queue:
         shared, old = (queue.submit(Request(**QUICK, sparsity=share)) for share in (0.3, 0.4))
         for job_id in (shared, old):
@@ -111,11 +112,11 @@ def test_a_queue_over_its_room_keeps_what_is_shared_and_refuses_the_rest(data_di
     assert tight.list() == [] and list((data_dir / "runs").iterdir()) == []
 
 
-def test_a_run_that_is_kept_while_it_is_removed_stays(data_dir: Path) -> None:  # noqa: F811
+def test_a_run_that_is_kept_while_it_is_removed_stays(data_dir: Path) -> None:
     with Queue(data_dir, command=fake_command) as queue:
         job_id = queue.submit(Request(**QUICK))
         wait(queue, job_id, "done")
     queue.keep(job_id)
     with pytest.raises(_Kept):
-        queue._record.delete(job_id, lambda: queue._put_away_unless_kept(job_id))
+        queue._record.delete(job_id, lambda: queue._carrier._put_away_unless_kept(job_id))
     assert queue.artifact(job_id, "report.json").is_file()

@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 import pytest
 from app_server import AppServer
-from test_jobs import QUICK, wait
+from queues import QUICK, wait
 
 from compress import archives, card, checkpoints, signing
 from compress.errors import CheckpointError, DataError

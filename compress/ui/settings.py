@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from compress.cluster import ENVIRONMENT, Cluster, cluster_command
 from compress.errors import RequestError
 from compress.jobs import DATA_DIR
 from compress.retention import Limits
@@ -46,6 +48,12 @@ class Settings:
     list_runs: bool | None = None
     """ESPALIER_LIST_RUNS: 1 shows every run to every visitor, 0 only those started in the same browser.
     Default: 1 on a loopback address, else 0, because a run's link is all that protects it."""
+    cluster: str | None = None
+    """ESPALIER_CLUSTER: HOST:PORT of a Ray cluster that carries the runs out; default: this machine does."""
+    cluster_cpus: int = 1
+    """ESPALIER_CLUSTER_CPUS: of a node, for each run."""
+    cluster_gpus: float = 0.0
+    """ESPALIER_CLUSTER_GPUS: 0, 1 or a share of one, for each run."""
     allowed_hosts: tuple[str, ...] = ()
     """ESPALIER_ALLOWED_HOSTS: names, separated by commas, under which a proxy serves the app.
     On a loopback address all other Host headers are refused; elsewhere any is accepted when this is empty."""
@@ -56,8 +64,12 @@ class Settings:
 
     @property
     def queue_limits(self) -> dict[str, Any]:
-        """The limits of the queue, as arguments of `compress.jobs.Queue`."""
-        return {
+        """The limits of the queue and where its runs work, as arguments of `compress.jobs.Queue`."""
+        where = {}
+        if self.cluster is not None:
+            cluster = Cluster(self.cluster, self.cluster_cpus, self.cluster_gpus)
+            where = {"command": cluster_command(cluster), "passes": ENVIRONMENT}
+        return where | {
             "at_once": self.at_once,
             "max_queued": self.max_queued,
             "max_per_owner": self.max_per_visitor,
@@ -100,6 +112,9 @@ class Settings:
             "ESPALIER_KEEP_DAYS": ("keep_days", _number(1, 100_000)),
             "ESPALIER_MAX_DISK_GB": ("max_disk_gb", _number(1, 1_000_000)),
             "ESPALIER_LIST_RUNS": ("list_runs", _switch),
+            "ESPALIER_CLUSTER": ("cluster", str),
+            "ESPALIER_CLUSTER_CPUS": ("cluster_cpus", _number(1, 1024)),
+            "ESPALIER_CLUSTER_GPUS": ("cluster_gpus", _share),
             "ESPALIER_ALLOWED_HOSTS": ("allowed_hosts", _names),
         }
         given = {}
@@ -135,6 +150,12 @@ def _number(low: int, high: int) -> Any:
         return int(text)
 
     return read
+
+
+def _share(variable: str, text: str) -> float:
+    if not re.fullmatch(r"[01]|0?\.[0-9]+|1\.0", text):
+        raise RequestError(variable, text, "a number from 0 to 1")
+    return float(text)
 
 
 def _switch(variable: str, text: str) -> bool:

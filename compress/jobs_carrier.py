@@ -1,0 +1,195 @@
+"""Carrying runs out: the thread that starts the run whose turn it is, watches those at work, and makes room.
+
+One process at a time does this for a queue; see `compress.jobs_record.Record.leadership`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+import time
+
+from compress import jobs_files, retention, signing
+from compress.errors import CompressError
+from compress.jobs_executor import Executor
+from compress.jobs_files import Folders
+from compress.jobs_readonly import ReadOnly
+from compress.jobs_record import ACTIVE, QUEUED, Record, Row
+from compress.jobs_watch import Watch
+from compress.processes import Child
+
+log = logging.getLogger("compress.jobs")
+
+GRACE_S = 3.0
+"""From SIGTERM to SIGKILL; with the second that the kernel needs, the device is free again within 5 s."""
+OVERDUE = (
+    "The run was ended because it worked for more than the {:g} minutes that this server allows. Resume it, which repeats no "
+    "finished stage, or ask for fewer epochs."
+)
+TICK_S = 0.2
+
+
+class Carrier:
+    """Carries out the runs of a record.
+
+    Args:
+        at_once: runs that work at the same time.
+        max_seconds: after which an attempt is ended; None is never.
+        stall_s: a run that neither computes nor reports anything for so long is ended.
+        keeping: which runs that are over are removed again.
+    """
+
+    def __init__(
+        self,
+        folders: Folders,
+        record: Record | ReadOnly,
+        executor: Executor,
+        *,
+        at_once: int,
+        max_seconds: float | None,
+        stall_s: float,
+        keeping: retention.Limits,
+    ) -> None:
+        self._folders, self._record, self._executor = folders, record, executor
+        self._at_once, self._max_seconds = at_once, max_seconds
+        self._watch, self._sweeper = Watch(stall_s), retention.Sweeper(keeping)
+        self.trouble: str | None = record.reason if isinstance(record, ReadOnly) else None
+        """Why runs cannot be carried out at the moment; None when all is well."""
+        self.over_quota = False
+        """The runs take more room than they may, even after all that may go has gone."""
+        self._stopping = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        """Starts the thread, unless another process carries the runs out; then it waits for its turn.
+
+        Raises:
+            StorageError: the key that results are signed with cannot be read or made.
+        """
+        if self._thread is None and isinstance(self._record, Record):
+            signing.prepare()
+            self._stopping.clear()
+            self._thread = threading.Thread(target=self._tend, name="compress-queue", daemon=True)
+            self._thread.start()
+
+    def close(self) -> None:
+        """Stops the thread. Children go on; the next process that calls `start` watches them."""
+        self._stopping.set()
+        if self._thread is not None:
+            self._thread.join(timeout=10)
+            self._thread = None
+
+    def end(self, row: Row) -> bool:
+        """Ends a run that works, for good. False when its process does not end."""
+        assert row.child is not None, "a run is recorded as working together with its child"
+        if not self._executor.end(row.child, GRACE_S):
+            return False
+        self._settle(row)
+        return True
+
+    def make_room(self) -> None:
+        """Removes the runs that have expired; see `compress.retention`."""
+        rows = self._record.newest(1_000_000)
+        found = self._sweeper.look(
+            rows,
+            lambda job_id: retention.folder_bytes(self._folders.run(job_id)),
+            lambda job_id: self._folders.kept(job_id).exists(),
+        )
+        for job_id in found.expired:
+            with contextlib.suppress(_Kept):
+                if self._record.delete(job_id, lambda job_id=job_id: self._put_away_unless_kept(job_id)):
+                    log.info("run %s has expired and was removed", job_id[:8])
+                    self._folders.console(job_id).unlink(missing_ok=True)
+        self._folders.empty_deleted()
+        self.over_quota = found.over
+
+    def _put_away_unless_kept(self, job_id: str) -> None:
+        if self._folders.kept(job_id).exists():
+            raise _Kept
+        self._folders.put_away(job_id)
+
+    def _tend(self) -> None:
+        with self._record.leadership() as leads:
+            checked = False
+            while not self._stopping.wait(TICK_S):
+                try:
+                    if not leads():
+                        continue
+                    if not checked:
+                        self._end_unrecorded_children()
+                        self._folders.empty_deleted()
+                        checked = True
+                    self._tick()
+                    self.trouble = None
+                except (CompressError, OSError) as error:  # told by /healthz; the next tick tries again
+                    if str(error) != self.trouble:
+                        log.error("runs cannot be carried out: %s", error)
+                    self.trouble = str(error)
+
+    def _tick(self) -> None:
+        self._part_with_cancelled()
+        if self._sweeper.is_due():
+            self.make_room()
+        for row in self._record.in_states(*ACTIVE):
+            assert row.child is not None, "a run is recorded as working together with its child"
+            self._look_after(row, row.child)
+        while len(self._record.in_states(*ACTIVE)) < self._at_once:
+            if not self._record.start_next(self._start_child, self._folders.events_bytes):
+                return
+
+    def _look_after(self, row: Row, child: Child) -> None:
+        """Settles a run that has ended, and ends one that hangs, takes too long, or whose canceller is gone."""
+        end = self._executor.end
+        if not self._executor.alive(child):
+            if end(child):  # what the child left behind
+                self._settle(row)
+        elif row.state == "cancelling" and not 0 <= time.time() - (row.cancel_asked or 0.0) <= GRACE_S:
+            end(child)  # whoever asked is gone; also when the clock was put back
+        elif self._watch.idle(child, self._folders.events_bytes(row.job_id)) and end(child, GRACE_S):
+            self._settle(row, why=self._watch.sentence)
+        elif self._is_overdue(row, child) and end(child, GRACE_S):
+            self._settle(row, why=OVERDUE.format((self._max_seconds or 0) / 60))
+
+    def _start_child(self, row: Row) -> Child | str:
+        """The started child, or the sentence why it could not be started."""
+        folder = self._folders.run(row.job_id)
+        resume = row.attempt > 1 or jobs_files.has_begun(folder)
+        try:
+            return self._executor.start(folder, self._folders.console(row.job_id), resume=resume)
+        except OSError as error:
+            why = error.strerror or error
+            return f"The run's process could not be started ({why}). Check the installation, then resume the run."
+
+    def _is_overdue(self, row: Row, child: Child) -> bool:
+        limit = self._max_seconds
+        return limit is not None and row.state == "running" and self._executor.age_s(child) > limit
+
+    def _settle(self, row: Row, why: str | None = None) -> None:
+        """Writes down how a run ended whose process is gone; `why` when it was ended from here."""
+        assert row.child is not None, "a run is recorded as working together with its child"
+        returncode = self._executor.part(row.child)
+        console = jobs_files.tail(self._folders.console(row.job_id), 4096)
+        state, error = jobs_files.outcome(self._folders.run(row.job_id), row, returncode, console)
+        self._watch.forget(row.child)
+        if why and state != "done":
+            state, error = "failed", why
+        self._record.settle(row, state, error)
+
+    def _part_with_cancelled(self) -> None:
+        """Takes leave of children whose run another process cancelled, `compress jobs cancel` for example."""
+        working = {row.child for row in self._record.in_states(*ACTIVE)}
+        for child in self._executor.ended():
+            if child not in working:
+                self._executor.part(child)
+                self._watch.forget(child)
+
+    def _end_unrecorded_children(self) -> None:
+        """Ends children that a server started and could not write down, because it was killed in that moment."""
+        for row in self._record.in_states(QUEUED):
+            for child in self._executor.strays(self._folders.run(row.job_id)):
+                self._executor.end(child, GRACE_S)
+
+
+class _Kept(Exception):
+    """The run is kept since a moment ago."""

@@ -1,0 +1,94 @@
+"""What carries out an attempt of a run: starts it, knows whether it still lives, ends it.
+
+An attempt is a child process of this machine. It outlives the server that started it: the next server gets its
+`processes.Child` from the record and asks here about it. Where runs work on a cluster, the child is what submits them.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from subprocess import Popen
+
+from compress import processes
+from compress.processes import Child
+
+Command = Callable[[Path, bool], Sequence[str]]
+"""(run folder, whether it is resumed) -> the words that start the child."""
+
+
+def compress_command(folder: Path, resume: bool) -> list[str]:
+    # -P: the run's folder, which is the working directory, must not be searched for modules
+    words = [
+        sys.executable,
+        "-P",
+        "-m",
+        "compress",
+        "run",
+        "--request",
+        str(folder / "request.json"),
+        "--out",
+        str(folder),
+    ]
+    return [*words, "--resume"] if resume else words
+
+
+def child_environment() -> dict[str, str]:
+    """What the process of a run sees: libraries and devices, this installation of Espalier, and no secret."""
+    return processes.environment(os.environ) | {
+        "PYTHONPATH": str(Path(__file__).resolve().parents[1]),
+        "PYTHONUNBUFFERED": "1",
+    }
+
+
+class Executor:
+    """Attempts as child processes, each in a session of its own.
+
+    Args:
+        command: how a child is started.
+        passes: names of variables of this process's environment that a child needs besides those that find its
+            libraries and devices.
+    """
+
+    def __init__(self, command: Command = compress_command, passes: Sequence[str] = ()) -> None:
+        self._command, self._passes = command, passes
+        self._own: dict[Child, Popen[bytes]] = {}
+        """Those started here, of which this process has to take leave."""
+
+    def start(self, folder: Path, console: Path, *, resume: bool) -> Child:
+        """Begins an attempt of the run in `folder`; what it prints goes to `console`. Raises OSError."""
+        env = child_environment() | {name: os.environ[name] for name in self._passes if name in os.environ}
+        process = processes.start(self._command(folder, resume), folder=folder, console=console, env=env)
+        child = processes.identify(process.pid)
+        assert child is not None, "a child that was not waited for is at least a zombie"
+        self._own[child] = process
+        return child
+
+    def alive(self, child: Child) -> bool:
+        return processes.alive(child)
+
+    def age_s(self, child: Child) -> float:
+        """Seconds since it was started."""
+        return processes.age_s(child)
+
+    def end(self, child: Child, grace_s: float = 0.0) -> bool:
+        """Ends it, after `grace_s` seconds by force, and what it started. True when nothing of it lives any more."""
+        return processes.stop(child, grace_s)
+
+    def part(self, child: Child) -> int | None:
+        """Takes leave of one that has ended. Its exit code; None when another process had started it."""
+        process = self._own.pop(child, None)
+        code = process.wait(timeout=5) if process else None
+        processes.reap(child.pid)
+        return code
+
+    def ended(self) -> list[Child]:
+        """Those started here that have ended and were not taken leave of."""
+        return [child for child, process in list(self._own.items()) if process.poll() is not None]
+
+    def strays(self, folder: Path) -> list[Child]:
+        """Attempts of the run in `folder` that live, whoever started them."""
+        found = processes.find(str(folder / "request.json"))
+        return [child for pid in found if (child := processes.identify(pid)) is not None]

@@ -1,0 +1,41 @@
+"""What a queue starts when its runs work on a cluster, with runs that train nothing: `python cluster_child.py ADDRESS GPUS
+COMMAND FOLDER [--resume]`, where COMMAND is the function of queues.py that the node gets its words from."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+import queues
+
+from compress.cluster import Cluster, run_on
+from compress.errors import CompressError
+from compress.request import Request
+
+
+def stop(*_: object) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def main() -> None:
+    signal.signal(signal.SIGTERM, stop)
+    address, gpus, command, folder = sys.argv[1:5]
+    request = Request.from_file(Path(folder) / "request.json")
+    try:
+        run_on(
+            Cluster(address, gpus=float(gpus)),
+            request,
+            out=Path(folder),
+            resume="--resume" in sys.argv,
+            command=getattr(queues, command),
+        )
+    except CompressError as error:
+        sys.exit(f"Error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(143)
+
+
+if __name__ == "__main__":
+    main()

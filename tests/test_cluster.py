@@ -1,0 +1,143 @@
+"""What is refused before a run goes to a cluster, what travels there, and what a node refuses; without Ray."""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+import sys
+from pathlib import Path
+
+import pytest
+from queues import QUICK, fake_command, wait
+from typer.testing import CliRunner
+
+from compress import __version__, cluster, cluster_node, signing
+from compress.__main__ import cli
+from compress.cluster import Cluster, cluster_command
+from compress.cluster_node import Order
+from compress.errors import RequestError, RunError
+from compress.jobs import Queue
+from compress.request import Request
+from compress.ui.settings import Settings
+
+ADDRESS = "10.0.0.1:6379"
+NODE = platform.node()
+
+
+@pytest.mark.parametrize("address", ["auto", "local", "ray://10.0.0.1:10001", "10.0.0.1", "a b:1", "10.0.0.1:6379; ls"])
+def test_only_the_address_of_a_running_cluster_is_taken(address: str) -> None:
+    with pytest.raises(RequestError, match="cluster: got .*, expected HOST:PORT of a running cluster's head"):
+        Cluster(address)
+
+
+def test_what_no_run_can_use_is_refused() -> None:
+    with pytest.raises(RequestError, match="cluster-cpus: got 0, expected a whole number from 1 to 1024"):
+        Cluster(ADDRESS, cpus=0)
+    with pytest.raises(
+        RequestError, match="cluster-gpus: got 2, expected a number from 0 to 1, because a run uses one"
+    ):
+        Cluster(ADDRESS, gpus=2)
+    assert Cluster("[fd00::1]:6379", gpus=0.5).gpus == 0.5
+
+
+def test_the_queue_starts_the_shell_command_of_the_same_run(tmp_path: Path) -> None:
+    settings = Settings.from_environment(
+        {"ESPALIER_CLUSTER": ADDRESS, "ESPALIER_CLUSTER_CPUS": "4", "ESPALIER_CLUSTER_GPUS": "0.5"}
+    )
+    words = settings.queue_limits["command"](tmp_path, True)
+    assert words[:5] == [sys.executable, "-P", "-m", "compress", "run"]
+    assert words[-7:] == ["--resume", "--cluster", ADDRESS, "--cluster-cpus", "4", "--cluster-gpus", "0.5"]
+    assert list(cluster_command(Cluster(ADDRESS, 4, 0.5))(tmp_path, True)) == words
+    assert "RAY_AUTH_TOKEN" in settings.queue_limits["passes"]
+    assert "command" not in Settings().queue_limits
+
+
+def test_only_the_child_that_submits_gets_the_token(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "canary")
+    for passes, expected in ((cluster.ENVIRONMENT, True), ((), False)):
+        with Queue(data_dir, command=fake_command, passes=passes) as queue:
+            job_id = queue.submit(Request(**QUICK))
+            wait(queue, job_id, "done")
+        assert ("canary" in (queue.folder(job_id) / "environ.json").read_text()) is expected
+
+
+def test_runs_may_lie_on_another_disk_than_their_record(data_dir: Path, tmp_path: Path) -> None:
+    shared = tmp_path / "shared" / "runs"
+    shared.mkdir(parents=True)
+    data_dir.mkdir()
+    (data_dir / "runs").symlink_to(shared)
+    with Queue(data_dir, command=fake_command) as queue:
+        job_id = queue.submit(Request(**QUICK))
+        wait(queue, job_id, "done")
+        assert queue.artifact(job_id, "report.json") == shared / job_id / "report.json"
+        queue.delete(job_id)
+    assert list(shared.iterdir()) == list((tmp_path / "shared" / "deleted").iterdir()) == []
+
+
+def test_without_ray_the_remedy_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    result = CliRunner().invoke(cli, ["run", "--cluster", ADDRESS, "--out", str(tmp_path / "run")])
+    assert isinstance(result.exception, RunError)
+    assert str(result.exception) == (
+        "Ray is not installed here, so no cluster can be used: pip install -r requirements-cluster.txt."
+    )
+
+
+def test_files_named_relative_to_this_folder_are_named_for_every_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("weights.pth", "auto", "photos"):
+        (tmp_path / name).touch()
+    request = cluster._with_absolute_paths(Request(checkpoint="weights.pth", data="photos"))
+    assert (request.checkpoint, request.data) == (str(tmp_path / "weights.pth"), str(tmp_path / "photos"))
+    unchanged = Request(checkpoint="auto", data="fashion-mnist")
+    assert cluster._with_absolute_paths(unchanged) == unchanged
+
+
+@pytest.fixture
+def order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Order:
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    signing.prepare()
+    text = Request().to_json()
+    (tmp_path / "request.json").write_text(text)
+    return Order(str(tmp_path), text, __version__, signing.fingerprint(), fake_command)
+
+
+def test_a_node_that_fits_has_no_objection(order: Order) -> None:
+    assert cluster_node.unfit(order) is None
+
+
+def test_a_node_refuses_what_it_would_do_wrongly(order: Order, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refusal(**changed: str) -> str | None:
+        return cluster_node.unfit(dataclasses.replace(order, **changed))
+
+    assert refusal(version="9.9") == (
+        f"The node {NODE} has Espalier {__version__}, not 9.9: install the same version on every node."
+    )
+    assert refusal(folder="/nowhere") == (
+        f"The node {NODE} does not see the run in /nowhere: give a folder that all nodes share."
+    )
+    assert "does not see the run" in str(refusal(request="{}")), "another folder of the same name"
+    assert refusal(key="0" * 16) == (
+        f"The node {NODE} signs results with another key: give every node the same file in ESPALIER_SIGNING_KEY."
+    )
+    monkeypatch.setenv("ESPALIER_SIGNING_KEY", str(tmp_path / "none.key"))
+    assert "signs results with another key" in str(refusal())
+    assert not (tmp_path / "none.key").exists(), "a node makes no key of its own"
+    monkeypatch.delenv("RAY_AUTH_MODE")
+    assert refusal() == (
+        f"The node {NODE} lets everybody in: start Ray with RAY_AUTH_MODE=token on every node, see docs/cluster.md."
+    )
+    assert cluster_node.carry_out(order).console.startswith("Error: The node"), "and starts nothing"
+
+
+def test_a_node_carries_the_order_out_and_tells_how_it_ended(order: Order, tmp_path: Path) -> None:
+    folder = tmp_path / "data" / "runs" / "one"
+    folder.mkdir(parents=True)
+    text = Request(model="resnet152").to_json()
+    (folder / "request.json").write_text(text)
+    ended = cluster_node.carry_out(dataclasses.replace(order, folder=str(folder), request=text))
+    assert ended.returncode == 1
+    assert ended.console.endswith("Error: The runtime tensorrt is not installed here: choose another.\n")
