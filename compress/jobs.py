@@ -143,6 +143,7 @@ class Queue:
         self._max_per_owner, self._max_seconds = max_per_owner, max_seconds
         self._children: dict[str, Popen[bytes]] = {}
         self._watch, self._sweeper, self._over_quota = Watch(stall_s), retention.Sweeper(keeping), False
+        self.keeping = keeping
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -229,16 +230,21 @@ class Queue:
         (self._kept / job_id).unlink(missing_ok=True)
         self._empty_deleted()
 
-    def keep(self, job_id: str, kept: bool = True) -> None:
+    def keep(self, job_id: str, kept: bool = True, *, share: float | None = None) -> None:
         """Keeps a run, because its link was shared, from being removed to make room; or no longer.
 
+        Args:
+            share: of the room for all runs, 0..1: what those that are kept may take together; None is any.
+
         Raises:
-            RunError: there is no such run.
+            RunError: there is no such run, or no room for it among those that are kept.
             StorageError: the mark cannot be written.
         """
         mark = self._kept / self._row(job_id).job_id
 
         def put() -> None:
+            if kept and share is not None and not mark.exists():
+                self._refuse_to_keep(job_id, share)
             mark.touch() if kept else mark.unlink(missing_ok=True)
 
         try:
@@ -247,6 +253,24 @@ class Queue:
             raise storage_error(mark, error) from error
         if not there:
             raise RunError("This run was removed just now, so it cannot be kept.")
+
+    def is_kept(self, job_id: str) -> bool:
+        """Raises `RunError` when there is no such run."""
+        return (self._kept / self._row(job_id).job_id).exists()
+
+    def owner(self, job_id: str) -> str:
+        """Who submitted a run; empty where nobody told. Raises `RunError` when there is no such run."""
+        return self._row(job_id).owner
+
+    def _refuse_to_keep(self, job_id: str, share: float) -> None:
+        if self.keeping.max_bytes is None:
+            return
+        sizes = [retention.folder_bytes(self._runs / name) for name in (job_id, *os.listdir(self._kept))]
+        if sum(sizes) > share * self.keeping.max_bytes:
+            raise RunError(
+                f"This run cannot be kept: with it the runs that are kept would take {sum(sizes) / 1e9:.1f} GB, and this server "
+                f"gives them {share * self.keeping.max_bytes / 1e9:.1f} GB. Let go of another one, or download this one."
+            )
 
     def cancel(self, job_id: str) -> Status:
         """Ends a run that waits or works; when it returns, no process of it lives. Takes up to 5 s.

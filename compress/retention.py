@@ -18,6 +18,8 @@ LOOK_S = 600.0
 AFTER_START_S = 3600.0
 """Nothing expires before: the clock of a machine that was just switched on may be wrong."""
 AFTER_JUMP_S = DAY_S
+KEPT_SHARE = 0.5
+"""Of the room for all runs: what visitors may keep of it, so that new runs always find some."""
 JUMP_S = 300.0
 """A clock that differs by so much from the time that really passed was put to another time."""
 
