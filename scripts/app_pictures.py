@@ -17,10 +17,10 @@ sys.path[:0] = [str(ROOT / "tests"), str(ROOT)]
 
 from app_server import AppServer  # noqa: E402
 from playwright.sync_api import Browser, Page, expect, sync_playwright  # noqa: E402
-from test_app_browser import choose_model, compress, open_start  # noqa: E402
+from test_app_browser import choose_model, compress  # noqa: E402
 
 CHROMIUM = Path("/usr/bin/chromium")
-SOON = 20_000
+SOON = 60_000
 """Milliseconds."""
 LOOKS = (
     ("wide-light", 1280, "light"),
@@ -28,6 +28,11 @@ LOOKS = (
     ("phone-light", 390, "light"),
     ("phone-dark", 390, "dark"),
 )
+
+
+def open_start(page: Page, url: str) -> None:
+    page.goto(url)
+    expect(page.locator(".meaning")).to_be_visible(timeout=SOON)
 
 
 def empty(page: Page, url: str) -> None:
@@ -112,6 +117,7 @@ def take(browser: Browser, url: str, state: Callable[[Page, str], None], folder:
     for look, width, colours in LOOKS:
         with browser.new_context(viewport={"width": width, "height": 900}, color_scheme=colours) as context:
             page = context.new_page()
+            page.set_default_timeout(SOON)
             page.on("console", lambda message: trouble.append(message.text) if message.type == "error" else None)
             page.on(
                 "request",

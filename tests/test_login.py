@@ -13,14 +13,18 @@ from typing import Any
 import httpx
 import pytest
 from app_server import REAL, AppServer
+from gradio.utils import get_function_description
 from gradio_client import Client, handle_file
 from playwright.sync_api import Browser, expect
 from test_api_client import QUICK, wait
 from test_app_browser import watched
+from test_ui_form import no_count, no_images
 
 from compress.errors import RequestError
 from compress.jobs import Queue
+from compress.ui.handlers import App
 from compress.ui.login import SENTENCE, Login
+from compress.ui.page import build_page
 from compress.ui.settings import Settings
 
 ADA, BOB = ("ada", "correct:horse"), ("böb", "Grüße-12345")
@@ -136,7 +140,9 @@ class Requests:
         async def send(message: Any) -> None:
             sent.append(message)
 
-        with contextlib.suppress(StopIteration):  # nothing is waited for; the browser of another test has the event loop
+        with contextlib.suppress(
+            StopIteration
+        ):  # nothing is waited for; the browser of another test has the event loop
             self.login(scope, None, send).send(None)  # type: ignore[arg-type]
         return sent[0].get("status") or sent[0]["code"]
 
@@ -170,6 +176,20 @@ def test_passwords_are_in_no_text_of_the_settings() -> None:
 
 
 # ---- MCP ------------------------------------------------------------------------------------------------------------
+
+
+def test_every_endpoint_tells_what_each_of_its_parameters_means(tmp_path: Path) -> None:
+    """What tools are made from, whether or not they are offered."""
+    app = App(Queue(tmp_path), dict, Settings(data=tmp_path), (), no_images, no_count)
+    page = build_page(app, cache_age_s=60)
+    endpoints = {fn.api_name: fn.fn for fn in page.fns.values() if fn.api_visibility == "public"}
+    assert set(endpoints) == {"submit", "status", "cancel", "resume", "list", "artifact", "check"}
+    for name, told in page.get_api_info()["named_endpoints"].items():
+        description, meanings, _ = get_function_description(endpoints[name.removeprefix("/")])
+        assert description and told["returns"][0]["type"], name
+        for parameter in told["parameters"]:
+            assert meanings[parameter["parameter_name"]], (name, parameter["parameter_name"])
+            assert parameter["type"] and parameter["python_type"]["type"] != "Any", (name, parameter["parameter_name"])
 
 
 @pytest.mark.skipif(find_spec("mcp") is not None, reason="the package mcp is installed")

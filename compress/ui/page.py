@@ -122,7 +122,7 @@ def _results(parts: Parts) -> None:
     with gr.Column(elem_classes="card"):
         gr.HTML(word("try_head"))
         with gr.Row(elem_classes="manage"):
-            parts["image"] = gr.File(label=word("image_label"), file_types=IMAGE_TYPES, height=116)
+            parts["image"] = gr.File(label=word("image_label"), file_types=IMAGE_TYPES, height=136)
             parts["try"] = gr.Button(word("try_button"), size="md", elem_id="try", min_width=120, scale=0)
         parts["tried"] = gr.HTML(elem_id="tried")
     with gr.Column(elem_classes="card"):

@@ -62,7 +62,7 @@ def run_head(status: Status, *, kept: bool = False, mine: bool = True) -> str:
     facts = f"{begun} · the address of this page is the link to it"
     facts += " · kept" if kept else ""
     facts += "" if mine else " · begun by somebody else, so you can look, download and repeat it"
-    title = escape(status.title).replace(" %", "&nbsp;%")
+    title = escape(status.title).replace(" %", "&nbsp;%").replace(" bits", "&nbsp;bits")
     return f'<div class="run-head"><h1>{title}</h1><p>{badge(status.state)}<span class="soft">{facts}</span></p></div>'
 
 
