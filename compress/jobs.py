@@ -106,7 +106,7 @@ class Queue:
         self.data_dir = Path(data_dir).expanduser().resolve()
         self._folders = jobs_files.Folders(self.data_dir)
         self._record = self._opened(read_only_when_damaged)
-        self._max_queued, self._max_per_owner = max_queued, max_per_owner
+        self._max_queued, self._max_per_owner, self.keeping = max_queued, max_per_owner, keeping
         self._carrier = Carrier(
             self._folders,
             self._record,
@@ -199,16 +199,22 @@ class Queue:
         self._folders.kept(job_id).unlink(missing_ok=True)
         self._folders.empty_deleted()
 
-    def keep(self, job_id: str, kept: bool = True) -> None:
+    def keep(self, job_id: str, kept: bool = True, *, share: float | None = None) -> None:
         """Keeps a run, because its link was shared, from being removed to make room; or no longer.
 
+        Args:
+            share: of the room for all runs, 0..1: what those that are kept may take together; None is any.
+
         Raises:
-            RunError: there is no such run.
+            RunError: there is no such run, or no room for it among those that are kept.
             StorageError: the mark cannot be written.
         """
         mark = self._folders.kept(self._row(job_id).job_id)
 
         def put() -> None:
+            if kept and share is not None and not mark.exists():
+                folders = [self._folders.run(name) for name in (job_id, *self._folders.all_kept())]
+                retention.refuse_to_keep(folders, share, self.keeping)
             mark.touch() if kept else mark.unlink(missing_ok=True)
 
         try:
@@ -217,6 +223,14 @@ class Queue:
             raise storage_error(mark, error) from error
         if not there:
             raise RunError("This run was removed just now, so it cannot be kept.")
+
+    def is_kept(self, job_id: str) -> bool:
+        """Raises `RunError` when there is no such run."""
+        return self._folders.kept(self._row(job_id).job_id).exists()
+
+    def owner(self, job_id: str) -> str:
+        """Who submitted a run; empty where nobody told. Raises `RunError` when there is no such run."""
+        return self._row(job_id).owner
 
     def cancel(self, job_id: str) -> Status:
         """Ends a run that waits or works; when it returns, no process of it lives. Takes up to 5 s.

@@ -45,6 +45,9 @@ class Folders:
         """The mark of a run that is never removed to make room."""
         return self._kept / job_id
 
+    def all_kept(self) -> list[str]:
+        return [mark.name for mark in self._kept.iterdir()]
+
     def events_bytes(self, job_id: str) -> int:
         events = self.run(job_id) / "events.jsonl"
         return events.stat().st_size if events.exists() else 0

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from compress.errors import RunError
 from compress.jobs_record import FINAL, Row
 
 DAY_S = 86_400.0
@@ -18,6 +19,8 @@ LOOK_S = 600.0
 AFTER_START_S = 3600.0
 """Nothing expires before: the clock of a machine that was just switched on may be wrong."""
 AFTER_JUMP_S = DAY_S
+KEPT_SHARE = 0.5
+"""Of the room for all runs: what visitors may keep of it, so that new runs always find some."""
 JUMP_S = 300.0
 """A clock that differs by so much from the time that really passed was put to another time."""
 
@@ -90,6 +93,18 @@ class Sweeper:
             self._trusted_from = self._steady() + AFTER_JUMP_S
         self._offset = offset
         return self._clock() if self._steady() >= self._trusted_from else None
+
+
+def refuse_to_keep(folders: Sequence[Path], share: float, limits: Limits) -> None:
+    """Raises `RunError` when these runs together take more than `share`, 0..1, of the room for all runs."""
+    if limits.max_bytes is None:
+        return
+    wanted, room = sum(map(folder_bytes, folders)), share * limits.max_bytes
+    if wanted > room:
+        raise RunError(
+            f"This run cannot be kept: with it the runs that are kept would take {wanted / 1e9:.1f} GB, and this server "
+            f"gives them {room / 1e9:.1f} GB. Let go of another one, or download this one."
+        )
 
 
 def folder_bytes(folder: Path) -> int:

@@ -83,6 +83,15 @@ def opened(kind: str, path: Path) -> dict[str, Any]:
     return document
 
 
+def token(kind: str, name: str) -> str:
+    """Proof of having been told by this installation what `kind` says about `name`: 32 hexadecimal digits.
+
+    Raises:
+        StorageError: the key cannot be read, or made when there is none.
+    """
+    return _value(_key(), f"token: {kind}", {"name": name})[:32]
+
+
 def unchecked(path: Path) -> dict[str, Any]:
     """The document, whoever signed it. Raises `StorageError` when it cannot be read."""
     try:

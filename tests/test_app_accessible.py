@@ -63,7 +63,7 @@ def unfolded_run(page: Page, url: str) -> None:
     finished(page, url)
     page.get_by_text("Copy as", exact=True).click()
     page.get_by_text("How to use these files").click()
-    page.get_by_role("button", name="Rename or delete").click()
+    page.get_by_role("button", name="Rename, keep or delete").click()
     page.locator('input[type=file][accept*=".webp"]').set_input_files(
         {"name": "photo.png", "mimeType": "image/png", "buffer": b"image"}
     )

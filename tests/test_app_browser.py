@@ -173,6 +173,11 @@ def test_settings_are_explained_and_refused_before_a_run_starts(page: Page, serv
     expect(page.locator(".bar", has_text="Multiplications per image")).to_contain_text(
         "37.0 million → about 18.1 million"
     )
+    page.get_by_label("number input for Channels to remove, %").fill("40")
+    page.keyboard.press("Tab")
+    expect(words).to_contain_text("40 % of the channels go")
+    expect(plan.locator("details").first).to_have_attribute("open", "")
+    expect(plan.locator("details").last).not_to_have_attribute("open", "")
     page.get_by_role("radio", name="16-bit floats").check()
     expect(words).to_contain_text("16-bit numbers take half the space")
     expect(page.get_by_label("number input for Bits per number")).to_be_hidden()
@@ -262,6 +267,8 @@ def test_light_and_dark_and_phone(page: Page, server: AppServer, queue: Queue) -
     expect(ink).to_be_visible(timeout=20_000)
     assert page.evaluate("document.body.classList.contains('dark')"), "the choice was forgotten"
     assert no_sideways_scroll(page)
+    last = page.get_by_role("link", name="New run").bounding_box()
+    assert last["x"] + last["width"] <= 390, "cut off at the right"
     open_start(page, server.url)
     page.get_by_role("button", name="All other settings").click()
     expect(page.get_by_label("Seed")).to_be_visible()

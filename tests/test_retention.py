@@ -12,7 +12,7 @@ from compress.jobs import Queue
 from compress.jobs_carrier import _Kept
 from compress.jobs_record import Row
 from compress.request import Request
-from compress.retention import AFTER_JUMP_S, AFTER_START_S, DAY_S, LOOK_S, Limits, Sweeper
+from compress.retention import AFTER_JUMP_S, AFTER_START_S, DAY_S, KEPT_SHARE, LOOK_S, Limits, Sweeper, folder_bytes
 
 NOW = 1_000 * DAY_S
 
@@ -120,3 +120,25 @@ def test_a_run_that_is_kept_while_it_is_removed_stays(data_dir: Path) -> None:
     with pytest.raises(_Kept):
         queue._record.delete(job_id, lambda: queue._carrier._put_away_unless_kept(job_id))
     assert queue.artifact(job_id, "report.json").is_file()
+
+
+def test_visitors_keep_half_of_the_room_at_most_and_the_shell_any(data_dir: Path) -> None:  # noqa: F811
+    with Queue(data_dir, command=fake_command) as queue:
+        jobs = [queue.submit(Request(**QUICK, sparsity=share)) for share in (0.3, 0.4)]
+        for job_id in jobs:
+            wait(queue, job_id, "done")
+    size = max(folder_bytes(data_dir / "runs" / job_id) for job_id in jobs)
+    roomy = Queue(data_dir, command=fake_command, keeping=Limits(max_bytes=3 * size))
+    roomy.keep(jobs[0], share=KEPT_SHARE)
+    roomy.keep(jobs[0], share=KEPT_SHARE)
+    with pytest.raises(
+        RunError, match="with it the runs that are kept would take 0.0 GB, and this server gives them 0.0 GB. Let go"
+    ):
+        roomy.keep(jobs[1], share=KEPT_SHARE)
+    assert (roomy.is_kept(jobs[0]), roomy.is_kept(jobs[1])) == (True, False)
+    roomy.keep(jobs[1])
+    roomy.keep(jobs[0], False, share=KEPT_SHARE)
+    assert (roomy.is_kept(jobs[0]), roomy.is_kept(jobs[1])) == (False, True)
+    Queue(data_dir, command=fake_command).keep(jobs[0], share=KEPT_SHARE)
+    with pytest.raises(RunError, match="There is no run with the id"):
+        roomy.is_kept("0" * 32)

@@ -229,7 +229,7 @@ def test_a_visitor_is_a_login_name_or_an_address(tmp_path: Path) -> None:
 
 def test_what_the_browser_tells_is_taken_only_in_its_form() -> None:
     assert Context.read('{"mine": "x", "compare": {"a": 1}, "ticked": [1, "b"], "job": 7, "look": null}') == Context(
-        job="7", again="", compare=None, mine=(), ticked=("b",), look=""
+        job="7", key="", again="", compare=None, mine=(), ticked=("b",), look=""
     )
     assert Context.read("[]") == Context.read("no json") == Context.read("")
     assert Context.read('{"compare": [""]}').compare == ("",), "the page of all runs, with none ticked"
@@ -258,6 +258,7 @@ def test_settings_come_from_the_environment() -> None:
         "ESPALIER_MAX_UPLOAD_MB": "10",
         "ESPALIER_LIST_RUNS": "1",
         "ESPALIER_ALLOWED_HOSTS": "a.example, b.example",
+        "ESPALIER_LOGIN": "ada:correct:horse bob:long-enough",
     }
     settings = Settings.from_environment(given)
     assert settings == Settings(
@@ -273,6 +274,7 @@ def test_settings_come_from_the_environment() -> None:
         max_upload_mb=10,
         list_runs=True,
         allowed_hosts=("a.example", "b.example"),
+        accounts=(("ada", "correct:horse"), ("bob", "long-enough")),
     )
     assert settings.queue_limits == {
         "at_once": 2, "max_queued": 5, "max_per_owner": 3, "max_seconds": 5400, "keeping": Limits(30, 50 * 10**9)

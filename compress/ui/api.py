@@ -19,8 +19,10 @@ from compress.jobs import Queue, Status
 from compress.jobs_files import UPLOAD_FIELDS
 from compress.request import Request
 from compress.ui.form import CHECKPOINT_SOURCES, DATA_SOURCES
-from compress.ui.handlers import App, Visit
+from compress.ui.handlers import App
+from compress.ui.rights import run_key
 from compress.ui.views_results import file_url
+from compress.ui.visits import Visit
 
 NAMED_SOURCES = {"checkpoint": CHECKPOINT_SOURCES, "data": DATA_SOURCES, "class_map": ()}
 """What a visitor may give as text where a shell takes a path: never a path of the server."""
@@ -60,7 +62,8 @@ class Endpoints:
     def submit(self, visitor: gr.Request | None, **values: Any) -> dict[str, Any]:
         request, files = self._request(values)
         owner = "" if visitor is None else Visit.of(visitor).who
-        return self._queue.status(self._queue.submit(request, files=files, owner=owner)).as_dict()
+        job_id = self._queue.submit(request, files=files, owner=owner)
+        return self._queue.status(job_id).as_dict() | {"key": run_key(job_id)}
 
     def check(self, **values: Any) -> dict[str, Any]:
         request, files = self._request(values)
@@ -79,26 +82,30 @@ class Endpoints:
         status = self._queue.status(job_id)
         return status.as_dict() | {"files": self._files(status)}
 
-    def cancel(self, job_id: str) -> dict[str, Any]:
+    def cancel(self, job_id: str, key: str = "", visitor: gr.Request | None = None) -> dict[str, Any]:
         """Ends a run. When this returns, at most 5 s later, none of its processes lives.
 
         Args:
             job_id: The id that submit returned.
+            key: The key that submit returned; not needed on a server that only its own machine reaches.
 
         Returns:
             The run's status.
         """
+        self._refuse_strangers(job_id, key, visitor)
         return self._queue.cancel(job_id).as_dict()
 
-    def resume(self, job_id: str) -> dict[str, Any]:
+    def resume(self, job_id: str, key: str = "", visitor: gr.Request | None = None) -> dict[str, Any]:
         """Queues a failed or cancelled run again; finished stages are not repeated.
 
         Args:
             job_id: The id that submit returned.
+            key: The key that submit returned; not needed on a server that only its own machine reaches.
 
         Returns:
             The run's status.
         """
+        self._refuse_strangers(job_id, key, visitor)
         return self._queue.resume(job_id).as_dict()
 
     def list(self, limit: int = 50) -> list[dict[str, Any]]:
@@ -131,6 +138,9 @@ class Endpoints:
         """
         self._queue.artifact(job_id, name)
         return next(file for file in self._files(self._queue.status(job_id)) if file["name"] == name)
+
+    def _refuse_strangers(self, job_id: str, key: str, visitor: gr.Request | None) -> None:
+        self._app.rights.refuse(job_id, key, "" if visitor is None else Visit.of(visitor).login)
 
     def _files(self, status: Status) -> list[File]:  # type: ignore[valid-type]  # `list` is an endpoint in this class
         if status.state != "done":
@@ -168,7 +178,7 @@ Args:
 {arguments}
 
 Returns:
-    The run's status; job_id is the key to it.
+    The run's status. job_id leads to it, and whoever has that may look at it; key lets its holder cancel and resume it.
 """
 _CHECK = """What a run would do, without training: the plan, the layers that stay whole and why, the runtimes.
 

@@ -20,6 +20,7 @@ from compress.hub import SCHEME as HUB_SCHEME
 from compress.quantizers import QUANTIZERS
 from compress.request import Request
 from compress.request_rules import FULL_PRECISION, HALF_PRECISION, QUANTIZED_BITS
+from compress.ui.words import word
 
 INTEGERS, HALF, FULL = "integers", "half", "full"
 UPLOAD, HUB = "upload", "hub"
@@ -65,18 +66,20 @@ SECTIONS = {
 }
 """Fields that are folded away, by heading."""
 SET_BY_MAIN_FIELDS = ("model", "checkpoint", "data", "sparsity", "weight_bits")
-SAME = "same as the weights"
+SAME = "same"
 CHECKPOINT_SOURCES = ("auto", "published", "random")
 DATA_SOURCES = ("fashion-mnist", "none")
 PLACEHOLDERS = {
     "layer_sparsity": "layer1.0.conv1=0.3",
-    "max_layer_sparsity": "no limit",
     "engine_targets": "SM86 SM89",
-    "max_quantization_loss": "no limit",
     "quantization_config_list": '[{"op_types": ["Conv2d"], "target_names": ["_input_", "weight"], "quant_dtype": "int8"}]',
     "layer_bits": "layer1=4 conv1=4/8 fc=32",
     "config_list": '[{"op_types": ["Conv2d"], "sparse_ratio": 0.5}]',
 }
+
+
+NO_LIMIT = ("max_layer_sparsity", "max_quantization_loss")
+"""Fields that, left empty, limit nothing."""
 
 
 def folded_fields() -> dict[str, tuple[str, ...]]:
@@ -90,70 +93,71 @@ def main_fields(models: tuple[str, ...]) -> dict[str, Component]:
     """The fields of the first glance, by name. Built inside the page's layout."""
     fields: dict[str, Component] = {}
     with gr.Column(elem_classes="card"):
-        gr.HTML('<h2><span class="number">1</span>Model</h2>')
+        gr.HTML(word("model_head"))
         fields["model"] = gr.Dropdown(
             list(models),
             value="resnet18",
-            label="Architecture",
-            info="Type to search torchvision's classifiers",
+            label=word("architecture_label"),
+            info=word("architecture_help"),
             filterable=True,
         )
         fields["weights"] = gr.Radio(
             [
-                ("Trained weights", "auto"),
-                ("Published", "published"),
-                ("My checkpoint", UPLOAD),
-                ("From the Hub", HUB),
-                ("Untrained", "random"),
+                (word("weights_auto"), "auto"),
+                (word("weights_published"), "published"),
+                (word("weights_upload"), UPLOAD),
+                (word("weights_hub"), HUB),
+                (word("weights_random"), "random"),
             ],
             value="auto",
-            label="Weights",
+            label=word("weights_label"),
+            info=word("weights_help"),
         )
         fields["checkpoint_file"] = gr.File(
-            label="Checkpoint (.safetensors, .pth or .pt with a state dict)",
+            label=word("checkpoint_label"),
             file_types=CHECKPOINT_TYPES,
             visible=False,
             height=136,
         )
         fields["hub"] = gr.Textbox(
-            label="Repository on the Hugging Face Hub",
-            info="owner/name, with @revision or /file behind it where they are needed",
+            label=word("hub_label"),
+            info=word("hub_help"),
             placeholder="owner/name",
             max_lines=1,
             visible=False,
         )
     with gr.Column(elem_classes="card"):
-        gr.HTML('<h2><span class="number">2</span>Images</h2>')
+        gr.HTML(word("images_head"))
         fields["images"] = gr.Radio(
-            [("Fashion-MNIST (comes along)", "fashion-mnist"), ("My images", UPLOAD), ("None", "none")],
+            [(word("images_bundled"), "fashion-mnist"), (word("images_upload"), UPLOAD), (word("images_none"), "none")],
             value="fashion-mnist",
-            label="To train and test with",
+            label=word("images_label"),
         )
-        fields["data_file"] = gr.File(
-            label="A .zip with one folder of images for each class", file_types=[".zip"], visible=False, height=136
-        )
+        fields["data_file"] = gr.File(label=word("data_label"), file_types=[".zip"], visible=False, height=136)
         fields["hint"] = gr.HTML("", elem_classes="hint")
     with gr.Column(elem_classes="card"):
-        gr.HTML('<h2><span class="number">3</span>How small</h2>')
+        gr.HTML(word("small_head"))
         fields["sparsity"] = gr.Slider(
             1,
             99,
             value=50,
             step=1,
-            label="Channels to remove, %",
-            info="More makes the model smaller and faster, and costs accuracy",
+            label=word("sparsity_label"),
+            info=word("sparsity_help"),
             buttons=[],
         )
         fields["arithmetic"] = gr.Radio(
-            [("Integers", INTEGERS), ("16-bit floats", HALF), ("32-bit floats", FULL)], value=INTEGERS, label="Numbers"
+            [(word(f"numbers_{kind}"), kind) for kind in (INTEGERS, HALF, FULL)],
+            value=INTEGERS,
+            label=word("numbers_label"),
         )
         fields["bits"] = gr.Slider(
             1,
             max(QUANTIZED_BITS),
             value=8,
             step=1,
-            label="Bits per number",
-            info="8 runs as integers everywhere; fewer are for study",
+            label=word("bits_label"),
+            info=word("bits_help"),
             buttons=[],
         )
     return fields
@@ -163,7 +167,7 @@ def more_fields() -> dict[str, Component]:
     """All other fields of `Request`, by name, each made from its type, default and description."""
     fields: dict[str, Component] = {}
     for heading, names in folded_fields().items():
-        gr.HTML(f"<h3>{heading}</h3>")
+        gr.HTML(word(f"section_{heading.lower()}_head"))
         with gr.Row(elem_classes="fields"):
             for name in names:
                 fields[name] = _component(name)
@@ -265,18 +269,18 @@ def _bits(values: Mapping[str, Any]) -> dict[str, Any]:
 def _component(name: str) -> Component:
     field = Request.model_fields[name]
     kind, optional = _unwrapped(field.annotation)
-    label, info = _label(name), (field.description or "").replace("`", "")
+    label, info = word(f"label_{name}"), word(f"help_{name}")
     if name == "class_map":
-        return gr.File(label="Class map (.json)", file_types=[".json"], height=130)
+        return gr.File(label=word("class_map_label"), file_types=[".json"], height=130)
     if name == "quantizer":
         choices = [(quantizer.title, quantizer.name) for quantizer in QUANTIZERS.values()]
         return gr.Dropdown(choices, value=field.default, label=label, info=info)
     if name == "activation_bits":
         return gr.Dropdown(
-            [SAME, *map(str, QUANTIZED_BITS)],
+            [(word("same_as_weights"), SAME), *((str(bits), str(bits)) for bits in QUANTIZED_BITS)],
             value=SAME,
             label=label,
-            info="bits per activation; fewer than 8 are for study",
+            info=word("activation_bits_help"),
         )
     if get_origin(kind) is Literal:
         return gr.Dropdown(list(get_args(kind)), value=field.default, label=label, info=info)
@@ -284,7 +288,7 @@ def _component(name: str) -> Component:
         return gr.Checkbox(value=field.default, label=label, info=info)
     if kind in (int, float) and not optional:
         return gr.Number(value=field.default, label=label, info=info, precision=0 if kind is int else None)
-    return gr.Textbox(value="", label=label, info=info, placeholder=PLACEHOLDERS.get(name) or _placeholder(kind))
+    return gr.Textbox(value="", label=label, info=info, placeholder=PLACEHOLDERS.get(name) or _placeholder(name, kind))
 
 
 def _value(name: str, value: Any) -> Any:
@@ -305,12 +309,7 @@ def _unwrapped(annotation: Any) -> tuple[Any, bool]:
     return annotation, False
 
 
-def _label(name: str) -> str:
-    words = {"qat": "QAT", "std": "Standard deviation"}
-    return " ".join(words.get(word, word) for word in name.split("_")).capitalize().replace("Qat", "QAT")
-
-
-def _placeholder(kind: Any) -> str:
+def _placeholder(name: str, kind: Any) -> str:
     if get_origin(kind) is tuple:
-        return "layer names" if get_args(kind)[0] is str else "0.5, 0.5, 0.5"
-    return "found by itself"
+        return word("placeholder_layers") if get_args(kind)[0] is str else "0.5, 0.5, 0.5"
+    return word("placeholder_no_limit" if name in NO_LIMIT else "placeholder_found")

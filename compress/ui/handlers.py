@@ -9,14 +9,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 from plotly.graph_objects import Figure
 
-from compress import charts
+from compress import charts, retention
 from compress.errors import CompressError, RequestError, RunError, StorageError
 from compress.jobs import Queue, Status
 from compress.jobs_record import FINAL
@@ -28,82 +27,21 @@ from compress.ui.comparison import Comparison, report_of
 from compress.ui.estimates import Count, Estimates, Structure
 from compress.ui.form import HUB, UPLOAD, from_request, to_request
 from compress.ui.phone import narrowed
+from compress.ui.rights import Rights, run_key
 from compress.ui.settings import Settings
 from compress.ui.shell import Offer
+from compress.ui.visits import Context, Visit
+from compress.ui.words import ENGLISH, texts, word
 
 Updates = dict[str, Any]
 Check = Callable[[Request], dict[str, Any]]
 Classify = Callable[[Path, Path], dict[str, Any]]
 """(run folder, image) -> what `compress.tryout.classify` says."""
-CHARTS = {
-    "size": ("Size", "How much of the model is left."),
-    "latency": ("Speed", "Time for one image, as it was measured again and again; further left is faster."),
-    "accuracy": (
-        "Accuracy, step by step",
-        "What every step cost, each answered by the file and runtime named below it.",
-    ),
-    "sqnr": (
-        "Noise that each layer adds",
-        "Signal to noise of each layer's weights, and of its output given the inputs that it has there: fake-quantized "
-        "against float, and each file against fake-quantized, where equal is 144.5 dB. Lower is noisier.",
-    ),
-    "mixed": ("Mixed precision", "What widening the most sensitive layers gives back, before any training."),
-    "channels": ("Channels of each layer", "What was cut, and what stays because other layers depend on it."),
-    "training": ("Training", "How the smaller model recovered."),
-}
-"""Title and sentence of each chart of `compress.charts`."""
+CHARTS = ("size", "latency", "accuracy", "sqnr", "mixed", "channels", "training")
+"""Of `compress.charts`, in the order of the page."""
 MAX_LISTED = 30
 MAX_COMPARED = 200
 VIEWS = ("start", "run", "compare")
-
-
-@dataclass(frozen=True)
-class Visit:
-    """Whose request it is that a handler answers, and under which address the visitor reached the server."""
-
-    who: str
-    """Login name, else network address."""
-    address: str
-
-    @classmethod
-    def of(cls, request: gr.Request) -> Visit:
-        client = request.client.host if request.client else ""
-        return cls(request.username or client, str(request.request.base_url))
-
-
-@dataclass(frozen=True)
-class Context:
-    """What the browser tells of itself; anything of another form is taken for nothing."""
-
-    job: str
-    """Run in the address."""
-    again: str
-    """Run in the address whose settings the form shall hold."""
-    compare: tuple[str, ...] | None
-    """Runs in the address that are set side by side; None on another page."""
-    mine: tuple[str, ...]
-    """Runs begun in this browser."""
-    ticked: tuple[str, ...]
-    """Runs ticked in the list."""
-    look: str
-    """Words of light, dark, wide and narrow."""
-
-    @classmethod
-    def read(cls, text: str) -> Context:
-        try:
-            given = json.loads(text or "{}")
-        except ValueError:
-            given = {}
-        given = given if isinstance(given, dict) else {}
-        lists = {name: _strings(given.get(name)) for name in ("compare", "mine", "ticked")}
-        return cls(
-            job=str(given.get("job") or ""),
-            again=str(given.get("again") or ""),
-            compare=lists["compare"] or None,
-            mine=lists["mine"],
-            ticked=lists["ticked"],
-            look=str(given.get("look") or ""),
-        )
 
 
 class App:
@@ -120,7 +58,7 @@ class App:
     ) -> None:
         self.queue, self.check, self.settings, self.classify = queue, check, settings, classify
         self.models = tuple(models)
-        self.comparison = Comparison(queue)
+        self.comparison, self.rights = Comparison(queue), Rights(queue, settings)
         self.estimates = Estimates(settings.data_dir / "estimates", count)
 
     # ---- the start view -----------------------------------------------------------------------------------------
@@ -131,7 +69,7 @@ class App:
         updates: Updates = {"look": seen.look, "runs": self._run_list(seen)}
         try:
             if seen.job:
-                return updates | self._opened(visit, seen.job, seen.look)
+                return updates | self._opened(visit, seen.job, seen.key, seen.look)
             if seen.compare is not None:
                 return updates | self._compared(seen)
             if seen.again:
@@ -148,9 +86,9 @@ class App:
         try:
             request, files = self._asked(values, again)
             job_id = self.queue.submit(request, files=files, owner=visit.who)
+            return {"notice": ""} | self._opened(visit, job_id, run_key(job_id), look)
         except CompressError as error:
             return {"notice": views.alert(str(error))}
-        return {"notice": ""} | self._opened(visit, job_id, look)
 
     def _asked(self, values: Mapping[str, Any], again: str) -> tuple[Request, dict[str, Path]]:
         """The request of the form and its files: uploads, or those of the run `again`."""
@@ -257,26 +195,29 @@ class App:
 
     # ---- the run view -------------------------------------------------------------------------------------------
 
-    def _opened(self, visit: Visit, job_id: str, look: str) -> Updates:
+    def _opened(self, visit: Visit, job_id: str, key: str, look: str) -> Updates:
         status, uploads = self.queue.status(job_id), self.queue.uploads(job_id)
         request = views_runs.without_paths(self.queue.request(job_id), uploads)
         shown = {
             "timer": gr.Timer(active=True),
             "job": job_id,
+            "key": key,
+            "keeping": views_runs.keeping(self.queue.keeping),
             "links": views_runs.links(job_id),
             "title": status.title,
             "settings": views_runs.settings_of(request) + views_runs.copy_as(request, visit.address, uploads),
         }
-        return _only("run") | shown | self.look(job_id, "", look)
+        return _only("run") | shown | self.look(visit, job_id, key, "", look)
 
-    def look(self, job_id: str, seen: str, look: str) -> Updates:
+    def look(self, visit: Visit, job_id: str, key: str, seen: str, look: str) -> Updates:
         """What changed in a run since the look that returned `seen`."""
         if not job_id:
             return {}
         try:
-            status = self.queue.status(job_id)
+            status, kept = self.queue.status(job_id), self.queue.is_kept(job_id)
+            mine = self.rights.may_change(job_id, key, visit.login)
             shown = {
-                "head": views.run_head(status),
+                "head": views.run_head(status, kept=kept, mine=mine),
                 "live": views.progress(status) + views.ending(status),
                 "log": views.log_text(self.queue.log_tail(job_id)),
             }
@@ -289,35 +230,51 @@ class App:
         updates = shown | {
             "seen": sign,
             "timer": gr.Timer(active=not over),
-            "cancel": gr.update(visible=not over, interactive=status.state != "cancelling"),
-            "resume": gr.update(visible=status.resumable),
+            "cancel": gr.update(visible=mine and not over, interactive=status.state != "cancelling"),
+            "resume": gr.update(visible=mine and status.resumable),
+            "manage": gr.update(visible=mine),
+            "keep": gr.update(
+                visible=self.queue.keeping != retention.Limits(),
+                value=word("release_button" if kept else "keep_button"),
+            ),
             "log_box": gr.update(open=status.state != "done"),
             "results": gr.update(visible=status.state == "done"),
             "delete": gr.update(interactive=over),
         }
         return updates | (self._results(job_id, look) if status.state == "done" else {})
 
-    def cancel(self, job_id: str, look: str) -> Updates:
-        return self._act(self.queue.cancel, job_id, look)
+    def cancel(self, visit: Visit, job_id: str, key: str, look: str) -> Updates:
+        return self._act(self.queue.cancel, visit, job_id, key, look)
 
-    def resume(self, job_id: str, look: str) -> Updates:
-        return self._act(self.queue.resume, job_id, look)
+    def resume(self, visit: Visit, job_id: str, key: str, look: str) -> Updates:
+        return self._act(self.queue.resume, visit, job_id, key, look)
 
-    def _act(self, action: Callable[[str], object], job_id: str, look: str) -> Updates:
+    def rename(self, visit: Visit, job_id: str, key: str, look: str, title: str) -> Updates:
+        return self._act(lambda job: self.queue.rename(job, title), visit, job_id, key, look)
+
+    def keep(self, visit: Visit, job_id: str, key: str, look: str) -> Updates:
+        """Keeps a run from being removed to make room, or no longer."""
+
+        def change(job: str) -> None:
+            self.queue.keep(job, not self.queue.is_kept(job), share=retention.KEPT_SHARE)
+
+        return self._act(change, visit, job_id, key, look)
+
+    def _act(self, action: Callable[[str], object], visit: Visit, job_id: str, key: str, look: str) -> Updates:
+        notice = ""
         try:
+            self.rights.refuse(job_id, key, visit.login)
             action(job_id)
         except CompressError as error:
-            return self.look(job_id, "", look) | {"run_notice": views.alert(str(error))}
-        return self.look(job_id, "", look) | {"run_notice": ""}
+            notice = views.alert(str(error))
+        return self.look(visit, job_id, key, "", look) | {"run_notice": notice}
 
-    def rename(self, job_id: str, title: str, look: str) -> Updates:
-        return self._act(lambda job: self.queue.rename(job, title), job_id, look)
-
-    def delete(self, job_id: str) -> Updates:
+    def delete(self, visit: Visit, job_id: str, key: str) -> Updates:
         """Removes the run; the page goes back to the start when no job is left in it. Nothing without an id."""
         if not job_id:
             return {}
         try:
+            self.rights.refuse(job_id, key, visit.login)
             self.queue.delete(job_id)
         except CompressError as error:
             return {"run_notice": views.alert(str(error))}
@@ -362,11 +319,11 @@ class App:
             + views_results.machine(report),
             "files": views_results.downloads(job_id, files) + views_results.usage(job_id, report, files),
         }
-        for key, (title, _) in CHARTS.items():
+        for key in CHARTS:
             updates[f"chart_{key}"] = gr.update(visible=key in figures)
             if key in figures:
                 updates[f"plot_{key}"] = figures[key]
-                updates[f"numbers_{key}"] = views.numbers(*numbers[key], name=title)
+                updates[f"numbers_{key}"] = views.numbers(*numbers[key], name=texts()[ENGLISH][f"chart_{key}_title"])
         return updates
 
     # ---- runs side by side --------------------------------------------------------------------------------------
@@ -391,7 +348,3 @@ def _figures(report: Report, look: str) -> dict[str, Figure]:
 def _only(shown: str) -> Updates:
     """One of the views is to be seen, the others are not."""
     return {view: gr.update(visible=view == shown) for view in VIEWS}
-
-
-def _strings(value: Any) -> tuple[str, ...]:
-    return tuple(item for item in value if isinstance(item, str)) if isinstance(value, list) else ()

@@ -49,6 +49,12 @@ class Rate:
         self._fill[visitor] = (level + 1, now)
         return 0.0
 
+    def full_for_s(self, visitor: str) -> float:
+        """What `wait_s` would answer, without counting."""
+        now = self._clock()
+        level = self._level(self._fill.get(visitor, (0.0, now)), now)
+        return max(0.0, level + 1 - self._events) / self._per_second
+
     def _level(self, seen: tuple[float, float], now: float) -> float:
         return max(0.0, seen[0] - (now - seen[1]) * self._per_second)
 

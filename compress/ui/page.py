@@ -11,7 +11,9 @@ from gradio.components import Component
 from compress.ui import sharing, views
 from compress.ui.api import add_endpoints
 from compress.ui.form import main_fields, more_fields
-from compress.ui.handlers import CHARTS, App, Updates, Visit
+from compress.ui.handlers import CHARTS, App, Updates
+from compress.ui.visits import Visit
+from compress.ui.words import word
 
 POLL_S = 1.0
 IMAGE_TYPES = [".jpg", ".jpeg", ".png", ".webp", ".bmp"]
@@ -28,9 +30,9 @@ def build_page(app: App, *, cache_age_s: int) -> gr.Blocks:
     with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(3600, cache_age_s), fill_width=True) as page:
         parts = _memory()
         with gr.Row(elem_classes="top"):
-            gr.HTML(views.brand())
+            gr.HTML(views.brand(word("brand_name")))
             parts["theme"] = gr.Button(
-                "Light or dark", size="sm", variant="secondary", elem_classes="theme", min_width=60, scale=0
+                word("theme_button"), size="sm", variant="secondary", elem_classes="theme", min_width=60, scale=0
             )
         parts["banner"] = gr.HTML(elem_id="banner")
         fields, start = _start_view(app)
@@ -44,7 +46,7 @@ def _memory() -> Parts:
     """What the browser keeps, so that the page goes on after the server was restarted."""
     parts: Parts = {
         name: gr.Textbox(visible=False, elem_id=f"memory-{name}")
-        for name in ("context", "job", "seen", "look", "again")
+        for name in ("context", "job", "key", "seen", "look", "again")
     }
     parts["timer"] = gr.Timer(POLL_S, active=False)
     return parts
@@ -53,28 +55,28 @@ def _memory() -> Parts:
 def _start_view(app: App) -> tuple[dict[str, Component], Parts]:
     parts: Parts = {}
     with gr.Column(elem_classes="view", elem_id="start") as parts["start"]:
-        gr.HTML(
-            '<header class="hero"><h1>Make an image classifier smaller and faster, <br>and see what it cost.</h1>'
-            "<p>Prune, fine-tune, quantize, export, measure: one run does it all and proves every step. "
-            "As it stands, the form compresses the example that comes along.</p></header>"
-        )
+        gr.HTML(word("hero"))
         parts["again_note"] = gr.HTML()
         with gr.Row(elem_classes="columns", equal_height=False):
             with gr.Column(scale=3, min_width=320):
                 fields = main_fields(tuple(offer.name for offer in app.models))
-                with gr.Accordion("All other settings", open=False, elem_classes="card more"):
+                with gr.Accordion(word("more_title"), open=False, elem_classes="card more"):
                     fields |= more_fields()
             with gr.Column(scale=2, min_width=300, elem_classes="side"), gr.Column(elem_classes="card"):
-                gr.HTML("<h2>What will happen</h2>")
+                gr.HTML(word("meaning_head"))
                 parts["meaning"] = gr.HTML()
                 parts["notice"] = gr.HTML()
-                parts["submit"] = gr.Button("Compress", variant="primary", size="lg", elem_id="submit")
-                parts["preflight"] = gr.Button("Show the plan first", variant="secondary", elem_id="preflight")
+                parts["submit"] = gr.Button(word("submit_button"), variant="primary", size="lg", elem_id="submit")
+                parts["preflight"] = gr.Button(word("plan_button"), variant="secondary", elem_id="preflight")
                 parts["checked"] = gr.HTML()
         with gr.Row(elem_classes="earlier", equal_height=False):
-            gr.HTML('<h2>Earlier runs</h2><p><a href="?compare=">All finished runs in one chart</a></p>')
+            gr.HTML(word("runs_head"))
             parts["search"] = gr.Textbox(
-                label="Search", placeholder="name, state or id", elem_id="search", scale=0, min_width=260
+                label=word("search_label"),
+                placeholder=word("search_placeholder"),
+                elem_id="search",
+                scale=0,
+                min_width=260,
             )
         parts["runs"] = gr.HTML(elem_id="runs")
     return fields, parts
@@ -87,71 +89,64 @@ def _run_view() -> Parts:
             parts["head"] = gr.HTML()
             with gr.Row(elem_classes="actions"):
                 parts["cancel"] = gr.Button(
-                    "Cancel the run", variant="stop", elem_id="cancel", size="md", min_width=120, visible=False
+                    word("cancel_button"), variant="stop", elem_id="cancel", size="md", min_width=120, visible=False
                 )
                 parts["resume"] = gr.Button(
-                    "Resume the run", variant="primary", elem_id="resume", size="md", min_width=120, visible=False
+                    word("resume_button"), variant="primary", elem_id="resume", size="md", min_width=120, visible=False
                 )
                 parts["links"] = gr.HTML(elem_classes="links")
         parts["run_notice"] = gr.HTML()
         parts["live"] = gr.HTML(elem_id="live")
         with gr.Column(elem_id="results", visible=False) as parts["results"]:
             _results(parts)
-        with gr.Accordion("Log", open=True, elem_classes="card") as parts["log_box"]:
+        with gr.Accordion(word("log_title"), open=True, elem_classes="card") as parts["log_box"]:
             parts["log"] = gr.HTML(elem_id="log")
         parts["settings"] = gr.HTML(elem_classes="card", elem_id="settings")
-        with gr.Accordion("Rename or delete", open=False, elem_classes="card"), gr.Row(elem_classes="manage"):
-            parts["title"] = gr.Textbox(label="Name of this run", max_lines=1, elem_id="title")
-            parts["rename"] = gr.Button("Rename", size="md", elem_id="rename", min_width=110, scale=0)
-            parts["delete"] = gr.Button(
-                "Delete the run", variant="stop", size="md", elem_id="delete", min_width=140, scale=0
-            )
+        with gr.Accordion(word("manage_title"), open=False, elem_classes="card") as parts["manage"]:
+            with gr.Row(elem_classes="manage"):
+                parts["title"] = gr.Textbox(label=word("name_label"), max_lines=1, elem_id="title")
+                parts["rename"] = gr.Button(word("rename_button"), size="md", elem_id="rename", min_width=110, scale=0)
+                parts["keep"] = gr.Button(word("keep_button"), size="md", elem_id="keep", min_width=130, scale=0)
+                parts["delete"] = gr.Button(
+                    word("delete_button"), variant="stop", size="md", elem_id="delete", min_width=140, scale=0
+                )
+            parts["keeping"] = gr.HTML()
     return parts
 
 
 def _results(parts: Parts) -> None:
     parts["verdict"] = gr.HTML(elem_classes="card", elem_id="verdict")
     with gr.Column(elem_classes="card"):
-        gr.HTML("<h2>Original and compressed</h2>")
+        gr.HTML(word("summary_head"))
         parts["summary"] = gr.HTML(elem_id="summary")
-    for key, (title, sentence) in CHARTS.items():
-        with gr.Column(elem_classes="card", elem_id=f"chart-{key}", visible=False) as parts[f"chart_{key}"]:
-            gr.HTML(f'<h2>{title}</h2><p class="soft">{sentence}</p>')
-            parts[f"plot_{key}"] = gr.Plot(show_label=False, container=False, elem_id=f"plot-{key}")
-            parts[f"numbers_{key}"] = gr.HTML()
     with gr.Column(elem_classes="card"):
-        gr.HTML(
-            '<h2>Try it</h2><p class="soft">An image of yours through the original and the compressed model, as they '
-            "are deployed. It is not kept with the run.</p>"
-        )
+        gr.HTML(word("try_head"))
         with gr.Row(elem_classes="manage"):
-            parts["image"] = gr.File(label="An image (JPEG, PNG, WebP or BMP)", file_types=IMAGE_TYPES, height=116)
-            parts["try"] = gr.Button("Classify", size="md", elem_id="try", min_width=120, scale=0)
+            parts["image"] = gr.File(label=word("image_label"), file_types=IMAGE_TYPES, height=136)
+            parts["try"] = gr.Button(word("try_button"), size="md", elem_id="try", min_width=120, scale=0)
         parts["tried"] = gr.HTML(elem_id="tried")
     with gr.Column(elem_classes="card"):
-        gr.HTML('<h2>Files</h2><p class="soft">Every file is checked against its sha256 before it is sent.</p>')
+        gr.HTML(word("files_head"))
         parts["files"] = gr.HTML(elem_id="files")
+    for key in CHARTS:
+        with gr.Column(elem_classes="card", elem_id=f"chart-{key}", visible=False) as parts[f"chart_{key}"]:
+            gr.HTML(word(f"chart_{key}_head"))
+            parts[f"plot_{key}"] = gr.Plot(show_label=False, container=False, elem_id=f"plot-{key}")
+            parts[f"numbers_{key}"] = gr.HTML()
     parts |= sharing.card()
 
 
 def _compare_view() -> Parts:
     parts: Parts = {}
     with gr.Column(elem_classes="view", elem_id="compare", visible=False) as parts["compare"]:
-        gr.HTML(
-            '<div class="run-head"><h1>Runs side by side</h1><p class="soft">The address of this page is the link to '
-            'it. <a href="./">New run</a></p></div>'
-        )
+        gr.HTML(word("compare_head"))
         parts["compare_table"] = gr.HTML(elem_classes="card", elem_id="side-by-side")
         with gr.Column(elem_classes="card", elem_id="chart-compare", visible=False) as parts["compare_chart"]:
-            gr.HTML(
-                '<h2>Accuracy against speed</h2><p class="soft">Every finished run; further left is faster, higher is '
-                "more accurate. The dotted line joins those that no other beats in both (the Pareto front). A number "
-                "leads to its run.</p>"
-            )
+            gr.HTML(word("pareto_head"))
             parts["plot_compare"] = gr.Plot(show_label=False, container=False, elem_id="plot-compare")
             parts["numbers_compare"] = gr.HTML()
         with gr.Column(elem_classes="card"):
-            gr.HTML("<h2>Finished runs</h2>")
+            gr.HTML(word("finished_head"))
             parts["compare_runs"] = gr.HTML(elem_id="compare-runs")
     return parts
 
@@ -191,7 +186,8 @@ def _connect(page: gr.Blocks, app: App, parts: Parts, names: list[str]) -> None:
         )
 
     run_outputs = list(_SHOWN)
-    where = [parts["job"], parts["look"]]
+    run = [parts["job"], parts["key"]]
+    where = [*run, parts["look"]]
     context = {"js": "() => espalier.context()"}
     filled = [name for name in names if name not in ("hint", "checkpoint_file", "data_file", "class_map")]
     opened = [*run_outputs, *_COMPARED, "again", "again_note", *filled]
@@ -208,7 +204,7 @@ def _connect(page: gr.Blocks, app: App, parts: Parts, names: list[str]) -> None:
         visited=True,
         trigger_mode="once",
     )
-    submitted.then(None, [parts["job"]], None, js="job => espalier.opened(job)")
+    submitted.then(None, run, None, js="(job, key) => espalier.opened(job, key)")
     on(
         parts["preflight"].click,
         lambda again, *given: app.preflight(values(given), again),
@@ -242,23 +238,18 @@ def _connect(page: gr.Blocks, app: App, parts: Parts, names: list[str]) -> None:
         trigger_mode="always_last",
     )
     searched.then(None, None, None, js="() => espalier.retick()", api_visibility="private")
-    on(parts["timer"].tick, app.look, [parts["job"], parts["seen"], parts["look"]], run_outputs, trigger_mode="once")
-    on(parts["cancel"].click, app.cancel, where, run_outputs, trigger_mode="once")
-    on(parts["resume"].click, app.resume, where, run_outputs, trigger_mode="once")
-    on(
-        parts["rename"].click,
-        app.rename,
-        [parts["job"], parts["title"], parts["look"]],
-        [*run_outputs],
-        trigger_mode="once",
-    )
+    watching = {"visited": True, "trigger_mode": "once"}
+    on(parts["timer"].tick, app.look, [*run, parts["seen"], parts["look"]], run_outputs, **watching)
+    for name, act in (("cancel", app.cancel), ("resume", app.resume), ("keep", app.keep)):
+        on(parts[name].click, act, where, run_outputs, **watching)
+    on(parts["rename"].click, app.rename, [*where, parts["title"]], run_outputs, **watching)
     deleted = on(
         parts["delete"].click,
         app.delete,
-        [parts["job"]],
+        run,
         ["job", "timer", "run_notice"],
-        js="job => confirm('Delete this run with its files? This cannot be undone.') ? job : ''",
-        trigger_mode="once",
+        js="(job, key) => [espalier.sure() ? job : '', key]",
+        **watching,
     )
     deleted.then(None, [parts["job"]], None, js="job => espalier.left(job)", api_visibility="private")
     choices = [parts[name] for name in ("weights", "images", "model", "arithmetic")]
@@ -279,7 +270,7 @@ def _connect(page: gr.Blocks, app: App, parts: Parts, names: list[str]) -> None:
     on(
         themed.then,
         app.restyle,
-        [*where, parts["context"]],
+        [parts["job"], parts["look"], parts["context"]],
         ["plot_compare", *(f"plot_{key}" for key in CHARTS)],
         js="(job, look) => [job, look, espalier.context()]",
     )
@@ -296,12 +287,16 @@ _SHOWN = (
     "compare",
     "links",
     "title",
+    "manage",
+    "keep",
+    "keeping",
     "delete",
     "notice",
     "runs",
     "look",
     "timer",
     "job",
+    "key",
     "seen",
     "head",
     "run_notice",

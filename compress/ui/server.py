@@ -19,9 +19,11 @@ from compress.ui import shell, views_results
 from compress.ui.estimates import Count
 from compress.ui.handlers import App, Check, Classify
 from compress.ui.limits import Limits, sweep
+from compress.ui.login import Login, login_name
 from compress.ui.page import build_page
 from compress.ui.settings import Settings
-from compress.ui.theme import HEAD, STYLE, EspalierTheme
+from compress.ui.theme import STYLE, EspalierTheme, head
+from compress.ui.words import texts, translations
 
 CONTENT_SECURITY_POLICY = "; ".join(
     (
@@ -69,6 +71,9 @@ def build_app(
         classify: (run folder, image) -> the answers of its models; see `compress.tryout.classify`.
         count: structure -> what pruning would leave of it; see `compress.profiles.profile`.
         models: the classifiers on offer.
+
+    Raises:
+        RunError: MCP is asked for and cannot be offered.
     """
     settings.uploads.mkdir(parents=True, exist_ok=True)
     sweep(settings.uploads, CACHE_AGE_S)
@@ -83,13 +88,15 @@ def build_app(
         server_port=settings.port,
         theme=EspalierTheme(),
         css=STYLE,
-        head=HEAD,
+        head=head(texts()),
         footer_links=[],
         run_history=False,
         ssr_mode=False,
+        i18n=translations(),
         show_error=False,
         enable_monitoring=False,
-        mcp_server=False,
+        mcp_server=settings.mcp,
+        auth_dependency=login_name if settings.accounts else None,
         pwa=False,
         allowed_paths=[],
         blocked_paths=[str(queue.data_dir / "runs"), str(queue.data_dir / "consoles")],
@@ -101,7 +108,11 @@ def build_app(
         uploads_per_hour=settings.uploads_per_hour,
         max_upload_bytes=settings.max_upload_mb * 1024 * 1024,
     )
+    if settings.accounts:
+        app.add_middleware(Login, accounts=settings.accounts)
     app.add_middleware(Guard, hosts=settings.hosts)
+    if page.mcp_error:  # Gradio would go on without
+        raise RunError(f"The tools of ESPALIER_MCP cannot be offered ({page.mcp_error}). Unset it, or mend that first.")
     return app
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, MutableMapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from compress.jobs import DATA_DIR
 from compress.retention import Limits
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
+LEAST_PASSWORD = 8
+"""Characters."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,10 @@ class Settings:
     allowed_hosts: tuple[str, ...] = ()
     """ESPALIER_ALLOWED_HOSTS: names, separated by commas, under which a proxy serves the app.
     On a loopback address all other Host headers are refused; elsewhere any is accepted when this is empty."""
+    accounts: tuple[tuple[str, str], ...] = field(default=(), repr=False)
+    """ESPALIER_LOGIN: `name:password`, several separated by spaces; see `compress.ui.login`. Default: nobody has to log in."""
+    mcp: bool = False
+    """ESPALIER_MCP: 1 offers the endpoints as tools to programs that speak the Model Context Protocol."""
 
     @property
     def data_dir(self) -> Path:
@@ -85,6 +92,11 @@ class Settings:
     @property
     def local(self) -> bool:
         return self.host in LOOPBACK
+
+    @property
+    def trusts_visitors(self) -> bool:
+        """Whether everybody may change every run: where only this machine reaches the server, and nobody logs in."""
+        return self.local and not self.allowed_hosts and not self.accounts
 
     @property
     def lists_all_runs(self) -> bool:
@@ -116,12 +128,17 @@ class Settings:
             "ESPALIER_CLUSTER_CPUS": ("cluster_cpus", _number(1, 1024)),
             "ESPALIER_CLUSTER_GPUS": ("cluster_gpus", _share),
             "ESPALIER_ALLOWED_HOSTS": ("allowed_hosts", _names),
+            "ESPALIER_LOGIN": ("accounts", _accounts),
+            "ESPALIER_MCP": ("mcp", _switch),
         }
         given = {}
-        for variable, (field, read) in readers.items():
+        for variable, (name, read) in readers.items():
             if environ.get(variable, "") != "":
-                given[field] = read(variable, environ[variable]) if read not in (Path, str) else read(environ[variable])
-        return cls(**given)
+                given[name] = read(variable, environ[variable]) if read not in (Path, str) else read(environ[variable])
+        settings = cls(**given)
+        if settings.mcp:
+            _refuse_without_mcp(settings)
+        return settings
 
 
 def prepare_environment(environ: MutableMapping[str, str], settings: Settings) -> None:
@@ -141,6 +158,18 @@ def prepare_environment(environ: MutableMapping[str, str], settings: Settings) -
             "GRADIO_TEMP_DIR": str(settings.uploads),
         }
     )
+
+
+def _refuse_without_mcp(settings: Settings) -> None:
+    if settings.accounts:
+        allowed = (
+            "no ESPALIER_LOGIN beside it, because Gradio's tools call the app without a login: put a proxy that asks for one "
+            "in front"
+        )
+        raise RequestError("ESPALIER_MCP", "1", allowed)
+    if find_spec("mcp") is None:
+        allowed = "the package mcp to be installed first: python -m pip install -r requirements-mcp.txt"
+        raise RequestError("ESPALIER_MCP", "1", allowed)
 
 
 def _number(low: int, high: int) -> Any:
@@ -166,3 +195,13 @@ def _switch(variable: str, text: str) -> bool:
 
 def _names(variable: str, text: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def _accounts(variable: str, text: str) -> tuple[tuple[str, str], ...]:
+    accounts = [item.partition(":")[::2] for item in text.split()]
+    if not accounts or any(not name or len(password) < LEAST_PASSWORD for name, password in accounts):
+        allowed = (
+            f"name:password, with at least {LEAST_PASSWORD} characters in the password and several separated by spaces"
+        )
+        raise RequestError(variable, "something that is not shown here", allowed)
+    return tuple(accounts)

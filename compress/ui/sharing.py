@@ -18,6 +18,7 @@ from compress.errors import CompressError
 from compress.jobs import Queue
 from compress.ui import views
 from compress.ui.settings import Settings
+from compress.ui.words import word
 
 Parts = dict[str, Any]
 Publish = Callable[..., str]
@@ -28,16 +29,12 @@ def card() -> Parts:
     """The controls, in the layout that is being built."""
     parts: Parts = {}
     with gr.Column(elem_classes="card", elem_id="share"):
-        gr.HTML(
-            '<h2>Share</h2><p class="soft">Puts all files of this run, with its model card, into a model repository on the '
-            "Hugging Face Hub, in one commit. <code>report.html</code> above needs no network and can be sent to anybody."
-            "</p>"
-        )
+        gr.HTML(word("share_head"))
         with gr.Row(elem_classes="manage"):
-            parts["repository"] = gr.Textbox(label="Repository", placeholder="owner/name", max_lines=1)
-            parts["publish"] = gr.Button("Publish", size="md", elem_id="publish", min_width=120, scale=0)
-        parts["public"] = gr.Checkbox(label="Everybody may see it, if the repository is new")
-        parts["pull_request"] = gr.Checkbox(label="As a pull request to a repository that is there")
+            parts["repository"] = gr.Textbox(label=word("repository_label"), placeholder="owner/name", max_lines=1)
+            parts["publish"] = gr.Button(word("publish_button"), size="md", elem_id="publish", min_width=120, scale=0)
+        parts["public"] = gr.Checkbox(label=word("public_label"))
+        parts["pull_request"] = gr.Checkbox(label=word("pull_request_label"))
         if asks_to_log_in(os.environ):
             gr.LoginButton()
         parts["shared"] = gr.HTML(elem_id="shared")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterable
 from pathlib import Path
 
 from gradio.themes import Base
@@ -10,7 +12,13 @@ from gradio.themes.utils import colors, sizes
 _HERE = Path(__file__).parent
 STYLE = (_HERE / "page.css").read_text(encoding="utf-8")
 _SCRIPT = (_HERE / "page.js").read_text(encoding="utf-8")
-HEAD = f'<meta name="viewport" content="width=device-width, initial-scale=1"><script>{_SCRIPT}</script>'
+
+
+def head(languages: Iterable[str]) -> str:
+    """What the page's head holds, for a page in these languages."""
+    script = _SCRIPT.replace('["en"]', json.dumps([*languages]))
+    return f'<meta name="viewport" content="width=device-width, initial-scale=1"><script>{script}</script>'
+
 
 _LEAF = colors.Color(
     name="leaf",

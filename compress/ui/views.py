@@ -40,8 +40,8 @@ STATE_NAMES = {
 LOGO = """<svg viewBox="0 0 40 40" width="34" height="34" aria-hidden="true"><g fill="none" stroke="currentColor" stroke-width="2.6" stroke-linecap="round"><path d="M20 37V6"/><path d="M20 31C13 31 6 30 5 23"/><path d="M20 31c7 0 14-1 15-8"/><path d="M20 21c-5 0-9-1-10-7"/><path d="M20 21c5 0 9-1 10-7"/></g><g fill="var(--leaf)"><circle cx="5" cy="20.500" r="3.200"/><circle cx="35" cy="20.500" r="3.200"/><circle cx="10" cy="11.500" r="3.200"/><circle cx="30" cy="11.500" r="3.200"/><circle cx="20" cy="5" r="3.200"/></g></svg>"""  # noqa: E501
 
 
-def brand() -> str:
-    return f'<a class="brand" href="./" aria-label="Espalier, start page">{LOGO}<span>Espalier</span></a>'
+def brand(name: str) -> str:
+    return f'<a class="brand" href="./" aria-label="{name}">{LOGO}<span>Espalier</span></a>'
 
 
 def alert(text: str) -> str:
@@ -51,10 +51,18 @@ def alert(text: str) -> str:
 # ---- a run --------------------------------------------------------------------------------------------------------
 
 
-def run_head(status: Status) -> str:
+def run_head(status: Status, *, kept: bool = False, mine: bool = True) -> str:
+    """The name, the state and the facts of a run.
+
+    Args:
+        kept: it is never removed to make room.
+        mine: the visitor may change it.
+    """
     begun = f"submitted {ago(status.created)} · run <code>{status.job_id[:8]}</code>"
     facts = f"{begun} · the address of this page is the link to it"
-    title = escape(status.title).replace(" %", "&nbsp;%")
+    facts += " · kept" if kept else ""
+    facts += "" if mine else " · begun by somebody else, so you can look, download and repeat it"
+    title = escape(status.title).replace(" %", "&nbsp;%").replace(" bits", "&nbsp;bits")
     return f'<div class="run-head"><h1>{title}</h1><p>{badge(status.state)}<span class="soft">{facts}</span></p></div>'
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from compress import snippets
 from compress.jobs import Status
 from compress.request import Request
+from compress.retention import Limits
 from compress.ui import views
 
 NONE_YET = "No runs yet. The first one appears here, and stays when you close the page."
@@ -44,6 +45,16 @@ def links(job_id: str) -> str:
         f'<a class="button" href="?again={job_id}">Change and run again</a>'
         f'<a class="button" href="?compare={job_id}">Compare</a><a class="button" href="./">New run</a>'
     )
+
+
+def keeping(limits: Limits) -> str:
+    """When this server removes runs; nothing where it never does."""
+    rules = []
+    if limits.keep_days is not None:
+        rules.append(f"runs {limits.keep_days:g} day{'' if limits.keep_days == 1 else 's'} after they ended")
+    if limits.max_bytes is not None:
+        rules.append(f"the oldest runs as soon as all together take more than {limits.max_bytes / 1e9:g} GB")
+    return f'<p class="soft">This server removes {", and ".join(rules)}; never one that is kept.</p>' if rules else ""
 
 
 def settings_of(request: Request) -> str:
