@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -308,3 +309,27 @@ def test_the_handover_builds_the_dense_model(handover, tmp_path, monkeypatch):
     images = torch.rand(2, 3, 32, 32)
     answers = job_of(handover, tmp_path, monkeypatch).dense()(images)
     assert torch.allclose(answers, model.half().float()(images), atol=1e-5)
+
+
+NAMES = {
+    "torch-pruning": "import torch_pruning as tp; tp.pruner.BasePruner, tp.importance.GroupMagnitudeImportance",
+    "onnxruntime": "from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static\n"
+    "from onnxruntime.quantization.shape_inference import quant_pre_process",
+    "nncf": "import nncf, openvino; nncf.quantize, nncf.Dataset, nncf.strip, openvino.convert_model, openvino.save_model\n"
+    "from nncf.quantization.advanced_parameters import AdvancedQuantizationParameters, OverflowFix",
+    "neural-compressor": "from neural_compressor.torch.export import export\n"
+    "from neural_compressor.torch.quantization import convert, get_default_static_config, prepare",
+    "modelopt": "import modelopt.torch.opt as mto, modelopt.torch.prune as mtp, modelopt.torch.quantization as mtq\n"
+    "mto.save, mto.restore, mtp.prune, mtq.quantize, mtq.INT8_DEFAULT_CFG",
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_names_that_the_scripts_use_exist(name):
+    """Where `make bench-peers` has installed the peer."""
+    home = Path(__file__).resolve().parents[1] / "build" / "peers" / name
+    if not (home / environments.READY).is_file():
+        pytest.skip(f"{name} is not installed")
+    python = home / "venv" / "bin" / "python"
+    done = subprocess.run([python, "-W", "ignore", "-c", NAMES[name]], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

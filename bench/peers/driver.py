@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -61,13 +62,12 @@ def finished(row: Row, conditions: Conditions, folder: Path) -> Facts | None:
 
 
 def compress_row(row: Row, conditions: Conditions, folder: Path, python: Path, *, limit_s: float = 4 * 3600) -> Facts:
-    """Runs the row's script, whatever was there before, and writes result.json last.
+    """Runs the row's script in an empty `folder`, whatever was there before, and writes result.json last.
 
     A script that fails is a result too, with its reason under `error`.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    for stale in (RESULT, "used.json", "model.onnx", "model.xml", "model.bin"):
-        (folder / stale).unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
     job = conditions.job(row)
     write_text(folder / "job.json", json.dumps(job, indent=1) + "\n")
     result = {"row": row.name, "job": job, "scripts": _digest(row.script), "lines": user_lines(row.script)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,10 @@ REQUIREMENTS = Path(__file__).parent / "requirements"
 SHARED = "torch"
 """Every environment sees what is in this one, and may shadow it with versions of its own."""
 READY = "ready.json"
+AFTERWARDS = {"nncf": "from nncf.torch.extensions import force_build_cpu_extensions as build; build()"}
+"""What a peer does once, at its first use, which is not part of compressing a model; NNCF compiles its kernels."""
+UNHURRIED = {"NNCF_EXTENSION_LOAD_TIMEOUT": "0"}
+"""NNCF gives its compiler a minute otherwise."""
 
 
 class PeerError(Exception):
@@ -35,6 +40,8 @@ def prepare(name: str, folder: Path) -> Path:
         shared = _site_packages(prepare(SHARED, folder))
         (_site_packages(python) / "torch-of-all.pth").write_text(f"{shared}\n", encoding="utf-8")
     _call([str(python), "-m", "pip", "install", "--quiet", "-r", str(REQUIREMENTS / f"{name}.txt")])
+    if name in AFTERWARDS:
+        _call([str(python), "-c", AFTERWARDS[name]], path=python.parent)
     listed = json.loads(_call([str(python), "-m", "pip", "list", "--format", "json"]))
     versions = {package["name"]: package["version"] for package in listed}
     write_text(ready, json.dumps({"requirements": wanted, "versions": versions}, indent=1) + "\n")
@@ -63,8 +70,11 @@ def _site_packages(python: Path) -> Path:
     return next((python.parents[1] / "lib").glob("python3.*")).resolve() / "site-packages"
 
 
-def _call(command: list[str]) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+def _call(command: list[str], path: Path | None = None) -> str:
+    """What a command prints; `path` is searched for programs (NNCF's ninja) first. Raises `PeerError`."""
+    search = f"{path}{os.pathsep}{os.environ['PATH']}" if path else os.environ["PATH"]
+    environment = os.environ | UNHURRIED | {"PATH": search}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if done.returncode:
         raise PeerError(reason(done.stderr or done.stdout))
     return done.stdout

@@ -29,21 +29,22 @@ class Row:
 
 
 def _espalier() -> list[Row]:
-    rows = [
-        Row(
-            f"espalier-{100 * ratio:.0f}",
-            f"Espalier {100 * ratio:.0f} % + QAT",
-            OURS,
-            "espalier_run",
-            {"sparsity": ratio},
-        )
-        for ratio in (0.3, 0.5, 0.7)
-    ]
-    calibrated = {"pruner": "none", "quantizer": "ptq"}
-    floats = {"sparsity": 0.5, "quantizer": "none", "weight_bits": 32, "activation_bits": 32}
+    """`tune` and `qat` are shares of the budget; the rest are fields of a request."""
+    both = {"tune": 5 / 6, "qat": 1 / 6}
+    calibrated = {"tune": 0, "qat": 0, "pruner": "none", "quantizer": "ptq"}
+    floats = {"tune": 1, "qat": 0, "sparsity": 0.5, "quantizer": "none"}
     return [
         Row("espalier-ptq", "Espalier, PTQ alone", OURS, "espalier_run", calibrated),
-        *rows,
+        *(
+            Row(
+                f"espalier-{percent}",
+                f"Espalier {percent} % + QAT",
+                OURS,
+                "espalier_run",
+                both | {"sparsity": percent / 100},
+            )
+            for percent in (30, 50, 70)
+        ),
         Row("espalier-50-float", "Espalier 50 %, fp32", OURS, "espalier_run", floats),
     ]
 

@@ -8,8 +8,8 @@ import compress
 
 job = Job.read()
 epochs = job.budget / job.train_images
-job.spend(job.budget)
-options = {"finetune_epochs": epochs * 5 / 6, "qat_epochs": epochs / 6} | job.options
+tune, qat = job.options.pop("tune"), job.options.pop("qat")
+job.spend(round(job.budget * (tune + qat)))
 compress.run(
     compress.Request(
         model=job.model,
@@ -19,9 +19,11 @@ compress.run(
         mean=(job.mean,) * 3,
         std=(job.std,) * 3,
         seed=job.seed,
-        **options,
+        finetune_epochs=epochs * tune,
+        qat_epochs=epochs * qat,
+        **job.options,
     ),
     out=job.folder / "run",
 )
-name = "pruned" if options.get("quantizer") == "none" else "quantized.onnxruntime"
+name = "pruned" if job.options.get("quantizer") == "none" else "quantized.onnxruntime"
 shutil.copy(job.folder / "run" / "artifacts" / f"{name}.onnx", job.folder / "model.onnx")
