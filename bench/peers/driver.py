@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.peers.environments import PeerError, reason
+from bench.peers.environments import PeerError, reason, variables
 from bench.peers.rows import OURS, Row
 from compress.files import write_text
 
@@ -118,11 +118,10 @@ def _digest(script: str) -> str:
 
 def _run(row: Row, folder: Path, python: Path, limit_s: float) -> None:
     command = [str(python), str(SCRIPTS / f"{row.script}.py"), str(folder / "job.json")]
-    environment = dict(os.environ)
-    environment["PATH"] = f"{python.parent}{os.pathsep}{os.environ.get('PATH', '')}"  # NNCF and ModelOpt look for ninja
-    environment.pop("PYTHONPATH", None)
     if row.environment == OURS:
-        environment["PYTHONPATH"] = str(ROOT)
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    else:
+        environment = variables(python)
     log = folder / "log.txt"
     with log.open("w", encoding="utf-8") as out:
         child = subprocess.Popen(

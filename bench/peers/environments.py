@@ -14,10 +14,8 @@ REQUIREMENTS = Path(__file__).parent / "requirements"
 SHARED = "torch"
 """Every environment sees what is in this one, and may shadow it with versions of its own."""
 READY = "ready.json"
-AFTERWARDS = {"nncf": "from nncf.torch.extensions import force_build_cpu_extensions as build; build()"}
+AFTERWARDS = {"nncf": "import nncf.torch; nncf.torch.force_build_cpu_extensions()"}
 """What a peer does once, at its first use, which is not part of compressing a model; NNCF compiles its kernels."""
-UNHURRIED = {"NNCF_EXTENSION_LOAD_TIMEOUT": "0"}
-"""NNCF gives its compiler a minute otherwise."""
 
 
 class PeerError(Exception):
@@ -41,7 +39,7 @@ def prepare(name: str, folder: Path) -> Path:
         (_site_packages(python) / "torch-of-all.pth").write_text(f"{shared}\n", encoding="utf-8")
     _call([str(python), "-m", "pip", "install", "--quiet", "-r", str(REQUIREMENTS / f"{name}.txt")])
     if name in AFTERWARDS:
-        _call([str(python), "-c", AFTERWARDS[name]], path=python.parent)
+        _call([str(python), "-c", AFTERWARDS[name]], variables(python))
     listed = json.loads(_call([str(python), "-m", "pip", "list", "--format", "json"]))
     versions = {package["name"]: package["version"] for package in listed}
     write_text(ready, json.dumps({"requirements": wanted, "versions": versions}, indent=1) + "\n")
@@ -70,10 +68,21 @@ def _site_packages(python: Path) -> Path:
     return next((python.parents[1] / "lib").glob("python3.*")).resolve() / "site-packages"
 
 
-def _call(command: list[str], path: Path | None = None) -> str:
-    """What a command prints; `path` is searched for programs (NNCF's ninja) first. Raises `PeerError`."""
-    search = f"{path}{os.pathsep}{os.environ['PATH']}" if path else os.environ["PATH"]
-    environment = os.environ | UNHURRIED | {"PATH": search}
+def variables(python: Path) -> dict[str, str]:
+    """The environment variables of a peer's programs: its own ninja is found, and what it compiles stays with it.
+
+    NNCF gives its compiler a minute unless told to wait.
+    """
+    own = {
+        "PATH": f"{python.parent}{os.pathsep}{os.environ.get('PATH', '')}",
+        "TORCH_EXTENSIONS_DIR": str(python.parents[2] / "extensions"),
+        "NNCF_EXTENSION_LOAD_TIMEOUT": "0",
+    }
+    return {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | own
+
+
+def _call(command: list[str], environment: dict[str, str] | None = None) -> str:
+    """What a command prints. Raises `PeerError`."""
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if done.returncode:
         raise PeerError(reason(done.stderr or done.stdout))
