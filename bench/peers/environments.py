@@ -14,7 +14,9 @@ REQUIREMENTS = Path(__file__).parent / "requirements"
 SHARED = "torch"
 """Every environment sees what is in this one, and may shadow it with versions of its own."""
 READY = "ready.json"
-AFTERWARDS = {"nncf": "import nncf.torch; nncf.torch.force_build_cpu_extensions()"}
+AFTERWARDS = {
+    "nncf": "import nncf.torch.quantization.extensions as _; import nncf; nncf.torch.force_build_cpu_extensions()"
+}
 """What a peer does once, at its first use, which is not part of compressing a model; NNCF compiles its kernels."""
 
 
