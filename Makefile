@@ -7,7 +7,7 @@ COUNT ?= 1000000
 OUT ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help setup setup-dev browser demo app bench-app pictures test test-slow test-gpu lint bench pruners-table quantizers-table quantized-models-table coverage torture fuzz assets clean
+.PHONY: help setup setup-dev browser demo app bench-app pictures test test-slow test-gpu lint bench pruners-table quantizers-table quantized-models-table coverage torture fuzz assets clean bench-peers
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-23s %s\n", $$1, $$2}'
@@ -57,6 +57,9 @@ bench-app: setup-dev browser  ## how quick the web app is, in a real browser
 
 pictures: setup-dev browser  ## the web app in every state, in build/pictures, to be looked at
 	$(PY) scripts/app_pictures.py build/pictures
+
+bench-peers: setup  ## docs/benchmarks.md: the same models through other tools, 7 GB of them; hours; PEERS="--only ..." for some
+	$(PY) -m bench.peers $(PEERS)
 
 pruners-table: setup  ## docs/pruners.md: every pruner on the bundled model, the better part of an hour
 	$(PY) -m bench.pruners

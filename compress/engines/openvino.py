@@ -135,7 +135,9 @@ def _compile(path: Path, spec: BuildSpec, batch: int | None) -> tuple[Any, list[
     openvino = _import_openvino()
     core = openvino.Core()
     narrowed: list[str] = []
-    if machine.has_int8_dot_product():
+    if (
+        machine.has_int8_dot_product() or path.suffix != ".onnx"
+    ):  # OpenVINO's own files come from tools that know the CPU
         model = core.read_model(str(path))
     else:
         content, narrowed = without_overflow(path)
@@ -169,6 +171,13 @@ def without_overflow(path: Path) -> tuple[bytes, list[str]]:
     """
     model = onnx.load(path)
     constants = {tensor.name: tensor for tensor in model.graph.initializer}
+    constants |= {
+        node.output[0]: attribute.t
+        for node in model.graph.node
+        if node.op_type == "Constant"
+        for attribute in node.attribute
+        if attribute.name == "value"
+    }
     makers = {output: node for node in model.graph.node for output in node.output}
     narrowed: dict[str, str] = {}
     for node in model.graph.node:
