@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from compress.search.annealing import AutoCompress, SimulatedAnnealing
 from compress.search.candidate import Candidate
 from compress.search.oneshot import Outcome
 from compress.search.space import Space
@@ -79,5 +80,10 @@ class Random:
         )
 
 
-STRATEGIES: dict[str, Callable[[Problem], Strategy]] = {"uniform": Uniform, "random": Random}
+STRATEGIES: dict[str, Callable[[Problem], Strategy]] = {
+    "uniform": Uniform,
+    "random": Random,
+    "simulated-annealing": SimulatedAnnealing,
+    "auto-compress": AutoCompress,
+}
 """Name -> what makes the strategy for a problem."""
