@@ -27,6 +27,8 @@ ALLOWED = {
     "pycuda": {"compress/engines/tensorrt", "compress/templates/infer.py"},
     "gradio": {"app.py", "compress/ui/"},
     "huggingface_hub": {"compress/hub.py"},
+    "stable_baselines3": {"compress/search/amc.py"},
+    "gymnasium": {"compress/search/amc.py"},
 }
 
 

@@ -187,6 +187,8 @@ def test_uniform_halves_its_way_to_the_smallest_ratio_that_is_fast_enough(space,
 
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_a_strategy_is_a_function_of_its_history(name, space, oneshot):
+    if name == "amc":
+        pytest.importorskip("stable_baselines3", reason="pip install -r requirements-search.txt")
     problem = Problem(space, Target(min_speedup=2.0), oneshot.dense, 20, seed=3)
     history = []
     for _ in range(12):

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from compress.errors import RequestError
 from compress.search.annealing import AutoCompress, SimulatedAnnealing
 from compress.search.candidate import Candidate
 from compress.search.oneshot import Outcome
@@ -80,10 +81,24 @@ class Random:
         )
 
 
+def _amc(problem: Problem) -> Strategy:
+    """Raises `RequestError` where the agent's library is not installed."""
+    try:
+        from compress.search.amc import Amc
+    except ModuleNotFoundError as error:
+        if error.name not in ("stable_baselines3", "gymnasium"):
+            raise
+        raise RequestError(
+            "strategy", "amc", "another one, or stable-baselines3: pip install -r requirements-search.txt"
+        ) from None
+    return Amc(problem)
+
+
 STRATEGIES: dict[str, Callable[[Problem], Strategy]] = {
     "uniform": Uniform,
     "random": Random,
     "simulated-annealing": SimulatedAnnealing,
     "auto-compress": AutoCompress,
+    "amc": _amc,
 }
 """Name -> what makes the strategy for a problem."""
