@@ -147,9 +147,9 @@ def pruners(as_json: Json = False) -> None:
         {"name": p.name, "what": p.summary, "needs": p.needs_data, "cost": p.cost, "paper": p.paper}
         for p in PRUNERS.values()
     ]
-    later = "not there yet: it belongs to the target search"
     rows += [
-        {"name": s.name, "what": s.summary, "needs": later, "cost": "", "paper": s.paper} for s in SEARCHES.values()
+        {"name": s.name, "what": s.summary, "needs": s.command, "cost": "a search", "paper": s.paper}
+        for s in SEARCHES.values()
     ]
     _print(rows, as_json)
 
