@@ -23,6 +23,7 @@ from compress import text
 from compress.errors import CompressError, RequestError
 from compress.request import Request
 from compress.shell_groups import FAILED, Json, engine_cli, jobs_cli
+from compress.shell_search import register as register_search
 
 cli = typer.Typer(
     no_args_is_help=True,
@@ -293,6 +294,9 @@ def _request(values: dict[str, Any], file: Path | None) -> Request:
             next(iter(given)), next(iter(given.values())), "nothing beside --request: the file holds the whole request"
         )
     return Request.from_file(file)
+
+
+register_search(cli, _with_request_options, _request)
 
 
 def _config_list(name: str, path: Path) -> str:

@@ -25,11 +25,12 @@ from torch import nn
 
 from compress import benchmark, counting, data, evaluation, onnx_export, pruning, quantization, recipes
 from compress.engines import RUNTIMES, BuildSpec, Precision, Runtime, Session
-from compress.errors import DataError, PruningError, RequestError, RunError, RuntimeUnavailableError
+from compress.errors import DataError, HandoffError, PruningError, RequestError, RunError, RuntimeUnavailableError
 from compress.files import write_text
 from compress.pruning import Group
 from compress.pruning.registry import TRAINS
 from compress.request import Request
+from compress.search import cutting
 from compress.search.candidate import Candidate
 from compress.sources import Source
 
@@ -163,16 +164,15 @@ class OneShot:
         request = self._request(candidate)
         shrunk = self._shrunk(request)
         model = self._source.model if shrunk is None else shrunk.model
-        quantized = self._quantized(request, model) if request.quantizes else None
-        timed = self._timed(request, model, quantized)
+        timed = self._timed(request, shrunk and shrunk.model)
         why = hopeless(timed.latency_ms, timed.file_bytes)
         right = total = 0
         if why is None:
             if shrunk is not None:
                 self._progress("refitting")
                 recipes.recover(request, self._source, self._source.model, model, shrunk.kept)
-                quantized = self._quantized(request, model) if request.quantizes else None
-            right, total = self._score(quantization.fake_quantized(quantized) if quantized else model)
+            deployed = quantization.fake_quantized(self._quantized(request, model)) if request.quantizes else model
+            right, total = self._score(deployed)
         return Outcome(
             accuracy=right / total if total else 0.0,
             parameters=counting.count_parameters(model),
@@ -241,8 +241,9 @@ class OneShot:
                 f"runtime: got {self.base.runtime!r}, which a search cannot time on this machine; take one of "
                 f"{', '.join(here)}."
             )
-        folder = Path(self._open.enter_context(tempfile.TemporaryDirectory()))
-        model, dense = self._source.model, folder / "dense.onnx"
+        self._folder = Path(self._open.enter_context(tempfile.TemporaryDirectory()))
+        self._dense_files: dict[str, Path] = {}
+        model, dense = self._source.model, self._folder / "dense.onnx"
         self._progress("the dense model")
         onnx_export.export(model, dense, input_size=self._source.preprocessing.input_size)
         if self._kept is not None:
@@ -255,7 +256,7 @@ class OneShot:
         timings = dict(zip(sessions, self._race(list(sessions.values())), strict=True))
         fastest = min(timings, key=lambda name: timings[name].p50_ms)
         self._reference = sessions[fastest]
-        self.runtime = here[self.base.runtime if self.base.runtime != "auto" else self._fastest(here, folder)]
+        self.runtime = here[self.base.runtime if self.base.runtime != "auto" else self._fastest(here)]
         right, total = self._score(model)
         self.dense = Outcome(
             accuracy=right / total,
@@ -274,24 +275,25 @@ class OneShot:
         }
         self._save()
 
-    def _fastest(self, here: Mapping[str, Runtime], folder: Path) -> str:
+    def _fastest(self, here: Mapping[str, Runtime]) -> str:
         """On the unpruned model in the base request's precision."""
         quantized = self._quantized(self.base, self._source.model) if self.base.quantizes else None
         with ExitStack() as stack:
             sessions = {}
             for name, runtime in here.items():
-                path = self._export(folder / name, self.base, self._source.model, quantized, runtime)
+                path = self._export(self._folder / name, self.base, self._source.model, quantized, runtime)
                 sessions[name] = stack.enter_context(runtime.load(path, self._spec(_precision(self.base))))
             timings = self._race(list(sessions.values()))
         return min(zip(timings, sessions, strict=True), key=lambda pair: pair[0].p50_ms)[1]
 
-    def _timed(self, request: Request, model: nn.Module, quantized: quantization.Quantized | None) -> _Timed:
+    def _timed(self, request: Request, shrunk: nn.Module | None) -> _Timed:
         """Of the structure: measured once."""
-        key, known = self._structure(request, model, quantized), self._kept["structures"]
+        model = self._source.model if shrunk is None else shrunk
+        key, known = self._structure(request, model), self._kept["structures"]
         if key not in known:
             self._progress(f"timing on {self.runtime.title}")
             with tempfile.TemporaryDirectory() as folder:
-                path = self._export(Path(folder), request, model, quantized, self.runtime)
+                path = self._file_to_time(Path(folder), request, shrunk)
                 size = path.stat().st_size
                 with self.runtime.load(path, self._spec(_precision(request))) as session:
                     timing, dense = self._race([session, self._reference])
@@ -299,10 +301,35 @@ class OneShot:
             self._save()
         return _Timed(**known[key])
 
-    def _structure(self, request: Request, model: nn.Module, quantized: quantization.Quantized | None) -> str:
+    def _file_to_time(self, folder: Path, request: Request, shrunk: nn.Module | None) -> Path:
+        """Cut out of the dense model's file where that can be done, else exported."""
+        dense = self._dense_file(request)
+        if shrunk is None:
+            return dense
+        path = folder / "candidate.onnx"
+        try:
+            cutting.cut(dense, self._source.model, shrunk, path)
+            with self.runtime.load(path, self._spec(_precision(request))):
+                return path
+        except (cutting.CannotCutError, HandoffError):
+            quantized = self._quantized(request, shrunk) if request.quantizes else None
+            return self._export(folder, request, shrunk, quantized, self.runtime)
+
+    def _dense_file(self, request: Request) -> Path:
+        """Of the model that loses nothing, with the bits of `request`: exported once for each choice of them."""
+        bits = recipes.prepared_with_bits(request, self._source.model)[1].layers if request.quantizes else {}
+        key = f"{_precision(request)} {sorted((name, str(layer)) for name, layer in bits.items())}"
+        if key not in self._dense_files:
+            quantized = self._quantized(request, self._source.model) if request.quantizes else None
+            folder = self._folder / str(len(self._dense_files))
+            self._dense_files[key] = self._export(folder, request, self._source.model, quantized, self.runtime)
+        return self._dense_files[key]
+
+    def _structure(self, request: Request, model: nn.Module) -> str:
         """Everything that the time of a file depends on here."""
         shapes = [f"{name} {tuple(p.shape)}" for name, p in model.named_parameters() if p.ndim > 1]
-        bits = [f"{name} {grid.bits}" for name, grid in quantized.ranges.weights.items()] if quantized else []
+        plan = recipes.prepared_with_bits(request, model)[1] if request.quantizes else None
+        bits = [f"{name} {layer}" for name, layer in plan.layers.items()] if plan else []
         text = "\n".join([_precision(request), *shapes, *bits])
         return hashlib.sha256(text.encode()).hexdigest()[:20]
 

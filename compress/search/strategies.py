@@ -17,6 +17,7 @@ from compress.search.candidate import Candidate
 from compress.search.oneshot import Outcome
 from compress.search.space import Space
 from compress.search.target import Target
+from compress.search.tpe import Tpe
 
 History = Sequence[tuple[Candidate, Outcome]]
 """Everything measured so far, oldest first."""
@@ -71,14 +72,18 @@ class Random:
     problem: Problem
 
     def propose(self, history: History) -> Candidate:
-        space = self.problem.space
-        generator = random.Random(f"{self.problem.seed} {len(history)}")
-        return space.candidate(
-            {group.layers[0]: generator.choice(space.choices(group)) for group in space.groups},
-            widened=generator.randint(0, len(space.sensitive)),
-            pruner=generator.choice(space.pruners),
-            quantizer=generator.choice(space.quantizers),
-        )
+        return random_candidate(self.problem.space, f"{self.problem.seed} {len(history)}")
+
+
+def random_candidate(space: Space, seed: str) -> Candidate:
+    """Every choice of every group is as likely as any other."""
+    generator = random.Random(seed)
+    return space.candidate(
+        {group.layers[0]: generator.choice(space.choices(group)) for group in space.groups},
+        widened=generator.randint(0, len(space.sensitive)),
+        pruner=generator.choice(space.pruners),
+        quantizer=generator.choice(space.quantizers),
+    )
 
 
 def _amc(problem: Problem) -> Strategy:
@@ -95,6 +100,7 @@ def _amc(problem: Problem) -> Strategy:
 
 
 STRATEGIES: dict[str, Callable[[Problem], Strategy]] = {
+    "tpe": Tpe,
     "uniform": Uniform,
     "random": Random,
     "simulated-annealing": SimulatedAnnealing,
