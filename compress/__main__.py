@@ -23,6 +23,7 @@ from compress import text
 from compress.errors import CompressError, RequestError
 from compress.request import Request
 from compress.shell_groups import FAILED, ClusterAddress, ClusterCpus, ClusterGpus, Json, engine_cli, jobs_cli
+from compress.shell_search import register as register_search
 
 cli = typer.Typer(
     no_args_is_help=True,
@@ -158,9 +159,9 @@ def pruners(as_json: Json = False) -> None:
         {"name": p.name, "what": p.summary, "needs": p.needs_data, "cost": p.cost, "paper": p.paper}
         for p in PRUNERS.values()
     ]
-    later = "not there yet: it belongs to the target search"
     rows += [
-        {"name": s.name, "what": s.summary, "needs": later, "cost": "", "paper": s.paper} for s in SEARCHES.values()
+        {"name": s.name, "what": s.summary, "needs": s.command, "cost": "a search", "paper": s.paper}
+        for s in SEARCHES.values()
     ]
     _print(rows, as_json)
 
@@ -304,6 +305,9 @@ def _request(values: dict[str, Any], file: Path | None) -> Request:
             next(iter(given)), next(iter(given.values())), "nothing beside --request: the file holds the whole request"
         )
     return Request.from_file(file)
+
+
+register_search(cli, _with_request_options, _request)
 
 
 def _config_list(name: str, path: Path) -> str:

@@ -23,7 +23,7 @@ CHART_TITLES = {
     "training": "Training",
 }
 
-_templates = jinja2.Environment(
+templates = jinja2.Environment(
     loader=jinja2.PackageLoader("compress", "templates"),
     autoescape=jinja2.select_autoescape(["html"]),
     trim_blocks=True,
@@ -34,7 +34,7 @@ _templates = jinja2.Environment(
 
 def model_card(report: Report) -> str:
     """Markdown with the Hub's front matter; every number comes from `report`."""
-    return _templates.get_template("card.md").render(**_facts(report))
+    return templates.get_template("card.md").render(**_facts(report))
 
 
 def html_report(report: Report) -> str:
@@ -48,7 +48,7 @@ def html_report(report: Report) -> str:
         }
         for theme in ("light", "dark")
     }
-    return _templates.get_template("report.html").render(
+    return templates.get_template("report.html").render(
         **_facts(report), drawn=drawn, titles=CHART_TITLES, plotly=get_plotlyjs()
     )
 

@@ -346,7 +346,7 @@ def _first_refusal(error: ValidationError, values: dict[str, Any]) -> RequestErr
     name = str(first["loc"][0]) if first["loc"] else "request"
     if name == "pruner" and values["pruner"] in SEARCHING_PRUNERS:
         reason = (
-            "because this one searches a ratio for each layer and belongs to the target search, which is not there yet"
+            f"because this one searches a ratio for each layer: python -m compress search --strategy {values['pruner']}"
         )
         return RequestError(name, values["pruner"], f"{allowed(Request, name)}, {reason}")
     if name in Request.model_fields:

@@ -28,6 +28,8 @@ ALLOWED = {
     "gradio": {"app.py", "compress/ui/"},
     "huggingface_hub": {"compress/hub.py"},
     "ray": {"compress/cluster.py"},
+    "stable_baselines3": {"compress/search/amc.py"},
+    "gymnasium": {"compress/search/amc.py"},
 }
 
 

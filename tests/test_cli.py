@@ -99,7 +99,7 @@ def test_lists_are_readable_and_json(capsys, monkeypatch):
         assert expected in {row["name"] for row in json.loads(call(capsys, monkeypatch, command, "--json")[1])}
     rows = {row["name"]: row for row in json.loads(call(capsys, monkeypatch, "pruners", "--json")[1])}
     assert rows["l1-norm"]["needs"] == "nothing" and rows["agp"]["needs"] == "training images, and trains on them"
-    assert rows["amc"]["needs"] == "not there yet: it belongs to the target search"
+    assert rows["amc"]["needs"] == "python -m compress search --strategy amc"
     rows = json.loads(call(capsys, monkeypatch, "models", "--json")[1])
     assert len(rows) >= 80 and {"name": "resnet18", "parameters": 11689512, "input_size": 224} in rows
 

@@ -38,6 +38,7 @@ from compress.pruning.nni_config import config_list
 from compress.pruning.plan import Group, Plan
 from compress.request import SEARCHING_PRUNERS, PrunerName
 from compress.request_rules import FINE_GRAINED_PRUNER
+from compress.search.strategies import STRATEGIES
 
 torch.set_num_threads(1)
 
@@ -81,6 +82,7 @@ def example(size: int = 16, channels: int = 3) -> Tensor:
 def test_the_registry_the_request_and_nni_agree():
     assert {*PRUNERS, "none"} == set(get_args(PrunerName))
     assert tuple(SEARCHES) == SEARCHING_PRUNERS and not set(SEARCHES) & set(PRUNERS)
+    assert set(SEARCHES) <= set(STRATEGIES)
     assert [name for name, pruner in PRUNERS.items() if pruner.fine_grained] == [FINE_GRAINED_PRUNER]
     assert {name for name, pruner in PRUNERS.items() if pruner.leaves_trained} == TRAINED
     classes = [_nni.load("nni.compression.pruning"), _nni.load("nni.compression.pruning.scheduled_pruner"),

@@ -94,6 +94,18 @@ def test_the_change_solves_the_normal_equations(groups):
     torch.testing.assert_close(change.double(), (best - pruned).detach(), atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("positions", [20, 200])
+def test_fewer_positions_than_inputs_give_the_same_change(positions):
+    torch.manual_seed(2)
+    x, right = torch.randn(2, positions, 60), torch.randn(2, 60, 5).double()
+    ridges = [torch.rand(2, 60, 1).double() + damping for damping in reconstruction.DAMPINGS]
+    found = zip(
+        reconstruction._by_inputs(x, right, ridges), reconstruction._by_positions(x, right, ridges), strict=True
+    )
+    for one, other in found:
+        torch.testing.assert_close(one, other, atol=1e-3, rtol=1e-4)
+
+
 def test_weights_that_cancel_each_other_are_not_used_where_inputs_are_rounded(monkeypatch):
     """Two inputs that hardly differ: their difference, magnified, fits best, and 8 bits cannot tell them apart."""
     monkeypatch.setattr(reconstruction, "DAMPINGS", (1e-9,))

@@ -38,8 +38,8 @@ from compress.request import Request
         ({"pruning_steps": 0}, "pruning_steps: got 0, expected a whole number from 1 to 1000."),
         (
             {"pruner": "amc"},
-            "movement, admm, lottery-ticket, none, because this one searches a ratio for each layer and belongs to the "
-            "target search, which is not there yet.",
+            "movement, admm, lottery-ticket, none, because this one searches a ratio for each layer: "
+            "python -m compress search --strategy amc.",
         ),
         ({"pruner": "magic"}, "pruner: got 'magic', expected one of l1-norm, l2-norm, fpgm, level, taylor"),
         ({"layer_sparsity": "conv1=1"}, "layer_sparsity: got 'conv1=1', expected layer or module names with fractions"),

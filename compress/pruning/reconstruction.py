@@ -18,7 +18,7 @@ of what it reads now. No label is used.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -248,16 +248,33 @@ def _at(values: Tensor, places: Tensor) -> Tensor:
 
 def _solutions(equations: _Equations) -> Iterator[Tensor]:
     """The best change of the weights for each damping: [groups, inputs, outputs]."""
-    x, nothing = equations.inputs.transpose(1, 2), torch.zeros_like(equations.weights)
-    noise = (equations.inputs.shape[1] * equations.noise).double()
-    gram = (x @ equations.inputs).double()
-    right = (x @ equations.residual(nothing)).double() - noise * equations.weights
-    sizes = gram.diagonal(dim1=1, dim2=2).sqrt()
+    x, nothing = equations.inputs, torch.zeros_like(equations.weights)
+    rounding = (x.shape[1] * equations.noise).double()
+    right = (x.transpose(1, 2) @ equations.residual(nothing)).double() - rounding * equations.weights
+    sizes = x.square().sum(1)[:, :, None].double().sqrt()
     sizes = sizes.clamp_min(1e-6 * float(sizes.max()) + 1e-30)
-    gram = (gram + torch.diag(noise.flatten())) / sizes[:, :, None] / sizes[:, None, :]
-    for damping in DAMPINGS:
-        factor = torch.linalg.cholesky(gram + damping * torch.eye(gram.shape[1], dtype=gram.dtype))
-        yield (torch.cholesky_solve(right / sizes[:, :, None], factor) / sizes[:, :, None]).float()
+    solve = _by_positions if x.shape[1] < x.shape[2] else _by_inputs
+    yield from solve(x, right, [rounding + damping * sizes.square() for damping in DAMPINGS])
+
+
+def _by_inputs(x: Tensor, right: Tensor, ridges: Sequence[Tensor]) -> Iterator[Tensor]:
+    """(x'x + diag(ridge))^-1 right for each ridge ([groups, inputs, 1]), as one equation per input."""
+    gram = (x.transpose(1, 2) @ x).double()
+    for ridge in ridges:
+        scale = ridge.sqrt()
+        scaled = gram / scale / scale.transpose(1, 2)
+        factor = torch.linalg.cholesky(scaled + torch.eye(gram.shape[1], dtype=gram.dtype))
+        yield (torch.cholesky_solve(right / scale, factor) / scale).float()
+
+
+def _by_positions(x: Tensor, right: Tensor, ridges: Sequence[Tensor]) -> Iterator[Tensor]:
+    """The same as one equation per position (Woodbury's identity): of small maps there are far fewer positions."""
+    x = x.double()
+    for ridge in ridges:
+        start = right / ridge
+        kernel = (x / ridge.transpose(1, 2)) @ x.transpose(1, 2)
+        factor = torch.linalg.cholesky(kernel + torch.eye(kernel.shape[1], dtype=kernel.dtype))
+        yield (start - x.transpose(1, 2) @ torch.cholesky_solve(x @ start, factor) / ridge).float()
 
 
 def _add(layer: nn.Conv2d | nn.Linear, change: Tensor) -> None:

@@ -41,6 +41,11 @@ class Search:
     summary: str
     paper: str
 
+    @property
+    def command(self) -> str:
+        """What does it, in the shell."""
+        return f"python -m compress search --strategy {self.name}"
+
 
 _TRAINED = "--pruning-epochs of training"
 
@@ -210,4 +215,4 @@ SEARCHES: dict[str, Search] = {
         ),
     )
 }
-"""Belong to the target search, which is not there yet; a request for one is refused."""
+"""Strategies of the target search; a request that names one as its pruner is refused."""

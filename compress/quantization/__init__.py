@@ -23,6 +23,7 @@ from compress.quantization.exclusion import exclude_layers
 from compress.quantization.flavours import FLAVOURS, Flavour
 from compress.quantization.local_noise import LocalNoise, by_layer, file_noise, noisiest, quantization_noise
 from compress.quantization.mixed import Choice, choose
+from compress.quantization.mixed import sensitivity as layer_sensitivity
 from compress.quantization.prepare import left_float, prepare, quantization_points, quantized_layers
 from compress.quantization.ranges import Quantized, Ranges, restore, save
 from compress.quantizers import NO_TENSORRT_FILE, QUANTIZERS, Quantizer
@@ -50,6 +51,7 @@ __all__ = [
     "exclude_layers",
     "fake_quantized",
     "file_noise",
+    "layer_sensitivity",
     "left_float",
     "noisiest",
     "prepare",

@@ -1,0 +1,61 @@
+"""One point of a search: what it asks for beyond the base request. Imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from compress.request import Request
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One compressed model that could be made, as differences from a base request."""
+
+    ratios: tuple[tuple[str, float], ...]
+    """Lead layer of each prunable group (`plan.groups[i].layers[0]`) -> share of its channels removed, 0 <= r < 1, sorted."""
+    weight_bits: tuple[tuple[str, int], ...] = ()
+    """Layer -> bits of its weights, where they differ from the base request's; 32 keeps it in floating point. Sorted."""
+    pruner: str | None = None
+    """None: the base request's."""
+    quantizer: str | None = None
+
+    def __post_init__(self) -> None:
+        for field in ("ratios", "weight_bits"):
+            object.__setattr__(self, field, tuple(sorted((str(name), value) for name, value in getattr(self, field))))
+
+    def request(self, base: Request) -> Request:
+        """The request of the run that makes it; one that removes nothing asks for no pruner.
+
+        Raises:
+            RequestError: the differences contradict the base request.
+        """
+        ratios, prunes = dict(self.ratios), any(ratio > 0 for _, ratio in self.ratios)
+        quantizer = self.quantizer or base.quantizer
+        changes: dict[str, Any] = {
+            "quantizer": quantizer,
+            "layer_bits": base.layer_bits | {name: str(bits) for name, bits in self.weight_bits},
+            "ranking": "per-group",
+            "max_layer_sparsity": None,
+            "max_quantization_loss": base.max_quantization_loss if quantizer != "none" else None,
+        }
+        if prunes:
+            changes |= {"pruner": self.pruner or base.pruner, "layer_sparsity": base.layer_sparsity | ratios}
+        else:
+            changes |= {"pruner": "none", "layer_sparsity": {}, "exclude": ()}
+        return Request(**(base.model_dump() | changes))
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-safe; `from_dict` takes it back."""
+        return {
+            "ratios": dict(self.ratios),
+            "weight_bits": dict(self.weight_bits),
+            "pruner": self.pruner,
+            "quantizer": self.quantizer,
+        }
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Candidate:
+        return cls(
+            tuple(values["ratios"].items()), tuple(values["weight_bits"].items()), values["pruner"], values["quantizer"]
+        )

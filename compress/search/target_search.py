@@ -1,0 +1,313 @@
+"""The target search: candidates are proposed and measured without training, the best are trained until one reaches the target.
+
+A winner is a run: fine-tuned, quantized, exported, compared, measured and reported by `compress.run` like any other. What a
+search says of the target comes from that run's report alone.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from compress import pipeline
+from compress.errors import CompressError, RequestError, RunError
+from compress.files import write_text
+from compress.report import Report
+from compress.request import Request
+from compress.runs import MANIFEST
+from compress.search.candidate import Candidate
+from compress.search.oneshot import OneShot
+from compress.search.space import Space
+from compress.search.strategies import STRATEGIES, Problem, Strategy, random_candidate
+from compress.search.target import Target
+from compress.search.trials import Trial, Trials
+from compress.sources import open_source
+from compress.tables import fastest, smallest_file
+
+SEARCH, RESULT, PAGE, RUNS = "search.json", "result.json", "search.html", "runs"
+HOPELESS = 1.15
+"""A candidate that misses a limit by more than this factor is not scored."""
+STALE = 10
+"""So many proposals in a row that were measured already end the trials: the strategy has nothing new."""
+WIDENED = 3
+"""At most so many of the layers that bear few bits worst get more."""
+
+Notify = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to search."""
+
+    target: Target
+    strategy: str = "tpe"
+    trials: int = 40
+    tries: int = 3
+    """Candidates that are trained at most."""
+    max_minutes: float | None = None
+    """After so many minutes of trials no further one starts; None: no limit."""
+    pruners: tuple[str, ...] = ()
+    """Besides the base request's."""
+    quantizers: tuple[str, ...] = ()
+    """Besides the base request's."""
+
+    def __post_init__(self) -> None:
+        if self.strategy not in STRATEGIES:
+            raise RequestError("strategy", self.strategy, f"one of {', '.join(STRATEGIES)}")
+        for field in ("trials", "tries"):
+            if getattr(self, field) < 1:
+                raise RequestError(field, getattr(self, field), "a whole number from 1 up")
+        if self.max_minutes is not None and self.max_minutes <= 0:
+            raise RequestError("max_minutes", self.max_minutes, "a number above 0")
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-safe."""
+        return asdict(self) | {"pruners": list(self.pruners), "quantizers": list(self.quantizers)}
+
+
+def search(
+    request: Request,
+    settings: Settings,
+    folder: Path,
+    *,
+    model: nn.Module | None = None,
+    notify: Notify = lambda text: None,
+) -> dict[str, Any]:
+    """Searches in `folder`, or goes on there after an interruption; returns what result.json then holds.
+
+    Args:
+        request: what candidates differ from; its epochs are those of the winner's run.
+        folder: new, empty, or of an interrupted search with the same request and settings.
+        model: as of `compress.run`.
+
+    Raises:
+        CompressError: the search cannot start; a candidate that cannot be made is a trial that says why.
+        RunError: the folder holds something else.
+    """
+    for pruner in settings.pruners:
+        oneshot_request(request, pruner)
+    _claim(folder, request, settings)
+    trials = Trials(folder)
+    with OneShot(request, open_source(request, model), folder) as oneshot:
+        problem = _problem(request, settings, oneshot)
+        _measure(oneshot, problem, settings, trials, notify)
+        dense, runtime = oneshot.dense, oneshot.runtime.name
+    runs = _train(request, settings, folder, trials, problem, model, notify)
+    winner = next((row["trial"] for row in runs if not row["missed"]), None)
+    found = {
+        "request": request.model_dump(mode="json"),
+        "settings": settings.as_dict(),
+        "dense": dense.as_dict(),
+        "runtime": runtime,
+        "trials": [trial.as_dict() for trial in trials.all],
+        "runs": runs,
+        "winner": winner,
+        "text": _words(winner, runs, trials),
+    }
+    write_text(folder / RESULT, json.dumps(found, indent=1) + "\n")
+    from compress.search.pages import search_page
+
+    write_text(folder / PAGE, search_page(found))
+    return found
+
+
+def oneshot_request(request: Request, pruner: str) -> None:
+    """Raises `RequestError` for a pruner that a search cannot use."""
+    from compress.search.oneshot import require_searchable
+
+    require_searchable(Request(**(request.model_dump() | {"pruner": pruner})))
+
+
+def _claim(folder: Path, request: Request, settings: Settings) -> None:
+    """The folder is this search's: new, or with the same request and settings."""
+    asked = {"request": request.model_dump(mode="json"), "settings": settings.as_dict()}
+    saved = folder / SEARCH
+    if saved.exists():
+        if json.loads(saved.read_text(encoding="utf-8")) != asked:
+            raise RunError(f"{folder} holds another search. Choose another folder, or go on with the same options.")
+        return
+    if folder.exists() and (strangers := sorted(entry.name for entry in folder.iterdir())):
+        raise RunError(
+            f"The output folder {folder} is not empty (it holds {strangers[0]}). Choose a new or empty folder."
+        )
+    write_text(saved, json.dumps(asked, indent=1) + "\n")
+
+
+def _problem(request: Request, settings: Settings, oneshot: OneShot) -> Problem:
+    sensitive = oneshot.sensitive_layers()[:WIDENED] if request.quantizes else ()
+    space = Space(
+        oneshot.groups,
+        request.channel_multiple,
+        pruners=tuple(dict.fromkeys((request.pruner, *settings.pruners))),
+        quantizers=tuple(dict.fromkeys((request.quantizer, *settings.quantizers))),
+        sensitive=sensitive,
+        wide_bits=32 if request.weight_bits == 8 else 8,
+    )
+    return Problem(space, settings.target, oneshot.dense, settings.trials, request.seed)
+
+
+# ---- trials ----------------------------------------------------------------------------------------------------------
+
+
+def _measure(oneshot: OneShot, problem: Problem, settings: Settings, trials: Trials, notify: Notify) -> None:
+    strategy = STRATEGIES[settings.strategy](problem)
+    while len(trials.all) < settings.trials and not _spent(settings, trials) and not _stale(trials):
+        candidate = _proposal(strategy, problem, trials)
+        number, known = len(trials.all) + 1, trials.of(candidate)
+        if known is not None:
+            trials.add(Trial(number, candidate, known.outcome, repeats=known.repeats or known.number))
+            continue
+        try:
+            trial = Trial(number, candidate, oneshot.evaluate(candidate, lambda *cost: _hopeless(problem, *cost)))
+        except CompressError as error:
+            trial = Trial(number, candidate, None, refused=str(error))
+        trials.add(trial)
+        notify(f"{number} of {settings.trials}: {_trial_words(trial, problem)}")
+
+
+def _proposal(strategy: Strategy, problem: Problem, trials: Trials) -> Candidate:
+    """Of the strategy; it does not see what could not be made, so a random one stands in when it proposes that again."""
+    candidate = strategy.propose(trials.history)
+    known = trials.of(candidate)
+    if known is not None and known.refused:
+        return random_candidate(problem.space, f"{problem.seed} stands in {len(trials.all)}")
+    return candidate
+
+
+def _hopeless(problem: Problem, latency_ms: float, file_bytes: int) -> str | None:
+    excess = problem.target.excess(latency_ms, file_bytes, problem.dense)
+    return f"misses a limit by {100 * (excess - 1):.0f} %" if excess > HOPELESS else None
+
+
+def _spent(settings: Settings, trials: Trials) -> bool:
+    seconds = sum(t.outcome.seconds for t in trials.all if t.outcome is not None and t.repeats is None)
+    return settings.max_minutes is not None and seconds > 60 * settings.max_minutes
+
+
+def _stale(trials: Trials) -> bool:
+    return len(trials.all) >= STALE and all(trial.repeats is not None for trial in trials.all[-STALE:])
+
+
+# ---- runs ------------------------------------------------------------------------------------------------------------
+
+
+def _train(
+    request: Request,
+    settings: Settings,
+    folder: Path,
+    trials: Trials,
+    problem: Problem,
+    model: nn.Module | None,
+    notify: Notify,
+) -> list[dict[str, Any]]:
+    """Trains the most promising candidates, one after the other, until one reaches the target.
+
+    A run that comes out slower or larger than its trial takes the candidates along that would miss a limit by the same.
+    """
+    runs: list[dict[str, Any]] = []
+    worse = 1.0
+    while len(runs) < settings.tries and (not runs or runs[-1]["missed"]):
+        trial = _best(trials, problem, {row["trial"] for row in runs}, worse)
+        if trial is None:
+            break
+        notify(f"training the candidate of trial {trial.number}")
+        out = folder / RUNS / f"trial-{trial.number:05d}"
+        report = _run(trial.candidate.request(request), out, model)
+        row = _judged(trial, report, settings.target, out.relative_to(folder))
+        runs.append(row)
+        expected = _excess(problem, trial)
+        worse = max(worse, row["excess"] / expected)
+        notify("; ".join(row["missed"]) or "it reaches the target")
+    return runs
+
+
+def _best(trials: Trials, problem: Problem, tried: set[int], worse: float) -> Trial | None:
+    """The best score among complete trials that keep to the limits, also when they come out `worse` times slower."""
+    fits = [
+        trial
+        for trial in trials.all
+        if trial.complete
+        and trial.repeats is None
+        and trial.number not in tried
+        and _excess(problem, trial) * worse <= 1
+    ]
+    return max(fits, key=lambda trial: problem.target.score(trial.outcome, problem.dense), default=None)
+
+
+def _excess(problem: Problem, trial: Trial) -> float:
+    return problem.target.excess(trial.outcome.latency_ms, trial.outcome.file_bytes, problem.dense)
+
+
+def _run(request: Request, out: Path, model: nn.Module | None) -> Report:
+    if (out / MANIFEST).exists():
+        return Report.from_file(out / "report.json")
+    return pipeline.run(request, model=model, out=out, resume=(out / "request.json").exists())
+
+
+def _judged(trial: Trial, report: Report, target: Target, folder: Path) -> dict[str, Any]:
+    """What a run reached, and in words each limit that it missed; what was not measured is missed."""
+    verdict, last = report.verdict, report.variants[-1]
+    measured = verdict.runtime and fastest(report, last.name, runtime=verdict.runtime)
+    size = smallest_file(last)
+    reached = {
+        "accuracy_drop_points": verdict.accuracy_drop_points,
+        "speedup": verdict.speedup_vs_fastest_fp32,
+        "latency_ms": measured.p50_ms if measured else None,
+        "size_mb": size / 1e6 if size is not None else None,
+    }
+    limits = (
+        ("accuracy_drop_points", target.max_accuracy_drop, "points of accuracy lost", "at most", 1),
+        ("speedup", target.min_speedup, "times faster", "at least", -1),
+        ("latency_ms", target.max_latency_ms, "ms", "at most", 1),
+        ("size_mb", target.max_size_mb, "MB", "at most", 1),
+    )
+    missed, excess = [], 0.0
+    for name, limit, unit, bound, sign in limits:
+        if limit is None:
+            continue
+        value = reached[name]
+        if value is None:
+            missed.append(f"{unit} not measured, {bound} {limit:g} asked for")
+            continue
+        if sign * value > sign * limit:
+            missed.append(f"{value:.2f} {unit}, {bound} {limit:g} asked for")
+        if name != "accuracy_drop_points":
+            excess = max(excess, value / limit if sign > 0 else limit / value)
+    return {
+        "trial": trial.number,
+        "folder": str(folder),
+        **reached,
+        "accuracy": last.accuracy,
+        "excess": excess,
+        "missed": missed,
+        "verdict": verdict.text,
+    }
+
+
+def _words(winner: int | None, runs: list[dict[str, Any]], trials: Trials) -> str:
+    scored = sum(trial.complete and trial.repeats is None for trial in trials.all)
+    if winner is not None:
+        return f"The target is reached by the run of trial {winner}: {runs[-1]['verdict']}"
+    if not runs:
+        return (
+            f"The target is not reached: none of {scored} candidates that were measured keeps to its limits on speed and "
+            "size. Allow more trials, or ask for less."
+        )
+    told = " ".join(f"Trial {row['trial']}: {'; '.join(row['missed'])}." for row in runs)
+    return (
+        f"The target is not reached by any of {len(runs)} trained candidates. {told} Allow more tries, or ask for less."
+    )
+
+
+def _trial_words(trial: Trial, problem: Problem) -> str:
+    outcome = trial.outcome
+    if outcome is None:
+        return f"refused: {trial.refused}"
+    times = problem.dense.latency_ms / outcome.latency_ms
+    found = f"{outcome.latency_ms:.3f} ms ({times:.2f}x), {outcome.file_bytes / 1e6:.2f} MB"
+    return f"{found}, {outcome.stopped}" if outcome.stopped else f"{found}, {100 * outcome.accuracy:.1f} % untrained"

@@ -1,0 +1,85 @@
+"""The record of a search: one file per measured candidate, whole or absent, in the search's folder.
+
+A trial is recorded when it is finished. One that was under way when the search was killed leaves nothing, and is proposed
+again, because a strategy sees nothing but the record.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from compress.errors import StorageError
+from compress.files import write_text
+from compress.search.candidate import Candidate
+from compress.search.oneshot import Outcome
+
+FOLDER = "trials"
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One proposal and what came of it."""
+
+    number: int
+    """From 1, in the order of proposals."""
+    candidate: Candidate
+    outcome: Outcome | None
+    """None where it could not be made."""
+    refused: str | None = None
+    """Why it could not be made."""
+    repeats: int | None = None
+    """The number of the earlier trial of the same candidate, whose outcome this one has."""
+
+    @property
+    def complete(self) -> bool:
+        """Whether it was scored."""
+        return self.outcome is not None and self.outcome.stopped is None
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "number": self.number,
+            "candidate": self.candidate.as_dict(),
+            "outcome": self.outcome and self.outcome.as_dict(),
+            "refused": self.refused,
+            "repeats": self.repeats,
+        }
+
+
+class Trials:
+    """The trials of one folder, oldest first."""
+
+    def __init__(self, folder: Path) -> None:
+        """Raises `StorageError` when a record is damaged or missing between others."""
+        self._folder = folder / FOLDER
+        paths = sorted(self._folder.glob("[0-9]*.json"))
+        self.all = [_read(path) for path in paths]
+        for number, trial in enumerate(self.all, start=1):
+            if trial.number != number:
+                raise StorageError(f"{self._folder} lacks trial {number}. Restore it, or search in a new folder.")
+
+    @property
+    def history(self) -> list[tuple[Candidate, Outcome]]:
+        """What strategies see: without the candidates that could not be made."""
+        return [(trial.candidate, trial.outcome) for trial in self.all if trial.outcome is not None]
+
+    def of(self, candidate: Candidate) -> Trial | None:
+        """The first trial of this candidate."""
+        return next((trial for trial in self.all if trial.candidate == candidate), None)
+
+    def add(self, trial: Trial) -> None:
+        write_text(self._folder / f"{trial.number:05d}.json", json.dumps(trial.as_dict(), indent=1) + "\n")
+        self.all.append(trial)
+
+
+def _read(path: Path) -> Trial:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        outcome = values["outcome"] and Outcome(**values["outcome"])
+        return Trial(
+            values["number"], Candidate.from_dict(values["candidate"]), outcome, values["refused"], values["repeats"]
+        )
+    except (ValueError, KeyError, TypeError) as error:
+        raise StorageError(f"{path} is damaged ({error!r}). Restore it, or search in a new folder.") from error

@@ -1,0 +1,198 @@
+"""Candidates made without training, on a network of three groups."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import search_network
+import torch
+
+from compress.errors import RequestError, RunError
+from compress.request import Request
+from compress.search import oneshot as oneshots
+from compress.search.candidate import Candidate
+from compress.search.oneshot import OneShot
+from compress.search.space import Space
+from compress.search.strategies import STRATEGIES, Problem
+from compress.search.target import Target
+from compress.sources import open_source
+
+NAMES = ("0", "3", "5")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return search_network.images(tmp_path_factory.mktemp("search") / "images")
+
+
+@pytest.fixture(scope="module")
+def base(folder):
+    return search_network.request(folder)
+
+
+@pytest.fixture(scope="module")
+def source(folder, base):
+    return open_source(base, search_network.trained(folder))
+
+
+@pytest.fixture(scope="module")
+def oneshot(base, source, tmp_path_factory):
+    with OneShot(base, source, tmp_path_factory.mktemp("measured")) as found:
+        yield found
+
+
+def candidate(*ratios, **others):
+    return Candidate(tuple(zip(NAMES, ratios, strict=True)), **others)
+
+
+# ---- a candidate as a request ----------------------------------------------------------------------------------------
+
+
+def test_a_candidate_asks_for_its_ratios_and_bits():
+    base = Request(layer_sparsity={"fc": 0.0}, layer_bits={"layer4": "8"}, max_quantization_loss=1)
+    asked = Candidate((("b", 0.25), ("a", 0.5)), (("conv1", 32),), "fpgm", "ptq").request(base)
+    assert asked.layer_sparsity == {"fc": 0.0, "a": 0.5, "b": 0.25}
+    assert asked.layer_bits == {"layer4": "8", "conv1": "32"}
+    assert (asked.pruner, asked.quantizer, asked.max_quantization_loss) == ("fpgm", "ptq", 1)
+    assert Candidate((("b", 0.25), ("a", 0.5))) == Candidate((("a", 0.5), ("b", 0.25)))
+
+
+def test_a_candidate_that_removes_nothing_asks_for_no_pruner():
+    asked = Candidate((("a", 0.0),)).request(Request(layer_sparsity={"fc": 0.0}, exclude=("fc",)))
+    assert (asked.pruner, asked.layer_sparsity, asked.exclude) == ("none", {}, ())
+
+
+def test_a_candidate_comes_back_from_json():
+    one = Candidate((("a", 0.5),), (("conv1", 32),), "fpgm", None)
+    assert Candidate.from_dict(json.loads(json.dumps(one.as_dict()))) == one
+
+
+# ---- measuring -------------------------------------------------------------------------------------------------------
+
+
+def test_what_can_be_varied_is_what_the_base_request_does_not_name(base, source):
+    assert [group.layers for group in oneshots.variable_groups(base, source)] == [("0",), ("3",), ("5",)]
+    fixed = base.model_copy(update={"layer_sparsity": {"3": 0.0}})
+    assert [group.layers for group in oneshots.variable_groups(fixed, source)] == [("0",), ("5",)]
+
+
+def test_a_candidate_is_as_small_as_it_asks(oneshot):
+    found = oneshot.evaluate(candidate(0.5, 0.5, 0.75))
+    layers = (3 * 8 * 9 + 8) + 2 * 8 + (8 * 8 * 9 + 8) + (8 * 8 * 9 + 8) + (8 * 2 + 2)
+    assert found.parameters == layers
+    assert found.file_bytes < oneshot.dense.file_bytes and found.stopped is None
+    assert found.n_images == 19 and found.accuracy > 0.8
+    assert found.latency_low_ms <= found.latency_ms <= found.latency_high_ms
+
+
+def test_images_that_score_are_neither_refitted_nor_calibrated_on(oneshot):
+    scored = torch.cat([batch for batch, _ in oneshot._scored])
+    seen = {image.numpy().tobytes() for image in oneshot._calibration}
+    rest = oneshot._source.dataset.train
+    assert len(scored) + len(rest) == 96
+    assert not seen & {image.numpy().tobytes() for image in scored}
+
+
+def test_nothing_removed_is_the_dense_structure(oneshot):
+    whole = oneshot.evaluate(candidate(0.0, 0.0, 0.0))
+    assert whole.parameters == oneshot.dense.parameters
+    assert oneshot.evaluate(candidate(0.05, 0.05, 0.05)).latency_ms == whole.latency_ms
+
+
+def test_a_structure_is_timed_once_also_by_a_later_attempt(oneshot, source, monkeypatch):
+    first = oneshot.evaluate(candidate(0.5, 0.0, 0.0))
+    monkeypatch.setattr(oneshots.benchmark, "race", lambda *_: pytest.fail("timed again"))
+    with OneShot(oneshot.base, source, oneshot.folder) as later:
+        assert later.dense == oneshot.dense and later.runtime is oneshot.runtime
+        assert later.evaluate(candidate(0.5, 0.0, 0.0)).latency_ms == first.latency_ms
+
+
+def test_other_bits_are_another_structure(oneshot):
+    before = len(oneshot._kept["structures"])
+    narrow = oneshot.evaluate(candidate(0.5, 0.5, 0.5))
+    wide = oneshot.evaluate(candidate(0.5, 0.5, 0.5, weight_bits=(("5", 32),)))
+    assert len(oneshot._kept["structures"]) == before + 2
+    assert wide.file_bytes > narrow.file_bytes
+
+
+def test_a_hopeless_candidate_is_not_scored(oneshot, monkeypatch):
+    monkeypatch.setattr(oneshots.recipes, "recover", lambda *_: pytest.fail("refitted"))
+    asked = []
+    found = oneshot.evaluate(candidate(0.5, 0.5, 0.0), lambda ms, size: asked.append((ms, size)) or "too slow")
+    assert (found.stopped, found.accuracy, found.n_images) == ("too slow", 0.0, 0)
+    assert asked == [(found.latency_ms, found.file_bytes)]
+
+
+def test_measurements_of_another_request_are_refused(oneshot, source):
+    other = oneshot.base.model_copy(update={"seed": 1})
+    with pytest.raises(RunError, match="holds measurements of another request. Choose another folder"):
+        OneShot(other, source, oneshot.folder)
+
+
+@pytest.mark.parametrize("pruner", ["level", "none", "agp"])
+def test_pruners_that_shrink_nothing_or_train_are_refused(base, source, pruner):
+    with pytest.raises(RequestError, match="needs no training of its own: l1-norm, l2-norm, fpgm, taylor"):
+        OneShot(base.model_copy(update={"pruner": pruner}), source)
+
+
+def test_the_layer_that_bears_few_bits_worst_comes_first(oneshot):
+    assert set(oneshot.sensitive_layers()) == {"0", "3", "5", "9"}
+
+
+# ---- space, target, strategies ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def space(oneshot):
+    return Space(oneshot.groups, 8, pruners=("l1-norm", "fpgm"), sensitive=("9", "0"))
+
+
+def test_choices_leave_whole_multiples(space):
+    assert [space.choices(group) for group in space.groups] == [(0.0, 0.5), (0.0, 0.5), (0.0, 0.25, 0.5, 0.75)]
+    assert space.candidate({"5": 0.6, "0": 0.25}).ratios == (("0", 0.0), ("3", 0.0), ("5", 0.5))
+    assert space.candidate({}, widened=1).weight_bits == (("9", 32),)
+    assert space.candidate({}, widened=1, quantizer="none").weight_bits == ()
+
+
+def test_a_missed_limit_weighs_more_than_any_accuracy(oneshot):
+    target, dense = Target(min_speedup=2.0), replace(oneshot.dense, latency_ms=2.0, accuracy=0.9)
+    meets = replace(dense, latency_ms=1.0, accuracy=0.2)
+    assert target.excess(1.0, 1, dense) == 1.0
+    assert target.score(meets, dense) == pytest.approx(-70.0)
+    assert target.score(dense, dense) == pytest.approx(-100.0)
+    both = Target(min_speedup=2.0, max_size_mb=0.5)
+    assert both.excess(1.0, 1_000_000, dense) == 2.0
+
+
+def test_a_target_without_a_limit_or_out_of_range_is_refused():
+    with pytest.raises(RequestError, match="give --min-speedup, --max-latency-ms or --max-size-mb"):
+        Target()
+    with pytest.raises(RequestError, match="max_accuracy_drop: got 101, expected a number of points from 0 to 100"):
+        Target(101, min_speedup=2)
+    with pytest.raises(RequestError, match="max_size_mb: got 0, expected a number above 0"):
+        Target(max_size_mb=0)
+
+
+def test_uniform_halves_its_way_to_the_smallest_ratio_that_is_fast_enough(space, oneshot):
+    dense = replace(oneshot.dense, latency_ms=1.0)
+    strategy = STRATEGIES["uniform"](Problem(space, Target(min_speedup=2.0), dense, 6))
+    history, tried = [], []
+    for _ in range(4):
+        one = strategy.propose(history)
+        ratio = dict(one.ratios)["5"]
+        tried.append((ratio, one.pruner))
+        history.append((one, replace(dense, latency_ms=1 - ratio)))
+    assert tried == [(0.5, "l1-norm"), (0.25, "l1-norm"), (0.25, "l1-norm"), (0.5, "fpgm")]
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_a_strategy_is_a_function_of_its_history(name, space, oneshot):
+    if name == "amc":
+        pytest.importorskip("stable_baselines3", reason="pip install -r requirements-search.txt")
+    problem = Problem(space, Target(min_speedup=2.0), oneshot.dense, 20, seed=3)
+    history = []
+    for _ in range(12):
+        one = STRATEGIES[name](problem).propose(history)
+        assert one == STRATEGIES[name](problem).propose(history)
+        assert all(ratio in space.choices(g) for (_, ratio), g in zip(one.ratios, space.groups, strict=True))
+        history.append((one, oneshot.dense))

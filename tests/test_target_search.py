@@ -1,0 +1,219 @@
+"""The target search: what it trains, what it claims, and that it goes on after kill -9. Measuring is stood in for."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import search_network
+from example_report import example_report
+
+from compress.errors import PruningError, RequestError, RunError, StorageError
+from compress.pruning import Group
+from compress.search import target_search
+from compress.search.oneshot import Outcome
+from compress.search.target import Target
+from compress.search.target_search import Settings
+from compress.search.trials import Trials
+
+DENSE = Outcome(0.9, 1.0, 1000, 5000, 4_000_000, 0.0, 0.9, 1.1, 100)
+GROUPS = tuple(Group((name,), 64, 32, "") for name in ("a", "b"))
+"""Of the first, each channel costs ten times as much accuracy as of the second."""
+
+
+class Measured:
+    """In place of OneShot: a model whose time goes with its channels."""
+
+    def __init__(self, request, source, folder):
+        self.groups, self.dense, self.runtime = GROUPS, DENSE, type("R", (), {"name": "onnxruntime"})
+        self.log = folder / "asked.txt"
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def sensitive_layers(self):
+        return ("fc",)
+
+    def evaluate(self, candidate, hopeless):
+        with self.log.open("a") as file:
+            file.write(f"{candidate}\n")
+        time.sleep(float(os.environ.get("SEARCH_DELAY", "0")))
+        ratios = dict(candidate.ratios)
+        if ratios["a"] > 0.85:
+            raise PruningError("Too much of a.")
+        latency = 1 - 0.5 * ratios["a"] - 0.5 * ratios["b"]
+        stopped = hopeless(latency, 1_000_000)
+        accuracy = 0.9 - 0.4 * ratios["a"] - 0.04 * ratios["b"]
+        return replace(
+            DENSE, accuracy=0.0 if stopped else accuracy, latency_ms=latency, stopped=stopped, file_bytes=1_000_000
+        )
+
+
+class Runs:
+    """In place of compress.run: reports with the figures that a test wants, one after the other."""
+
+    def __init__(self, *figures):
+        self.figures, self.requests = list(figures), []
+
+    def __call__(self, request, *, model, out, resume):
+        self.requests.append(request)
+        drop, speedup = self.figures[len(self.requests) - 1]
+        report = example_report()
+        verdict = report.verdict.model_copy(update={"accuracy_drop_points": drop, "speedup_vs_fastest_fp32": speedup})
+        report = report.model_copy(update={"verdict": verdict})
+        out.mkdir(parents=True)
+        (out / "report.json").write_text(report.to_json())
+        (out / "manifest.json").write_text("{}")
+        return report
+
+
+@pytest.fixture
+def request_of(tmp_path):
+    return search_network.request(tmp_path)
+
+
+@pytest.fixture(autouse=True)
+def measured(monkeypatch):
+    stand_in(monkeypatch.setattr)
+
+
+def stand_in(put):
+    put(target_search, "OneShot", Measured)
+    put(target_search, "open_source", lambda *_: None)
+
+
+def search(request_of, folder, runs, monkeypatch, **options):
+    monkeypatch.setattr(target_search.pipeline, "run", runs)
+    target = options.pop("target", Target(1.0, min_speedup=1.5))
+    return target_search.search(request_of, Settings(target, **{"strategy": "random", "trials": 12} | options), folder)
+
+
+def best(found):
+    fits = [t for t in found["trials"] if t["outcome"] and t["outcome"]["latency_ms"] <= 1 / 1.5]
+    return max(fits, key=lambda t: t["outcome"]["accuracy"])
+
+
+def test_the_best_candidate_that_keeps_to_the_limits_is_trained(request_of, tmp_path, monkeypatch):
+    runs = Runs((0.4, 1.6))
+    found = search(request_of, tmp_path / "out", runs, monkeypatch)
+    assert found["winner"] == best(found)["number"] and len(found["trials"]) == 12
+    assert runs.requests[0].layer_sparsity == best(found)["candidate"]["ratios"]
+    assert found["text"].startswith(f"The target is reached by the run of trial {found['winner']}: ")
+    assert json.loads((tmp_path / "out" / "result.json").read_text()) == found
+    page = (tmp_path / "out" / "search.html").read_text()
+    assert "reaches the target" in page and f"runs/trial-{found['winner']:05d}" in page
+
+
+def test_a_miss_is_told_and_the_next_candidate_tried(request_of, tmp_path, monkeypatch):
+    found = search(request_of, tmp_path / "out", Runs((2.5, 1.6), (0.9, 1.7)), monkeypatch)
+    assert [row["missed"] for row in found["runs"]] == [["2.50 points of accuracy lost, at most 1 asked for"], []]
+    assert found["winner"] == found["runs"][1]["trial"] != found["runs"][0]["trial"]
+
+
+def test_a_run_that_comes_out_slower_takes_candidates_along_that_would_miss_as_well(request_of, tmp_path, monkeypatch):
+    found = search(request_of, tmp_path / "out", Runs((0.1, 1.2), (0.1, 1.6)), monkeypatch)
+    assert found["runs"][0]["missed"] == ["1.20 times faster, at least 1.5 asked for"]
+    by_number = {t["number"]: t["outcome"]["latency_ms"] for t in found["trials"] if t["outcome"]}
+    first, second = (by_number[row["trial"]] for row in found["runs"])
+    assert second <= (1 / 1.5) * first / (1 / 1.2)
+
+
+def test_nothing_is_claimed_when_no_run_reaches_the_target(request_of, tmp_path, monkeypatch):
+    found = search(request_of, tmp_path / "out", Runs((2.0, 1.6), (3.0, 1.6)), monkeypatch, tries=2)
+    assert found["winner"] is None and len(found["runs"]) == 2
+    assert found["text"].startswith("The target is not reached by any of 2 trained candidates. Trial ")
+
+
+def test_nothing_is_trained_when_no_candidate_keeps_to_the_limits(request_of, tmp_path, monkeypatch):
+    found = search(request_of, tmp_path / "out", Runs(), monkeypatch, target=Target(1.0, min_speedup=50))
+    assert found["runs"] == [] and "none of 0 candidates that were measured keeps to its limits" in found["text"]
+    assert all(t["outcome"]["stopped"].startswith("misses a limit by") for t in found["trials"] if t["outcome"])
+
+
+def test_what_was_not_measured_is_missed(request_of, tmp_path, monkeypatch):
+    found = search(request_of, tmp_path / "out", Runs((None, 1.6)), monkeypatch, tries=1)
+    assert found["runs"][0]["missed"] == ["points of accuracy lost not measured, at most 1 asked for"]
+
+
+def test_a_candidate_that_cannot_be_made_is_a_trial_that_says_why(request_of, tmp_path, monkeypatch):
+    found = search(request_of, tmp_path / "out", Runs((0.4, 1.6)), monkeypatch, trials=40)
+    refused = [t for t in found["trials"] if t["refused"]]
+    assert refused and {t["refused"] for t in refused} == {"Too much of a."}
+
+
+@pytest.mark.parametrize("strategy", ["tpe", "random", "uniform"])
+def test_a_killed_search_goes_on_without_repeating_finished_trials(strategy, request_of, tmp_path):
+    (tmp_path / "request.json").write_text(request_of.to_json())
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    command = [sys.executable, __file__, str(tmp_path / "request.json"), strategy]
+    here = {**os.environ, "PYTHONPATH": os.pathsep.join(["tests", ".", *sys.path])}
+    subprocess.run([*command, str(whole)], check=True, env=here, timeout=120)
+    victim = subprocess.Popen([*command, str(broken)], env=here | {"SEARCH_DELAY": "0.3"})
+    try:
+        deadline = time.monotonic() + 90
+        while len(list(broken.glob("trials/[0-9]*.json"))) < 4 and time.monotonic() < deadline:
+            time.sleep(0.02)
+    finally:
+        victim.send_signal(signal.SIGKILL)
+        victim.wait()
+    finished = len(Trials(broken).all)
+    assert 4 <= finished < 14
+    before = (broken / "asked.txt").read_text().splitlines()
+    subprocess.run([*command, str(broken)], check=True, env=here, timeout=120)
+    expected = [trial.candidate for trial in Trials(whole).all]
+    assert [trial.candidate for trial in Trials(broken).all] == expected and len(expected) == 14
+    again = (broken / "asked.txt").read_text().splitlines()[len(before) :]
+    assert not set(again) & {str(trial.candidate) for trial in Trials(broken).all[:finished]}
+
+
+def test_a_finished_search_measures_and_trains_nothing_again(request_of, tmp_path, monkeypatch):
+    first = search(request_of, tmp_path / "out", Runs((0.4, 1.6)), monkeypatch)
+    monkeypatch.setattr(Measured, "evaluate", lambda *_: pytest.fail("measured again"))
+    assert search(request_of, tmp_path / "out", Runs(), monkeypatch) == first
+
+
+def test_folders_of_others_are_refused(request_of, tmp_path, monkeypatch):
+    search(request_of, tmp_path / "out", Runs((0.4, 1.6)), monkeypatch)
+    with pytest.raises(RunError, match="holds another search. Choose another folder, or go on with the same options"):
+        search(request_of, tmp_path / "out", Runs(), monkeypatch, trials=13)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").touch()
+    with pytest.raises(RunError, match=r"is not empty \(it holds thesis.txt\)"):
+        search(request_of, tmp_path / "full", Runs(), monkeypatch)
+
+
+def test_a_damaged_or_missing_trial_is_told(request_of, tmp_path, monkeypatch):
+    search(request_of, tmp_path / "out", Runs((0.4, 1.6)), monkeypatch)
+    record = tmp_path / "out" / "trials" / "00002.json"
+    record.write_text("{")
+    with pytest.raises(StorageError, match="00002.json is damaged .* Restore it, or search in a new folder"):
+        Trials(tmp_path / "out")
+    record.unlink()
+    with pytest.raises(StorageError, match="lacks trial 2. Restore it, or search in a new folder"):
+        Trials(tmp_path / "out")
+
+
+def test_settings_out_of_range_are_refused():
+    target = Target(min_speedup=2)
+    with pytest.raises(RequestError, match="strategy: got 'luck', expected one of tpe, uniform, random"):
+        Settings(target, "luck")
+    with pytest.raises(RequestError, match="trials: got 0, expected a whole number from 1 up"):
+        Settings(target, trials=0)
+    with pytest.raises(RequestError, match="max_minutes: got 0, expected a number above 0"):
+        Settings(target, max_minutes=0)
+
+
+if __name__ == "__main__":
+    from compress.request import Request
+
+    stand_in(setattr)
+    problem = Settings(Target(1.0, min_speedup=50.0), sys.argv[2], trials=14)
+    target_search.search(Request.from_file(sys.argv[1]), problem, Path(sys.argv[3]))
