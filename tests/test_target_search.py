@@ -138,6 +138,15 @@ def test_nothing_is_trained_when_no_candidate_keeps_to_the_limits(request_of, tm
     assert all(t["outcome"]["stopped"].startswith("misses a limit by") for t in found["trials"] if t["outcome"])
 
 
+@pytest.mark.parametrize(("strategy", "scored"), [("random", False), ("auto-compress", True)])
+def test_a_strategy_that_learns_beyond_the_limits_sees_accuracy_there(
+    strategy, scored, request_of, tmp_path, monkeypatch
+):
+    found = search(request_of, tmp_path / "out", Runs((0.4, 1.6)), monkeypatch, strategy=strategy)
+    beyond = [t["outcome"] for t in found["trials"] if t["outcome"] and t["outcome"]["latency_ms"] > 1.15 / 1.5]
+    assert beyond and all((outcome["stopped"] is None) is scored for outcome in beyond)
+
+
 def test_what_was_not_measured_is_missed(request_of, tmp_path, monkeypatch):
     found = search(request_of, tmp_path / "out", Runs((None, 1.6)), monkeypatch, tries=1)
     assert found["runs"][0]["missed"] == ["points of accuracy lost not measured, at most 1 asked for"]

@@ -108,3 +108,7 @@ STRATEGIES: dict[str, Callable[[Problem], Strategy]] = {
     "amc": _amc,
 }
 """Name -> what makes the strategy for a problem."""
+
+LEARN_BEYOND_LIMITS = frozenset({"auto-compress", "amc"})
+"""Strategies that need the accuracy of candidates far beyond the limits too: annealing in rounds starts there on purpose, and an
+agent takes a score without accuracy for the worst there is."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from compress.runs import MANIFEST
 from compress.search.candidate import Candidate
 from compress.search.oneshot import OneShot
 from compress.search.space import Space
-from compress.search.strategies import STRATEGIES, Problem, Strategy, random_candidate
+from compress.search.strategies import LEARN_BEYOND_LIMITS, STRATEGIES, Problem, Strategy, random_candidate
 from compress.search.target import Target
 from compress.search.trials import Trial, Trials
 from compress.sources import open_source
@@ -31,7 +32,7 @@ from compress.tables import fastest, smallest_file
 
 SEARCH, RESULT, PAGE, RUNS = "search.json", "result.json", "search.html", "runs"
 HOPELESS = 1.15
-"""A candidate that misses a limit by more than this factor is not scored."""
+"""A candidate that misses a limit by more than this factor is not scored, unless the strategy learns from it."""
 STALE = 10
 """So many proposals in a row that were measured already end the trials: the strategy has nothing new."""
 WIDENED = 3
@@ -156,6 +157,7 @@ def _problem(request: Request, settings: Settings, oneshot: OneShot) -> Problem:
 
 def _measure(oneshot: OneShot, problem: Problem, settings: Settings, trials: Trials, notify: Notify) -> None:
     strategy = STRATEGIES[settings.strategy](problem)
+    refuse = _never if settings.strategy in LEARN_BEYOND_LIMITS else partial(_hopeless, problem)
     while len(trials.all) < settings.trials and not _spent(settings, trials) and not _stale(trials):
         candidate = _proposal(strategy, problem, trials)
         number, known = len(trials.all) + 1, trials.of(candidate)
@@ -163,7 +165,7 @@ def _measure(oneshot: OneShot, problem: Problem, settings: Settings, trials: Tri
             trials.add(Trial(number, candidate, known.outcome, repeats=known.repeats or known.number))
             continue
         try:
-            trial = Trial(number, candidate, oneshot.evaluate(candidate, lambda *cost: _hopeless(problem, *cost)))
+            trial = Trial(number, candidate, oneshot.evaluate(candidate, refuse))
         except CompressError as error:
             trial = Trial(number, candidate, None, refused=str(error))
         trials.add(trial)
@@ -182,6 +184,10 @@ def _proposal(strategy: Strategy, problem: Problem, trials: Trials) -> Candidate
 def _hopeless(problem: Problem, latency_ms: float, file_bytes: int) -> str | None:
     excess = problem.target.excess(latency_ms, file_bytes, problem.dense)
     return f"misses a limit by {100 * (excess - 1):.0f} %" if excess > HOPELESS else None
+
+
+def _never(latency_ms: float, file_bytes: int) -> None:
+    """Every candidate is scored."""
 
 
 def _spent(settings: Settings, trials: Trials) -> bool:
