@@ -15,8 +15,8 @@ MOST_REMEMBERED_BYTES = 256 * 2**20
 class Teacher:
     """The logits of a model that does not learn.
 
-    Without augmentation an image has the same answer in every epoch, and asking a dense model again costs more than a
-    training step of the pruned one: two thirds of it for resnet18 at 50 %.
+    Without augmentation an image has the same answer in every epoch, and asking the dense model again costs more than the
+    student's own step: 37 million MACs for resnet18 at 32 pixels, against three times 9.9 million at 50 %.
     """
 
     def __init__(self, model: nn.Module, place: torch.device) -> None:

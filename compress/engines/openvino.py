@@ -135,9 +135,8 @@ def _compile(path: Path, spec: BuildSpec, batch: int | None) -> tuple[Any, list[
     openvino = _import_openvino()
     core = openvino.Core()
     narrowed: list[str] = []
-    if (
-        machine.has_int8_dot_product() or path.suffix != ".onnx"
-    ):  # OpenVINO's own files come from tools that know the CPU
+    own_format = path.suffix != ".onnx"  # written by OpenVINO's tools, which reckon with the CPU themselves
+    if own_format or machine.has_int8_dot_product():
         model = core.read_model(str(path))
     else:
         content, narrowed = without_overflow(path)
