@@ -44,10 +44,11 @@ def export(work: Run, source: Source) -> Facts:
         variants[variant] = [path.name]
     if work.request.quantizes:
         work.progress("export", 0.6, "quantized, both flavours")
-        files = _export_quantized(work, source)
+        quantized = stages.load_quantized(work, source)
+        files = _export_quantized(work, source, quantized)
         for flavour, path in files.items():
-            expected = _reference_logits(work, source, "quantized", images, flavour)
-            found = _file_noise(work, source, flavour, path, images)
+            expected = _quantized_logits(quantized, flavour, images)
+            found = _file_noise(quantized, flavour, path, images)
             row = handoffs.judge("quantized", path.name, expected, _compare_file(path, source, images))
             rows.append(handoffs.checked(row, found))
             noise[path.name] = ledger.noise_facts(found)
@@ -74,15 +75,23 @@ def build_engines(work: Run, source: Source) -> Facts:
     variants = list(work.facts("export")["variants"])
     last = variants[-1]
     images = _compared_images(source)
-    flavours = _flavours(work, source, last)
-    reference = cache(partial(_reference_logits, work, source, images=images))
+    quantized = stages.load_quantized(work, source) if last == "quantized" else None
+    flavours = quantized.ranges.flavours if quantized else quantization.FLAVOURS
+
+    @cache
+    def reference(variant: str, flavour: quantization.Flavour) -> np.ndarray:
+        if variant == "quantized":
+            return _quantized_logits(quantized, flavour, images)
+        model = stages.load_model(work, source, _float_variants(work)[variant])
+        return evaluation.logits(evaluation.torch_answer(model), images)
+
     engines, rows, files, parents, agreeing, notes = [], [], [], {}, [], []
     present, absent = _present(flavours)
     for number, runtime in enumerate(present):
         for variant in variants if runtime.ahead_of_time and runtime.runs_here else [last]:
             work.progress("build", number / len(present), f"{runtime.name}, {variant}")
             onnx_path = file_for(work, variant, runtime)
-            expected = reference(variant, flavour=runtime.flavour) if runtime.runs_here else None
+            expected = reference(variant, runtime.flavour) if runtime.runs_here else None
             try:
                 built, row, layers = _built(work, source, runtime, onnx_path, variant, expected, images)
             except HandoffError as error:
@@ -196,25 +205,14 @@ def _compared_count(source: Source) -> int:
     return COMPARED_IMAGES if source.preprocessing.input_size <= 96 else COMPARED_IMAGES // 4
 
 
-def _reference_logits(
-    work: Run, source: Source, variant: str, images: Sequence[Tensor], flavour: quantization.Flavour | None = None
+def _quantized_logits(
+    quantized: quantization.Quantized, flavour: quantization.Flavour, images: Sequence[Tensor]
 ) -> np.ndarray:
-    """Answers of the torch model that a file was made from; a quantized one on the grid that the flavour holds."""
-    if variant == "quantized":
-        model = quantization.fake_quantized(stages.load_quantized(work, source), flavour)
-    else:
-        model = stages.load_model(work, source, _float_variants(work)[variant])
-    return evaluation.logits(evaluation.torch_answer(model), images)
+    """Answers of the torch model that a quantized file was made from, on the grid that the flavour holds."""
+    return evaluation.logits(evaluation.torch_answer(quantization.fake_quantized(quantized, flavour)), images)
 
 
-def _flavours(work: Run, source: Source, variant: str) -> tuple[quantization.Flavour, ...]:
-    """Those that a variant has a file for."""
-    quantized = variant == "quantized"
-    return stages.load_quantized(work, source).ranges.flavours if quantized else quantization.FLAVOURS
-
-
-def _export_quantized(work: Run, source: Source) -> dict[quantization.Flavour, Path]:
-    quantized = stages.load_quantized(work, source)
+def _export_quantized(work: Run, source: Source, quantized: quantization.Quantized) -> dict[quantization.Flavour, Path]:
     paths = {flavour: work.artifacts / f"quantized.{flavour}.onnx" for flavour in quantized.ranges.flavours}
     with ExitStack() as stack:
         partials = {flavour: stack.enter_context(atomic(path)) for flavour, path in paths.items()}
@@ -223,10 +221,9 @@ def _export_quantized(work: Run, source: Source) -> dict[quantization.Flavour, P
 
 
 def _file_noise(
-    work: Run, source: Source, flavour: quantization.Flavour, path: Path, images: Sequence[Tensor]
+    quantized: quantization.Quantized, flavour: quantization.Flavour, path: Path, images: Sequence[Tensor]
 ) -> list[quantization.LocalNoise]:
     """Where a quantized file leaves the model that it was made from, point by point."""
-    quantized = stages.load_quantized(work, source)
     nodes = {point: f"{point}.dequantize" for point in quantized.ranges.activations}
     values = recorder(path, nodes, torch.get_num_threads())
 

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from compress.errors import HandoffError
+from compress.folding import folded
 from compress.quantization.convert import convert
 from compress.quantization.flavours import Flavour, apply_flavour, constant, remove_unused
 from compress.quantization.prepare import quantization_points
@@ -39,9 +40,10 @@ _SCOPES = "pkg.torch.onnx.name_scopes"
 def export(model: nn.Module, path: Path, *, input_size: int, precision: Precision = "fp32") -> None:
     """Write `model` (eval mode is assumed; a float model) as one ONNX file.
 
+    BatchNorm is folded first: the exporter would do so last, after it has carried it through every one of its passes.
     Weights beyond 1.5 GB go to `<name>.data` beside it. Raises `HandoffError` when torch cannot export the model.
     """
-    _save(_exported(model, input_size, precision), path)
+    _save(_exported(folded(model), input_size, precision), path)
 
 
 def export_flavours(quantized: Quantized, paths: Mapping[Flavour, Path], *, input_size: int) -> None:

@@ -14,10 +14,10 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 from torchvision.ops import stochastic_depth
 
 from compress.errors import QuantizationError
+from compress.folding import fold
 from compress.quantization import decompose
 
 # What a node computes, by module class, function or tensor method. Anything not listed is "other" and stays float.
@@ -39,7 +39,6 @@ _KIND_OF = {target: kind for kind, targets in _KINDS.items() for target in targe
 _PLAIN = {operator.iadd: operator.add, F.relu_: F.relu, torch.relu_: torch.relu}
 _INTEGER_LAYERS = ("conv", "linear")
 _INTEGER_WHEN_READ = ("add", "concat", "maxpool", "avgpool")
-_FOLDABLE = {nn.Conv2d: (nn.BatchNorm2d, fuse_conv_bn_eval), nn.Linear: (nn.BatchNorm1d, fuse_linear_bn_eval)}
 
 
 class QPoint(nn.Identity):
@@ -69,7 +68,7 @@ def prepare(model: nn.Module, *, stays_float: frozenset[str] = frozenset()) -> f
     """
     graph_module = _trace(copy.deepcopy(model).eval())
     _make_plain(graph_module)
-    _fold_batch_norm(graph_module)
+    fold(graph_module)  # Jacob et al. 2018, section 3.2: weights are quantized as the deployed file holds them
     for name in stays_float:
         graph_module.get_submodule(name).stays_float = True
     _insert_points(graph_module)
@@ -196,27 +195,6 @@ def _make_plain(graph_module: fx.GraphModule) -> None:
         if _kind(node, graph_module) == "removed":
             node.replace_all_uses_with(node.args[0])
             graph_module.graph.erase_node(node)
-
-
-def _fold_batch_norm(graph_module: fx.GraphModule) -> None:
-    """Jacob et al. 2018, section 3.2: weights are quantized as the deployed file holds them, BatchNorm included."""
-    calls: dict[object, int] = {}
-    for node in graph_module.graph.nodes:
-        if node.op == "call_module":
-            calls[node.target] = calls.get(node.target, 0) + 1
-    for norm in list(graph_module.graph.nodes):
-        layer = norm.args[0] if norm.op == "call_module" and norm.args else None
-        if not isinstance(layer, fx.Node) or layer.op != "call_module" or len(layer.users) > 1:
-            continue
-        module, norm_module = (graph_module.get_submodule(str(n.target)) for n in (layer, norm))
-        norm_class, fuse = _FOLDABLE.get(type(module), (None, None))
-        once = calls[layer.target] == 1 and calls[norm.target] == 1
-        if norm_class is None or type(norm_module) is not norm_class or not once or norm_module.running_var is None:
-            continue
-        graph_module.set_submodule(str(layer.target), fuse(module, norm_module))
-        norm.replace_all_uses_with(layer)
-        graph_module.graph.erase_node(norm)
-    graph_module.delete_all_unused_submodules()
 
 
 def _insert_points(graph_module: fx.GraphModule) -> None:
