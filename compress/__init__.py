@@ -28,12 +28,14 @@ def run(
     model: nn.Module | None = None,
     out: str | Path,
     resume: bool = False,
+    forecast: str | Path | None = None,
     notify: Callable[[dict[str, Any]], None] = lambda event: None,
 ) -> Report:
     """Carries out `request` in the folder `out`; see `compress.pipeline.run`."""
     from compress import pipeline
 
-    return pipeline.run(request, model=model, out=Path(out), resume=resume, notify=notify)
+    given = None if forecast is None else Path(forecast)
+    return pipeline.run(request, model=model, out=Path(out), resume=resume, forecast=given, notify=notify)
 
 
 def load(run_folder: str | Path, *, model: nn.Module | None = None) -> nn.Module:

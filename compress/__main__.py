@@ -88,6 +88,12 @@ def run(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the run in --out at its first unfinished stage.")
     ] = False,
+    forecast: Annotated[
+        Path | None,
+        typer.Option(
+            "--forecast", help="forecast.json of `forecast`; the report says what came true.", show_default=False
+        ),
+    ] = None,
     cluster: ClusterAddress = None,
     cluster_cpus: ClusterCpus = 1,
     cluster_gpus: ClusterGpus = 0.0,
@@ -99,11 +105,13 @@ def run(
     if cluster is None:
         from compress import pipeline
 
-        report = pipeline.run(asked, out=folder, resume=resume, notify=_show_progress)
+        report = pipeline.run(asked, out=folder, resume=resume, forecast=forecast, notify=_show_progress)
     else:
         from compress.cluster import Cluster, run_on
         from compress.report import Report
 
+        if forecast:
+            raise RequestError("forecast", str(forecast), "nothing together with --cluster")
         where = Cluster(cluster, cluster_cpus, cluster_gpus)
         run_on(where, asked, out=folder, resume=resume, notify=_show_progress)
         report = Report.from_file(folder / "report.json")
@@ -114,6 +122,8 @@ def run(
 
     typer.echo(f"\n{report.verdict.text}\n")
     typer.echo(text.table(*tables(report)["summary"]))
+    if report.forecast:
+        typer.echo(f"\n{report.forecast.text}")
     typer.echo(
         f"\nReport     {folder / 'report.html'}\nFiles      {folder / 'artifacts'}"
         f"\nVerify     python -m compress verify {folder}"

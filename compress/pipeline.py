@@ -14,8 +14,9 @@ from typing import Any
 
 from torch import nn
 
-from compress import checkpoints, deployment, measuring, preflight, stages, summary
+from compress import checkpoints, deployment, forecasts, measuring, preflight, stages, summary
 from compress.files import storage_error
+from compress.forecasts import Front
 from compress.report import Report
 from compress.request import Request
 from compress.runs import Run, open_run
@@ -30,6 +31,7 @@ def run(
     model: nn.Module | None = None,
     out: Path,
     resume: bool = False,
+    forecast: Path | None = None,
     notify: Callable[[dict[str, Any]], None] = lambda event: None,
 ) -> Report:
     """Compresses a model and returns the measured facts; everything is left in the folder `out`.
@@ -37,13 +39,17 @@ def run(
     Args:
         model: any fx-traceable classifier of the user's own, with `request.model == "custom"`; it is never changed.
         out: a new or empty folder, or with `resume` the folder of an interrupted run of the same request.
+        forecast: forecast.json of `compress forecast`; the report says what of it came true.
         notify: called with each event that is also written to events.jsonl.
 
     Raises:
         CompressError: one sentence for the user; the folder then holds no manifest and can be resumed.
     """
     preflight.require_runtime(request)
+    expected = Front.from_file(forecast).at(request) if forecast else None
     with _opened(out, request, notify, resume) as work:
+        if expected:
+            forecasts.keep(expected, work.folder)
         source = open_source(request, model, kept=work.uploads)
         preflight.require_plan(request, source)
 

@@ -239,6 +239,38 @@ class Verdict(_Facts):
     accuracy_drop_points: float | None
 
 
+class Expected(_Facts):
+    """What a forecast says of a run before it is trained; see `compress.forecasts`."""
+
+    sparsity: float
+    points_lost: float
+    points_lost_low: float
+    points_lost_high: float
+    speedup: float
+    speedup_low: float
+    speedup_high: float
+    file_bytes: float
+    runtime: str
+    n_images: int
+    """Held out from the training images; `points_lost` is of these."""
+
+
+class Came(_Facts):
+    """What the run reached, in the same units; null where it was not measured."""
+
+    points_lost: float | None
+    speedup: float | None
+    file_bytes: int
+
+
+class Forecast(_Facts):
+    """What was forecast, and what came true."""
+
+    expected: Expected
+    came: Came
+    text: str
+
+
 class Report(_Facts):
     """Everything that is known about a finished run."""
 
@@ -266,6 +298,8 @@ class Report(_Facts):
     curves: tuple[Epoch, ...]
     notes: tuple[str, ...]
     verdict: Verdict
+    forecast: Forecast | None = None
+    """Null where the run was given none."""
 
     def to_json(self) -> str:
         return self.model_dump_json(indent=1) + "\n"

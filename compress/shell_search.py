@@ -1,4 +1,4 @@
-"""The shell commands that look before they train: `sensitivity` and `search`."""
+"""The shell commands that look before they train: `sensitivity`, `forecast` and `search`."""
 
 from __future__ import annotations
 
@@ -67,6 +67,35 @@ def register(
         typer.echo(text.table(("Group", "What", "Value", "Points lost", "Time saved, %"), rows))
         typer.echo(f"\nHeat map  {out / table.PAGE}\nNumbers   {out / table.FILE}")
 
+    def forecast(
+        values: dict[str, Any],
+        out: Out,
+        request: RequestFile = None,
+        ratios: Annotated[str, typer.Option(help="Shares of each layer's channels.")] = "0.25,0.375,0.5,0.625,0.75",
+        as_json: Json = False,
+    ) -> None:
+        """What can be expected before any training: accuracy, measured speed and size over sparsity, with uncertainty."""
+        from compress.search import front
+
+        found = front.measure(request_of(values, request), out, ratios=numbers("ratios", ratios, float), notify=show)
+        if as_json:
+            typer.echo(found.model_dump_json())
+            return
+        rows = [
+            (
+                f"{100 * p.sparsity:g} %",
+                f"{p.points_lost:.1f} ({p.points_lost_low:.1f} to {p.points_lost_high:.1f})",
+                f"{p.speedup:.1f}x ({p.speedup_low:.1f} to {p.speedup_high:.1f})",
+                f"{p.file_bytes / 1e6:.2f} MB",
+            )
+            for p in found.points
+        ]
+        typer.echo(text.table(("Sparsity", "Points lost, untrained", f"Faster, {found.runtime}", "File"), rows))
+        typer.echo(
+            f"\nChart     {out / front.PAGE}\nNumbers   {out / front.FILE}\n"
+            f"Compare   python -m compress run --forecast {out / front.FILE} ..."
+        )
+
     def search(
         values: dict[str, Any],
         out: Out,
@@ -102,6 +131,7 @@ def register(
             raise typer.Exit(FAILED)
 
     cli.command()(with_request_options(sensitivity))
+    cli.command()(with_request_options(forecast))
     cli.command()(with_request_options(search))
 
 

@@ -6,7 +6,7 @@ import datetime
 from typing import Any
 
 import compress
-from compress import card, ledger, machine
+from compress import card, forecasts, ledger, machine
 from compress.files import write_text
 from compress.report import (
     Data,
@@ -38,6 +38,8 @@ def write_report(work: Run, source: Source) -> Facts:
     write_text(work.folder / "report.html", card.html_report(report))
     write_text(work.folder / "README.md", card.model_card(report))
     files = ["report.json", "report.html", "README.md"]
+    if report.forecast:
+        files.append(forecasts.FILE)
     return {
         "files": files,
         "parents": {
@@ -54,6 +56,7 @@ def collect(work: Run, source: Source) -> Report:
     measurements = tuple(Measurement(**row) for row in facts["measure"]["measurements"])
     variants = _variants(facts, measurements, source)
     hops = ledger.collect(work.folder, facts)
+    reached = verdict(variants, measurements, facts["measure"]["runtime"], source.dataset.kind)
     return Report(
         espalier_version=compress.__version__,
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -82,7 +85,8 @@ def collect(work: Run, source: Source) -> Report:
         layers=_layers(facts, work),
         curves=tuple(Epoch(stage=name, **row) for name in ("finetune", "quantize") for row in facts[name]["curve"]),
         notes=_notes(facts, source),
-        verdict=verdict(variants, measurements, facts["measure"]["runtime"], source.dataset.kind),
+        verdict=reached,
+        forecast=forecasts.came_true(work.folder, reached, min(variants[-1].file_bytes.values())),
     )
 
 
