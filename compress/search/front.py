@@ -116,7 +116,7 @@ def forecast_page(front: Front) -> str:
     best = max(front.points, key=lambda point: point.speedup)
     text = (
         f"Without any training, {100 * best.sparsity:g} % sparsity is {best.speedup:.1f}x faster on {front.runtime} and "
-        f"loses {best.points_lost:.1f} points; training brings most of that back."
+        f"loses {best.points_lost:.1f} points; fine-tuning starts from there."
     )
     note = (
         f"Points of accuracy below the original on {front.n_images:,} images held out from the training images, and how much "
