@@ -203,7 +203,6 @@ class App:
             "job": job_id,
             "key": key,
             "keeping": views_runs.keeping(self.queue.keeping),
-            "links": views_runs.links(job_id),
             "title": status.title,
             "settings": views_runs.settings_of(request) + views_runs.copy_as(request, visit.address, uploads),
         }
@@ -220,6 +219,7 @@ class App:
                 "head": views.run_head(status, kept=kept, mine=mine),
                 "live": views.progress(status) + views.ending(status),
                 "log": views.log_text(self.queue.log_tail(job_id)),
+                "links": views_runs.links(job_id, finished=status.state == "done"),
             }
         except CompressError as error:
             return {"live": views.alert(str(error))}

@@ -39,11 +39,12 @@ def _item(run: Status, ticked: bool) -> str:
     )
 
 
-def links(job_id: str) -> str:
-    """Where to go from a run."""
+def links(job_id: str, *, finished: bool) -> str:
+    """Where to go from a run; only a finished one can be compared."""
+    compare = f'<a class="button" href="?compare={job_id}">Compare</a>' if finished else ""
     return (
         f'<a class="button" href="?again={job_id}">Change and run again</a>'
-        f'<a class="button" href="?compare={job_id}">Compare</a><a class="button" href="./">New run</a>'
+        f'{compare}<a class="button" href="./">New run</a>'
     )
 
 

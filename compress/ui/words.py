@@ -30,7 +30,7 @@ MARKUP = MappingProxyType(
         "small_head": '<h2><span class="number">3</span>{small_title}</h2>',
         "meaning_head": "<h2>{meaning_title}</h2>",
         "runs_head": '<h2>{runs_title}</h2><p><a href="?compare=">{runs_compare}</a></p>',
-        "summary_head": "<h2>{summary_title}</h2>",
+        "summary_head": '<h2>{summary_title}</h2><p class="soft">{summary_text}</p>',
         "try_head": '<h2>{try_title}</h2><p class="soft">{try_text}</p>',
         "files_head": '<h2>{files_title}</h2><p class="soft">{files_text}</p>',
         "share_head": '<h2>{share_title}</h2><p class="soft">{share_text}</p>',
