@@ -6,6 +6,8 @@ import functools
 import os
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -77,6 +79,24 @@ def test_every_layer_of_resnet18_and_mobilenet_v2_runs_on_integers(tmp_path):
             assert precisions == ["int8"] * layers, f"{name} on {runtime.name}"
         built = RUNTIMES["tensorrt-rtx"].build(paths["tensorrt"], tmp_path / f"{name}.engine", BuildSpec(32))
         assert (built.passport["integer_layers"], built.passport["candidate_layers"]) == (layers, layers)
+
+
+def test_engines_built_at_the_same_time_have_their_own_layers(tmp_path):
+    """All builds of a process write into one log, which is where layers are read."""
+    rtx, paths, started = RUNTIMES["tensorrt-rtx"], files(), threading.Barrier(2)
+
+    def layers(kind: str, times: int = 1) -> list[tuple[int, int]]:
+        built = [rtx.build(paths[kind], tmp_path / f"{kind}.engine", BuildSpec(SIZE)).passport for _ in range(times)]
+        return [(passport["integer_layers"], passport["candidate_layers"]) for passport in built]
+
+    def at_once(kind: str) -> list[tuple[int, int]]:
+        started.wait()
+        return layers(kind, times=3)
+
+    alone = {kind: layers(kind) for kind in ("tensorrt", "fp32")}
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(at_once, alone)) == [3 * alone["tensorrt"], 3 * alone["fp32"]]
+    assert alone["tensorrt"][0][0] > 0 == alone["fp32"][0][0]
 
 
 @pytest.mark.parametrize("name", CPU_RUNTIMES)

@@ -7,6 +7,7 @@ files import tensorrt, tensorrt_rtx and pycuda. TensorRT for RTX builds without 
 from __future__ import annotations
 
 import importlib
+import threading
 from abc import abstractmethod
 from dataclasses import replace
 from pathlib import Path
@@ -29,6 +30,9 @@ from compress.engines.tensorrt_build import (
 from compress.engines.tensorrt_run import GPU_PACKAGES, TensorRTSession, gpu, inspect_engine, missing_gpu
 from compress.errors import RuntimeUnavailableError
 from compress.files import atomic, sha256
+
+_BUILDING = threading.Lock()
+"""One build at a time: all builds of a process share a logger, and the layers of one would be read as another's."""
 
 
 class _TensorRTRuntime(Runtime):
@@ -58,9 +62,10 @@ class _TensorRTRuntime(Runtime):
                 spec, targets=()
             )  # it builds for the GPU that is present; the targets are for the other edition
         self.check_targets(spec.targets)
-        logger.messages.clear()
-        plan = build_plan(bindings, logger, onnx_path, spec)
-        kernels, source = self._layers(bindings, logger, plan)
+        with _BUILDING:
+            logger.messages.clear()
+            plan = build_plan(bindings, logger, onnx_path, spec)
+            kernels, source = self._layers(bindings, logger, plan)
         with atomic(engine_path) as partial:
             partial.write_bytes(plan)
         facts = self._facts(bindings, onnx_path, spec, kernels) | {"layers_source": source}
