@@ -15,10 +15,12 @@ import torchvision
 from onnx import TensorProto, helper, numpy_helper
 from safetensors.torch import save_file
 
+from bench.accuracy import RECIPE
 from bench.peers import driver, environments, measure, study, table
 from bench.peers.driver import Conditions, compress_row, finished, user_lines
 from bench.peers.front import Point, dominators, front
 from bench.peers.rows import OURS, ROWS, Row
+from compress.data import Dataset, Split
 
 FAKE = '''"""A peer that copies a file."""
 # told to
@@ -161,6 +163,36 @@ def test_the_lines_of_a_user_are_code_with_what_it_imports_and_without_the_hando
 
 
 # ---- one model ----------------------------------------------------------------------------------------------------
+
+
+def dataset(shade: int) -> Dataset:
+    """Three grey images of that shade to train on; the test part is of no matter."""
+    images, labels = torch.full((3, 1, 32, 32), shade, dtype=torch.uint8), torch.arange(3)
+    split = Split(None, np.arange(3), labels, RECIPE, images)
+    return Dataset(split, split, "labelled", (), "somewhere")
+
+
+def test_other_data_are_kept_in_another_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(study, "dense_checkpoint", lambda model, images, out, *, epochs: out / "weights.safetensors")
+
+    def pixels_of_peers(shade: int, source: str = "a") -> int:
+        folder = study.folder_of(tmp_path, "resnet18", source, 70, dataset(shade))
+        folder.mkdir(exist_ok=True)
+        with np.load(study.conditions_of("resnet18", source, 70, dataset(shade), folder).images) as arrays:
+            return int(arrays["pixels"].max())
+
+    assert [pixels_of_peers(shade) for shade in (7, 9, 7)] == [7, 9, 7], "files of the same folder were replaced"
+    assert len(list(tmp_path.iterdir())) == 2
+    pixels_of_peers(7, "b")
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_dense_weights_that_are_trained_otherwise_are_kept_in_another_folder(tmp_path, monkeypatch):
+    before = study.folder_of(tmp_path, "resnet18", "a", 70, dataset(7))
+    assert study.folder_of(tmp_path, "resnet18", "a", 70, dataset(7)) == before
+    assert study.folder_of(tmp_path, "resnet18", "a", 71, dataset(7)) != before
+    monkeypatch.setitem(study.DENSE_EPOCHS, "resnet18", 9.0)
+    assert study.folder_of(tmp_path, "resnet18", "a", 70, dataset(7)) != before
 
 
 def test_what_is_finished_is_not_done_again_and_failures_on_request(conditions, capsys):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import inspect
 import sys
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
@@ -52,27 +54,55 @@ class Environment:
         return cls(python, {"versions": told, "megabytes": environments.megabytes(name, home)})
 
 
+def folder_of(out: Path, model: str, source: str, budget: int, dataset: data.Dataset) -> Path:
+    """Where all that belongs to one model is kept.
+
+    The dense weights and the training images are found again there, so its name has a digest of all that decides them.
+    """
+    how = (_resolved(source), RECIPE, _dense_epochs(model, dataset), inspect.getsource(dense_checkpoint))
+    digest = hashlib.sha256(repr(how).encode())
+    digest.update(_training_pixels(dataset).tobytes())
+    digest.update(dataset.train.labels.numpy().tobytes())
+    return (out / f"{model}-{budget}-{digest.hexdigest()[:8]}").resolve()
+
+
 def conditions_of(model: str, source: str, budget: int, dataset: data.Dataset, folder: Path) -> Conditions:
-    """The dense weights (trained once, with labels) and the training images, as files that every environment can read."""
+    """The dense weights (trained once, with labels) and the training images, as files that every environment can read.
+
+    Args:
+        folder: the one that `folder_of` names.
+    """
     bundled = (model, source) == (DEMO_MODEL, DEMO_DATA)
-    epochs = DENSE_EPOCHS.get(model, 2.0) * FULL_TRAINING / len(dataset.train)
+    epochs = _dense_epochs(model, dataset)
     weights = DEMO_CHECKPOINT if bundled else dense_checkpoint(model, dataset.train, folder, epochs=epochs)
     images = folder / "training-images.npz"
     if not images.exists():
         with atomic(images) as partial:
-            pixels = dataset.train.take(torch.arange(len(dataset.train)))
-            np.savez(partial, pixels=pixels.numpy(), labels=dataset.train.labels.numpy())
+            np.savez(partial, pixels=_training_pixels(dataset), labels=dataset.train.labels.numpy())
     return Conditions(
         model=model,
         weights=weights.resolve(),
         images=images.resolve(),
-        data=source if source == DEMO_DATA else str(Path(source).resolve()),
+        data=_resolved(source),
         mean=RECIPE.mean[0],
         std=RECIPE.std[0],
         input_size=RECIPE.input_size,
         budget=budget,
         int8_dot_product=machine.has_int8_dot_product(),
     )
+
+
+def _resolved(source: str) -> str:
+    return source if source == DEMO_DATA else str(Path(source).resolve())
+
+
+def _dense_epochs(model: str, dataset: data.Dataset) -> float:
+    return DENSE_EPOCHS.get(model, 2.0) * FULL_TRAINING / len(dataset.train)
+
+
+def _training_pixels(dataset: data.Dataset) -> np.ndarray:
+    """uint8 [N, C, size, size]"""
+    return dataset.train.take(torch.arange(len(dataset.train))).numpy()
 
 
 def results(
