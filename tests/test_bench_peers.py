@@ -89,6 +89,9 @@ def conditions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Conditions:
     (scripts / "fake.py").write_text(FAKE, encoding="utf-8")
     (scripts / "helper.py").write_text(HELPER, encoding="utf-8")
     monkeypatch.setattr(driver, "SCRIPTS", scripts)
+    monkeypatch.setattr(environments, "REQUIREMENTS", tmp_path)
+    (tmp_path / "fakes.txt").write_text("fake==1\n", encoding="utf-8")
+    (tmp_path / "torch.txt").write_text("torch==1\n", encoding="utf-8")
     rng = np.random.default_rng(0)
     np.savez(tmp_path / "images.npz", pixels=rng.integers(0, 256, (30, 1, 32, 32), np.uint8), labels=np.arange(30) % 10)
     onnx.save(_classifier(), tmp_path / "small.onnx")
@@ -156,6 +159,52 @@ def test_only_the_same_row_under_the_same_conditions_is_finished(conditions):
     with (driver.SCRIPTS / "helper.py").open("a", encoding="utf-8") as helper_file:
         helper_file.write("# another\n")
     assert finished(row(), conditions, folder) is None, "what its script imports has changed"
+
+
+@pytest.mark.parametrize("name", ["fakes", "torch"])
+def test_a_row_made_with_other_packages_is_not_finished(conditions, name):
+    folder = conditions.images.parent / "out" / "fake"
+    run(row(), conditions)
+    assert finished(row(), conditions, folder) is not None
+    (environments.REQUIREMENTS / f"{name}.txt").write_text(f"{name}==2\n", encoding="utf-8")
+    assert finished(row(), conditions, folder) is None
+
+
+def test_espaliers_rows_are_made_anew_when_its_code_has_changed_and_those_of_peers_are_not(conditions, monkeypatch):
+    root = conditions.images.parent / "root"
+    code = root / "compress" / "pruning" / "plan.py"
+    code.parent.mkdir(parents=True)
+    code.write_text("ROUNDED = 8\n", encoding="utf-8")
+    (root / "requirements.txt").write_text("torch==1\n", encoding="utf-8")
+    monkeypatch.setattr(driver, "ROOT", root)
+    folder, rows = conditions.images.parent / "out", [row(), replace(row("ours"), environment=OURS)]
+    for one in rows:
+        run(one, conditions)
+    assert all(finished(one, conditions, folder / one.name) for one in rows)
+    code.write_text("ROUNDED = 4\n", encoding="utf-8")
+    assert [finished(one, conditions, folder / one.name) is not None for one in rows] == [True, False]
+
+
+def test_an_environment_is_made_anew_when_the_torch_of_all_has_changed(tmp_path, monkeypatch):
+    installed = []
+
+    def call(command: list[str], environment: dict | None = None) -> str:
+        if "venv" in command:
+            (Path(command[-1]) / "lib" / "python3.12" / "site-packages").mkdir(parents=True, exist_ok=True)
+        if "install" in command:
+            installed.append(Path(command[-1]).stem)
+        return "[]"
+
+    monkeypatch.setattr(environments, "REQUIREMENTS", tmp_path)
+    monkeypatch.setattr(environments, "_call", call)
+    (tmp_path / "torch.txt").write_text("torch==1\n", encoding="utf-8")
+    (tmp_path / "fakes.txt").write_text("fake==1\n", encoding="utf-8")
+    for _ in range(2):
+        environments.prepare("fakes", tmp_path / "home")
+    assert installed == ["torch", "fakes"]
+    (tmp_path / "torch.txt").write_text("torch==2\n", encoding="utf-8")
+    environments.prepare("fakes", tmp_path / "home")
+    assert installed == ["torch", "fakes"] * 2
 
 
 def test_the_lines_of_a_user_are_code_with_what_it_imports_and_without_the_handover(conditions):
