@@ -101,20 +101,20 @@ def conditions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Conditions:
     )  # fmt: skip
 
 
-def _classifier() -> onnx.ModelProto:
+def _classifier(batch: str | int = "batch", images: str = "images") -> onnx.ModelProto:
     """The mean of each of three channels times a matrix: images [batch, 3, ?, ?] -> logits [batch, 10]."""
     weights = numpy_helper.from_array(np.eye(3, 10, dtype=np.float32), "weights")
     nodes = [
-        helper.make_node("GlobalAveragePool", ["images"], ["mean"]),
+        helper.make_node("GlobalAveragePool", [images], ["mean"]),
         helper.make_node("Flatten", ["mean"], ["flat"]),
         helper.make_node("MatMul", ["flat", "weights"], ["logits"]),
     ]
-    shape = ["batch", 3, "height", "width"]
+    shape = [batch, 3, "height", "width"]
     graph = helper.make_graph(
         nodes,
         "small",
-        [helper.make_tensor_value_info("images", TensorProto.FLOAT, shape)],
-        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", 10])],
+        [helper.make_tensor_value_info(images, TensorProto.FLOAT, shape)],
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, [batch, 10])],
         [weights],
     )
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
@@ -272,6 +272,22 @@ def test_files_are_raced_and_answered_through_the_runtimes(conditions):
     found = measure.latencies([one, broken, replace(one, runtime="openvino")], 32)
     assert found[one.key]["p50_ms"] > 0 and found["fake", "openvino", "int8"]["p50_ms"] > 0
     assert "broken.onnx" in found[broken.key]["error"]
+
+
+def test_a_file_that_a_runtime_breaks_on_is_told_and_the_others_are_measured(conditions):
+    folder = conditions.images.parent
+    files = {"fake": _classifier(), "one image a call": _classifier(batch=1), "renamed": _classifier(images="pixels")}
+    for name, model in files.items():
+        for place in (folder / name, folder / name / "large"):
+            place.mkdir(parents=True)
+            onnx.save(model, place / "model.onnx")
+    listed = {"onnxruntime": "model.onnx"}
+    found = [{"row": name, "files": listed, "large_files": listed} for name in files]
+    whole, fixed, renamed = study.deployed(found, folder, dataset(255).test, rows=[])
+    assert whole["accuracy"] == pytest.approx(1 / 3) and "error" not in whole
+    assert fixed["small_ms"] > 0 and "accuracy" not in fixed and fixed["error"].startswith("InvalidArgument: ")
+    assert "small_ms" not in renamed or renamed["small_ms"] is None
+    assert "pixels" in renamed["error"] and renamed["large_error"] == renamed["error"]
 
 
 def test_openvinos_file_counts_its_weights(tmp_path):

@@ -172,4 +172,7 @@ def _entry(one: measure.Deployed, raced: Mapping[str, Mapping[measure.Key, Facts
     if "error" in small:
         return entry | {"error": small["error"]}
     entry |= {key: small[key] for key in ("precision", "kernels", "notes")}
-    return entry | measure.accuracy(one, test, torch.get_num_threads())
+    try:
+        return entry | measure.accuracy(one, test, torch.get_num_threads())
+    except Exception as error:  # noqa: BLE001 - foreign files
+        return entry | {"error": measure.refusal(error)}
