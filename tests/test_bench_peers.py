@@ -258,6 +258,28 @@ def test_what_is_finished_is_not_done_again_and_failures_on_request(conditions, 
     assert capsys.readouterr().out.splitlines() == ["resnet18 at 32 px: broken"]
 
 
+def test_only_what_is_asked_for_is_tried_again_and_the_reasons_of_others_stay(conditions, capsys):
+    folder, made = conditions.images.parent / "out", {"fakes": study.Environment(Path(sys.executable), {})}
+    rows = [row(), replace(row("other", breaks=True), environment="others")]
+    (environments.REQUIREMENTS / "others.txt").write_text("other==1\n", encoding="utf-8")
+    study.results(conditions, folder, made | {"others": made["fakes"]}, ["fake", "other"], rows=rows)
+    capsys.readouterr()
+    for there in (made, made | {"others": made["fakes"]}):
+        found = study.results(conditions, folder, there, ["fake"], rows=rows, retry=True)
+        assert found[1]["error"] == "RuntimeError: this peer takes no such network"
+    assert capsys.readouterr().out == ""
+
+
+def test_a_structure_that_fails_at_the_larger_size_is_told_there(conditions):
+    folder, made = conditions.images.parent / "out", {"fakes": study.Environment(Path(sys.executable), {})}
+    script = driver.SCRIPTS / "fake.py"
+    script.write_text(FAKE.replace('job["options"].get("breaks")', 'job["input_size"] > 32'), encoding="utf-8")
+    found = study.results(conditions, folder, made, ["fake"], rows=[row()])
+    (entry, _) = study.deployed(found, folder, dataset(255).test, rows=[])
+    assert entry["accuracy"] == pytest.approx(1 / 3) and entry["large_ms"] is None
+    assert entry["large_error"] == "RuntimeError: this peer takes no such network"
+
+
 def test_a_peer_that_cannot_be_installed_is_a_row_with_its_reason(conditions):
     made = {"fakes": study.Environment(None, {"error": "ERROR: No matching distribution"})}
     (result,) = study.results(conditions, conditions.images.parent / "out", made, ["fake"], rows=[row()])
@@ -309,7 +331,7 @@ def entry(name: str, runtime: str, accuracy: float, small: float, large: float, 
 
 def test_the_page_keeps_losing_and_failing_rows_and_says_who_dominates():
     result = {"images": 60_000, "seconds": 120.4, "lines": 12}
-    names = ("dense", "espalier-50", "nncf-ptq")
+    names = ("dense", "espalier-50", "nncf-ptq", "ort-advised")
     document = {
         "made_on": "Made here.",
         "models": [
@@ -321,6 +343,8 @@ def test_the_page_keeps_losing_and_failing_rows_and_says_who_dominates():
                     entry("dense", "openvino", 0.91, 2.0, 20.0, "fp32"),
                     entry("espalier-50", "openvino", 0.905, 0.4, 5.0),
                     entry("nncf-ptq", "openvino", 0.91, 0.5, 4.0) | {"accuracy": 0.906},
+                    entry("nncf-ptq", "onnxruntime", 0.9, 0.6, 0) | {"large_ms": None, "large_error": "Fail: too | large"},
+                    entry("ort-advised", "openvino", 0.9, 0.1, 0.1) | {"error": "RuntimeError: no", "accuracy": None},
                 ],
             }
         ],
@@ -331,6 +355,8 @@ def test_the_page_keeps_losing_and_failing_rows_and_says_who_dominates():
         "| **Espalier 50 % + QAT** | OpenVINO | int8 (20 of 21) | 90.50 % ± 0.30 | 2.85 MB | ~0.400 ms (5.00x) | "
         "5.000 ms (4.00x) | 60,000 | 120 | 12 |"
     ) in text
+    assert "| ~0.600 ms (3.33x) | Fail: too / large | 60,000 |" in text
+    assert "| ONNX Runtime PTQ, as advised for the CPU | OpenVINO |  | **refused**: RuntimeError: no |" in text
     assert "| Neural Compressor PTQ | | | **failed**: ValueError: a / b | | | | | | 30 |" in text
     assert "- At 32 px no peer's point dominates a row of Espalier's." in text
     assert "**Espalier 50 % + QAT** is **dominated** at 224 px by NNCF PTQ on OpenVINO (90.60 %, 4.000 ms)." in text

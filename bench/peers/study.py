@@ -114,16 +114,21 @@ def results(
     retry: bool = False,
     rows: Collection[Row] = ROWS,
 ) -> list[Facts]:
-    """Of the rows `only`, and of others that are finished already; each with its structure's files at 224 pixels."""
+    """Of the rows `only`, and of others that are finished already; each with its structure's files at 224 pixels.
+
+    Args:
+        retry: those of `only` that failed are made again.
+    """
     enlarged = replace(conditions, budget=0, input_size=LARGE)
     found = []
     for row in rows:
         place = folder / row.name
         if row.name not in only and finished(row, conditions, place) is None:
             continue
-        result = _result(row, conditions, place, made.get(row.environment), retry)
+        again = retry and row.name in only
+        result = _result(row, conditions, place, made.get(row.environment), again)
         if "error" not in result:
-            large = _result(row, enlarged, place / "large", made.get(row.environment), retry)
+            large = _result(row, enlarged, place / "large", made.get(row.environment), again)
             result = result | {"large_files": large.get("files"), "large_error": large.get("error")}
         found.append(result)
     return found
@@ -135,8 +140,8 @@ def _result(row: Row, conditions: Conditions, folder: Path, made: Environment | 
     if kept is not None and not (retry and "error" in kept):
         return kept
     if made is None or made.python is None:
-        reason = made.facts["error"] if made else "its environment was not asked for"
-        return {"row": row.name, "error": f"not installed: {reason}", "lines": user_lines(row.script)}
+        reason = f"not installed: {made.facts['error']}" if made else "not made: its environment was not asked for"
+        return {"row": row.name, "error": reason, "lines": user_lines(row.script)}
     print(f"{conditions.model} at {conditions.input_size} px: {row.name}", flush=True)
     return compress_row(row, conditions, folder, made.python)
 
@@ -156,13 +161,19 @@ def deployed(found: Collection[Facts], folder: Path, test: data.Split, rows: Col
         "small": measure.latencies(files["small"], test.preprocessing.input_size),
         "large": measure.latencies(files["large"], LARGE),
     }
-    return [_entry(one, raced, test) for one in files["small"]]
+    absent = {
+        result["row"]: result.get("large_error") or "its script left no file for that runtime" for result in found
+    }
+    return [_entry(one, raced, absent[one.row], test) for one in files["small"]]
 
 
-def _entry(one: measure.Deployed, raced: Mapping[str, Mapping[measure.Key, Facts]], test: data.Split) -> Facts:
+def _entry(
+    one: measure.Deployed, raced: Mapping[str, Mapping[measure.Key, Facts]], absent: str, test: data.Split
+) -> Facts:
+    """`absent` is why there is no larger file, where there is none."""
     entry: Facts = {"row": one.row, "runtime": one.runtime, "asked": one.precision, "file_bytes": one.file_bytes}
     for size, timings in raced.items():
-        timing = timings.get(one.key, {"error": "there is no file of that size"})
+        timing = timings.get(one.key, {"error": absent})
         entry |= {
             f"{size}_ms": timing.get("p50_ms"),
             f"{size}_noisy": timing.get("noisy"),
