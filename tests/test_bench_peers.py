@@ -20,6 +20,7 @@ from bench.peers import driver, environments, measure, study, table
 from bench.peers.driver import Conditions, compress_row, finished, user_lines
 from bench.peers.front import Point, dominators, front
 from bench.peers.rows import OURS, ROWS, Row
+from compress import training
 from compress.data import Dataset, Split
 
 FAKE = '''"""A peer that copies a file."""
@@ -361,6 +362,8 @@ def test_the_page_keeps_losing_and_failing_rows_and_says_who_dominates():
     assert "- At 32 px no peer's point dominates a row of Espalier's." in text
     assert "**Espalier 50 % + QAT** is **dominated** at 224 px by NNCF PTQ on OpenVINO (90.60 %, 4.000 ms)." in text
     assert "Front at 224 px, the fastest first: NNCF PTQ (OpenVINO)." in text
+    assert "refits what stays to the dense model on 1,024 more training images" in text
+    assert "those of Espalier leave out its own measuring and reporting" in text
     assert "| nncf | nncf 3.4.0 | 479 MB |" in text and "| x | **could not be installed**: no such thing | |" in text
 
 
@@ -432,6 +435,30 @@ def test_the_handover_builds_the_dense_model(handover, tmp_path, monkeypatch):
     images = torch.rand(2, 3, 32, 32)
     answers = job_of(handover, tmp_path, monkeypatch).dense()(images)
     assert torch.allclose(answers, model.half().float()(images), atol=1e-5)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_peers_are_trained_by_the_optimizer_that_espalier_trains_with(monkeypatch, optimizer):
+    monkeypatch.syspath_prepend(str(driver.SCRIPTS))
+    script = importlib.import_module("training")
+    monkeypatch.delitem(sys.modules, "training")
+    made = []
+    schedule = torch.optim.lr_scheduler.OneCycleLR
+    monkeypatch.setattr(
+        torch.optim.lr_scheduler, "OneCycleLR", lambda o, *a, **k: made.append(o) or schedule(o, *a, **k)
+    )
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.Linear(4, 2))
+    model[2].bias.requires_grad_(False)
+    script.train(model, model, [], 0.04, optimizer)
+    ours = training._optimizer(model, training.Recipe(1, 0.04, 0.5, 4.0, optimizer=optimizer))
+    assert [vars_of(group) for group in made[0].param_groups] == [vars_of(group) for group in ours.param_groups]
+    assert type(made[0]) is type(ours)
+
+
+def vars_of(group: dict) -> dict:
+    """A group of an optimizer without what the schedule has set."""
+    scheduled = {"lr", "initial_lr", "max_lr", "min_lr"}
+    return {k: v for k, v in group.items() if k not in scheduled} | {"params": [id(p) for p in group["params"]]}
 
 
 NAMES = {
