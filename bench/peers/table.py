@@ -30,7 +30,7 @@ the median of one image on one thread, all rows in turn in one process, with the
 model; a ~ marks noisy ones. Each runtime loads each file with the settings that Espalier loads its own with and computes in what it
 chooses (*runs in*). At {large} px it is the same structure from the same weights, without training. *Seconds* are those of the
 script from its start to its file, imports and training included; those of Espalier leave out its own measuring and reporting,
-which no other script does. *Lines* are the code that a user writes: the script in
+which no other script does, and not the comparisons of its other stages. *Lines* are the code that a user writes: the script in
 `bench/peers/scripts/` and what it imports from there, without comments.
 """
 
