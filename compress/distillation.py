@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 
 MOST_REMEMBERED_BYTES = 256 * 2**20
-"""Of answers: 6.7 million images of ten classes, 67,000 of a thousand. Those beyond it are asked about every time."""
+"""Of answers: 6.7 million images of ten classes, 67,000 of a thousand. Those beyond it are asked about every time.
+
+A GPU sets all of them aside at once; a CPU's memory is taken as answers are written."""
 
 
 class Teacher:
@@ -22,8 +24,9 @@ class Teacher:
     def __init__(self, model: nn.Module, place: torch.device) -> None:
         """Works on a copy of `model`, in eval mode on `place`."""
         self.model = copy.deepcopy(model).eval().requires_grad_(False).to(place)
-        self._known: dict[int, Tensor] = {}
-        self._bytes = 0
+        self._row_of: dict[int, int] = {}
+        self._table = torch.empty(0, 0)
+        """fp32 [capacity, classes], made with the first answers, which tell how many classes there are."""
 
     @torch.no_grad()
     def __call__(self, images: Tensor, numbers: Tensor | None = None) -> Tensor:
@@ -36,20 +39,28 @@ class Teacher:
         if numbers is None:
             return logits_of(self.model(images)).float()
         names = numbers.tolist()
-        new = [row for row, name in enumerate(names) if name not in self._known]
-        answers = {name: self._known[name] for name in names if name in self._known}
-        if new:
-            fresh = logits_of(self.model(images if len(new) == len(names) else images[new])).float()
-            answers |= {names[row]: answer for row, answer in zip(new, fresh, strict=True)}
-            self._remember({names[row]: answers[names[row]] for row in new})
-        return torch.stack([answers[name] for name in names])
+        known = [row for row, name in enumerate(names) if name in self._row_of]
+        new = [row for row, name in enumerate(names) if name not in self._row_of]
+        remembered = self._table[[self._row_of[names[row]] for row in known]]
+        if not new:
+            return remembered
+        fresh = logits_of(self.model(images[new] if known else images)).float()
+        self._remember([names[row] for row in new], fresh)
+        if not known:
+            return fresh
+        answers = fresh.new_empty(len(names), fresh.shape[1])
+        answers[known], answers[new] = remembered, fresh
+        return answers
 
-    def _remember(self, answers: dict[int, Tensor]) -> None:
-        for name, answer in answers.items():
-            if self._bytes + answer.nbytes > MOST_REMEMBERED_BYTES:
-                return
-            self._bytes += answer.nbytes
-            self._known[name] = answer.clone()  # a row alone would keep its whole batch
+    def _remember(self, names: list[int], answers: Tensor) -> None:
+        """As many as there is room for; one table, as a tensor for each answer takes many times the answer's bytes."""
+        if not self._row_of:
+            self._table = answers.new_empty(MOST_REMEMBERED_BYTES // answers[0].nbytes, answers.shape[1])
+        start = len(self._row_of)
+        row_of = {name: row for row, name in enumerate(names)}
+        kept = list(row_of.items())[: len(self._table) - start]
+        self._table[start : start + len(kept)] = answers[[row for _, row in kept]]
+        self._row_of |= {name: start + place for place, (name, _) in enumerate(kept)}
 
 
 def logits_of(answer: Any) -> Tensor:

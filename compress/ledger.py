@@ -27,7 +27,7 @@ Facts = dict[str, Any]
 
 FIRST = "baseline"
 TORCH_STAGES = ("baseline", "prune", "finetune", "quantize")
-"""Stages whose hops stand one behind the other."""
+"""Stages whose hops stand one behind the other; one that left the model as it was has none."""
 TRUTH = "stages/answers/truth.npy"
 """The right answer of each test image: its label, or what the baseline answers where there are no labels."""
 SYNTHETIC_TEST_IMAGES = 256
@@ -121,6 +121,12 @@ def collect(folder: Path, facts: Mapping[str, Facts]) -> tuple[Hop, ...]:
         else:
             files.setdefault(row["name"], row)
     return tuple(hops)
+
+
+def hop_after(facts: Mapping[str, Facts], stage: str) -> Facts:
+    """The hop of the model as it is after `stage`, one of `TORCH_STAGES`: of the last stage up to there that changed it."""
+    stages = TORCH_STAGES[: TORCH_STAGES.index(stage) + 1]
+    return [row for name in stages for row in facts[name]["ledger"]][-1]
 
 
 def cross_checks(folder: Path, rows: Sequence[Facts]) -> tuple[CrossCheck, ...]:

@@ -125,7 +125,7 @@ def _zero_weights(work: Run, source: Source, model: nn.Module, plan: pruning.Pla
 
 
 def fine_tune(work: Run, source: Source) -> Facts:
-    """Training after pruning, with the original model as teacher."""
+    """Training after pruning, with the original model as teacher; without training there is no hop, as none was made."""
     request = work.request
     model = load_model(work, source, "stages/shrunk")
     curve, reason, memory_note = [], None, None
@@ -139,14 +139,14 @@ def fine_tune(work: Run, source: Source) -> Facts:
         recipe = recipes.recipe_of(request, source, request.finetune_epochs, request.learning_rate)
         curve, memory_note = _train(work, source, "finetune", model, recipe)
     files = _save_model(work, source, model, "artifacts")
-    hop = ledger.torch_hop(work, source, "fine-tuned", model)
+    hops = [] if reason else [ledger.torch_hop(work, source, "fine-tuned", model)]
     return {
         **_size_facts(source, model),
         "curve": curve,
         "skipped": reason,
         "memory_note": memory_note,
-        "ledger": [hop],
-        "files": files + [hop["answers"]],
+        "ledger": hops,
+        "files": files + [hop["answers"] for hop in hops],
     }
 
 

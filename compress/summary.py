@@ -27,7 +27,7 @@ from compress.sources import Source
 
 Facts = dict[str, Any]
 LAST_STAGE = {"baseline": "baseline", "pruned": "finetune", "half": "finetune", "quantized": "quantize"}
-"""The stage that made a variant's weights."""
+"""The last stage that may have changed a variant's weights."""
 PARENT = {"baseline": None, "pruned": "baseline", "half": "pruned", "quantized": "pruned"}
 
 
@@ -159,7 +159,7 @@ def _variants(facts: Facts, measurements: tuple[Measurement, ...], source: Sourc
             (m for m in measurements if m.variant == name and m.accuracy is not None), key=lambda m: m.runtime != chosen
         )
         deployed = scored[0] if scored else None
-        hop = facts[LAST_STAGE[name]]["ledger"][-1]
+        hop = ledger.hop_after(facts, LAST_STAGE[name])
         rows.append(
             Variant(
                 name=name,

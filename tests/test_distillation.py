@@ -1,5 +1,7 @@
 """The teacher answers once for each image that always looks the same, and its answers are those of the model."""
 
+import gc
+
 import pytest
 import torch
 from torch import nn
@@ -59,6 +61,26 @@ def test_what_does_not_fit_is_asked_about_again(model, monkeypatch):
     first, second = teacher(images(4), numbers), teacher(images(4), numbers)
     assert Counted.asked == 4 + 2
     assert torch.allclose(first, second)
+
+
+def test_an_image_that_comes_twice_in_a_batch_is_remembered_once(model, monkeypatch):
+    monkeypatch.setattr(distillation, "MOST_REMEMBERED_BYTES", 2 * 3 * 4)
+    teacher, pixels = Teacher(model, CPU), images(2)[[0, 0, 1]]
+    first = teacher(pixels, torch.tensor([7, 7, 3]))
+    again = teacher(pixels, torch.tensor([7, 7, 3]))
+    assert Counted.asked == 3 and torch.equal(first, again)
+
+
+def test_remembered_answers_take_no_more_than_their_bytes(model):
+    def tensors():
+        return sum(type(thing) is torch.Tensor for thing in gc.get_objects())
+
+    teacher, numbers = Teacher(model, CPU), torch.arange(200)
+    before = tensors()
+    answers = teacher(images(200), numbers)
+    assert tensors() - before < 10, "a tensor takes more than the three numbers that it would hold"
+    answers.zero_()
+    assert torch.allclose(teacher(images(200), numbers), model(images(200))), "what was handed out is no view"
 
 
 def test_training_with_remembered_answers_gives_the_same_student(model):

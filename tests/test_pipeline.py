@@ -90,6 +90,10 @@ def ask(**changes):
     return compress.Request(**(values | changes))
 
 
+def torch_hops(report):
+    return [hop.name for hop in report.ledger if hop.through == "torch"]
+
+
 def test_a_module_of_ones_own_with_a_zip_of_labelled_images(trained, folder, tmp_path):
     archive = tmp_path / "colours.zip"
     with zipfile.ZipFile(archive, "w") as file:
@@ -102,6 +106,7 @@ def test_a_module_of_ones_own_with_a_zip_of_labelled_images(trained, folder, tmp
     )
     assert report.data.kind == "labelled" and report.data.class_names == ("a red", "b green", "c blue")
     assert report.variant("baseline").accuracy > 0.9 and report.variant("quantized").accuracy > 0.8
+    assert torch_hops(report) == ["baseline", "pruned and refitted", "fine-tuned", "fake-quantized"]
     pruned = {layer.name: (layer.channels_before, layer.channels_after) for layer in report.layers}
     assert pruned["blocks.0.conv1"] == (32, 16) and pruned["fc"] == (3, 3)
     loaded = compress.load(tmp_path / "run", model=Own())
@@ -166,6 +171,7 @@ def test_without_images_nothing_is_trained_and_the_report_says_so(trained, tmp_p
         == "no images were given, so nothing was trained"
     )
     assert any(note.startswith("No images were given") for note in report.notes)
+    assert torch_hops(report) == ["baseline", "pruned", "fake-quantized"]
 
 
 def test_half_precision_is_read_back_and_rebuilt(trained, tmp_path):
@@ -174,6 +180,7 @@ def test_half_precision_is_read_back_and_rebuilt(trained, tmp_path):
     sizes = {variant.name: sum(variant.file_bytes.values()) for variant in report.variants}
     assert sizes["half"] < 0.7 * sizes["pruned"]
     assert next(h for h in report.handoffs if h.target == "half.onnx").passed
+    assert torch_hops(report) == ["baseline", "pruned"]
 
 
 def test_quantizing_without_pruning_and_pruning_without_quantizing(trained, folder, tmp_path):
@@ -183,9 +190,11 @@ def test_quantizing_without_pruning_and_pruning_without_quantizing(trained, fold
     ].parent == "baseline"
     assert only_bits.variants[0].parameters == only_bits.variants[1].parameters
     assert {s.name: s.skipped for s in only_bits.stages}["prune"] == "not pruned, as asked"
+    assert torch_hops(only_bits) == ["baseline", "fake-quantized"]
     only_pruned = compress.run(ask(quantizer="none", data=str(folder)), model=trained, out=tmp_path / "channels")
     assert [v.name for v in only_pruned.variants] == ["baseline", "pruned"]
     assert {layer.weight_bits for layer in only_pruned.layers} == {32}
+    assert torch_hops(only_pruned) == ["baseline", "pruned and refitted", "fine-tuned"]
 
 
 def test_fewer_bits_are_called_what_they_are(trained, folder, tmp_path):

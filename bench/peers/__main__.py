@@ -3,9 +3,9 @@
     python -m bench.peers [--data FOLDER] [--models resnet18 mobilenet_v2] [--images 60000] [--only ROW ...]
 
 FOLDER holds the four idx.gz files of Fashion-MNIST; without it the bundled part is used. The peers are installed below
-build/peers, each in its own environment. `--images` counts training images after pruning. What is finished below `--out` is
-kept, so an interrupted benchmark goes on; rows that failed are tried again with `--retry`. The page tells of the rows that
-are there. It takes hours, and nothing else should run meanwhile.
+build/peers, each in its own environment. `--images` counts training images after pruning. What is finished below `--out`,
+in a folder for each model, number of images and FOLDER, is kept, so an interrupted benchmark goes on; rows that failed are
+tried again with `--retry`. The page tells of the rows that are there. It takes hours, and nothing else should run meanwhile.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def main() -> None:
     dataset = data.open_data(options.data, RECIPE, num_classes=10)
     models = []
     for name in options.models:
-        folder = (options.out / f"{name}-{options.images}").resolve()
+        folder = study.folder_of(options.out, name, options.data, options.images, dataset)
         conditions = study.conditions_of(name, options.data, options.images, dataset, folder)
         found = study.results(conditions, folder, made, options.only, retry=options.retry)
         models.append(

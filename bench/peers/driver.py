@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.peers.environments import PeerError, reason, variables
+from bench.peers.environments import PeerError, reason, required, variables
 from bench.peers.rows import OURS, Row
 from compress.files import write_text
 
@@ -52,12 +52,12 @@ class Conditions:
 
 
 def finished(row: Row, conditions: Conditions, folder: Path) -> Facts | None:
-    """The result in `folder`, if it is of this row under these conditions with the scripts as they are."""
+    """The result in `folder`, if it is of this row under these conditions with scripts and packages as they are."""
     path = folder / RESULT
     if not path.is_file():
         return None
     result = json.loads(path.read_text(encoding="utf-8"))
-    same = result["job"] == conditions.job(row) and result["scripts"] == _digest(row.script)
+    same = result["job"] == conditions.job(row) and result["digest"] == _digest(row)
     return result if same else None
 
 
@@ -70,7 +70,7 @@ def compress_row(row: Row, conditions: Conditions, folder: Path, python: Path, *
     folder.mkdir(parents=True)
     job = conditions.job(row)
     write_text(folder / "job.json", json.dumps(job, indent=1) + "\n")
-    result = {"row": row.name, "job": job, "scripts": _digest(row.script), "lines": user_lines(row.script)}
+    result = {"row": row.name, "job": job, "digest": _digest(row), "lines": user_lines(row.script)}
     started = time.perf_counter()
     try:
         _run(row, folder, python, limit_s)
@@ -112,8 +112,18 @@ def _code_lines(text: str) -> int:
     return len(lines)
 
 
-def _digest(script: str) -> str:
-    return hashlib.sha256(b"".join(path.read_bytes() for path in _parts(script))).hexdigest()
+def _digest(row: Row) -> str:
+    """Of all that decides what a row leaves, beside its job: its scripts and its packages, or Espalier's own code."""
+    found = hashlib.sha256()
+    for path in _parts(row.script) + (_own_code() if row.environment == OURS else []):
+        found.update(path.name.encode() + path.read_bytes())
+    if row.environment != OURS:
+        found.update(required(row.environment).encode())
+    return found.hexdigest()
+
+
+def _own_code() -> list[Path]:
+    return [ROOT / "requirements.txt", *sorted((ROOT / "compress").rglob("*.py"))]
 
 
 def _run(row: Row, folder: Path, python: Path, limit_s: float) -> None:

@@ -24,13 +24,19 @@ class PeerError(Exception):
     """A peer cannot be installed, or its script failed; the text is the reason as the table gives it."""
 
 
+def required(name: str) -> str:
+    """What an environment is made from: its own pins, and those of the environment that it sees."""
+    names = [name] if name == SHARED else [name, SHARED]
+    return "".join((REQUIREMENTS / f"{one}.txt").read_text(encoding="utf-8") for one in names)
+
+
 def prepare(name: str, folder: Path) -> Path:
     """The interpreter of the environment `name` below `folder`, which is made when it is not there as required.
 
     Raises:
         PeerError: pip refuses; its last lines are the reason.
     """
-    wanted = (REQUIREMENTS / f"{name}.txt").read_text(encoding="utf-8")
+    wanted = required(name)
     home = folder / name
     python, ready = home / "venv" / "bin" / "python", home / READY
     if ready.is_file() and json.loads(ready.read_text(encoding="utf-8"))["requirements"] == wanted:

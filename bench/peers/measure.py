@@ -52,7 +52,7 @@ class Deployed:
 
 
 def accuracy(deployed: Deployed, test: data.Split, threads: int) -> Facts:
-    """Of the test images, through the file. Raises `CompressError`."""
+    """Of the test images, through the file. Raises what the runtime raises: the file is not one of Espalier's."""
     batches = list(data.batches(test, ANSWERED, shuffle=False, seed=0, preprocessing=test.preprocessing))
     with deployed.load(test.preprocessing.input_size, ANSWERED, threads) as session:
         answers = evaluation.logits(partial(padded, session, ANSWERED), [images for images, _ in batches])
@@ -61,7 +61,7 @@ def accuracy(deployed: Deployed, test: data.Split, threads: int) -> Facts:
 
 
 def latencies(contenders: Sequence[Deployed], input_size: int, threads: int = 1) -> dict[Key, Facts]:
-    """One image a call, all contenders in turn in this process: key -> facts, with `error` where a file is refused."""
+    """One image a call, all contenders in turn in this process: key -> facts, with `error` where a file does not run."""
     found: dict[Key, Facts] = {}
     images = np.random.default_rng(0).standard_normal((1, 3, input_size, input_size)).astype(np.float32)
     with ExitStack() as stack:
@@ -70,20 +70,23 @@ def latencies(contenders: Sequence[Deployed], input_size: int, threads: int = 1)
             try:
                 session = stack.enter_context(deployed.load(input_size, 1, threads))
                 session.run(images)
+                found[deployed.key] = {
+                    "precision": session.precision,
+                    "kernels": _counts(session),
+                    "notes": list(session.notes),
+                }
                 running.append((deployed, session))
-            except CompressError as error:
-                found[deployed.key] = {"error": str(error)}
+            except Exception as error:  # noqa: BLE001 - foreign files
+                found[deployed.key] = {"error": refusal(error)}
         timings = benchmark.race([partial(session.run, images) for _, session in running])
-        for (deployed, session), timing in zip(running, timings, strict=True):
-            found[deployed.key] = {
-                "p50_ms": timing.p50_ms,
-                "p90_ms": timing.p90_ms,
-                "noisy": timing.noisy,
-                "precision": session.precision,
-                "kernels": _counts(session),
-                "notes": list(session.notes),
-            }
+        for (deployed, _), timing in zip(running, timings, strict=True):
+            found[deployed.key] |= {"p50_ms": timing.p50_ms, "p90_ms": timing.p90_ms, "noisy": timing.noisy}
     return found
+
+
+def refusal(error: Exception) -> str:
+    """Why a file does not run; a runtime's own exception with its type, as its text alone may be a name or a number."""
+    return str(error) if isinstance(error, CompressError) else f"{type(error).__name__}: {error}"
 
 
 def deployed_files(row: str, folder: Path, files: Mapping[str, str], *, reference: bool) -> list[Deployed]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import inspect
 import sys
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
@@ -52,27 +54,55 @@ class Environment:
         return cls(python, {"versions": told, "megabytes": environments.megabytes(name, home)})
 
 
+def folder_of(out: Path, model: str, source: str, budget: int, dataset: data.Dataset) -> Path:
+    """Where all that belongs to one model is kept.
+
+    The dense weights and the training images are found again there, so its name has a digest of all that decides them.
+    """
+    how = (_resolved(source), RECIPE, _dense_epochs(model, dataset), inspect.getsource(dense_checkpoint))
+    digest = hashlib.sha256(repr(how).encode())
+    digest.update(_training_pixels(dataset).tobytes())
+    digest.update(dataset.train.labels.numpy().tobytes())
+    return (out / f"{model}-{budget}-{digest.hexdigest()[:8]}").resolve()
+
+
 def conditions_of(model: str, source: str, budget: int, dataset: data.Dataset, folder: Path) -> Conditions:
-    """The dense weights (trained once, with labels) and the training images, as files that every environment can read."""
+    """The dense weights (trained once, with labels) and the training images, as files that every environment can read.
+
+    Args:
+        folder: the one that `folder_of` names.
+    """
     bundled = (model, source) == (DEMO_MODEL, DEMO_DATA)
-    epochs = DENSE_EPOCHS.get(model, 2.0) * FULL_TRAINING / len(dataset.train)
+    epochs = _dense_epochs(model, dataset)
     weights = DEMO_CHECKPOINT if bundled else dense_checkpoint(model, dataset.train, folder, epochs=epochs)
     images = folder / "training-images.npz"
     if not images.exists():
         with atomic(images) as partial:
-            pixels = dataset.train.take(torch.arange(len(dataset.train)))
-            np.savez(partial, pixels=pixels.numpy(), labels=dataset.train.labels.numpy())
+            np.savez(partial, pixels=_training_pixels(dataset), labels=dataset.train.labels.numpy())
     return Conditions(
         model=model,
         weights=weights.resolve(),
         images=images.resolve(),
-        data=source if source == DEMO_DATA else str(Path(source).resolve()),
+        data=_resolved(source),
         mean=RECIPE.mean[0],
         std=RECIPE.std[0],
         input_size=RECIPE.input_size,
         budget=budget,
         int8_dot_product=machine.has_int8_dot_product(),
     )
+
+
+def _resolved(source: str) -> str:
+    return source if source == DEMO_DATA else str(Path(source).resolve())
+
+
+def _dense_epochs(model: str, dataset: data.Dataset) -> float:
+    return DENSE_EPOCHS.get(model, 2.0) * FULL_TRAINING / len(dataset.train)
+
+
+def _training_pixels(dataset: data.Dataset) -> np.ndarray:
+    """uint8 [N, C, size, size]"""
+    return dataset.train.take(torch.arange(len(dataset.train))).numpy()
 
 
 def results(
@@ -84,16 +114,21 @@ def results(
     retry: bool = False,
     rows: Collection[Row] = ROWS,
 ) -> list[Facts]:
-    """Of the rows `only`, and of others that are finished already; each with its structure's files at 224 pixels."""
+    """Of the rows `only`, and of others that are finished already; each with its structure's files at 224 pixels.
+
+    Args:
+        retry: those of `only` that failed are made again.
+    """
     enlarged = replace(conditions, budget=0, input_size=LARGE)
     found = []
     for row in rows:
         place = folder / row.name
         if row.name not in only and finished(row, conditions, place) is None:
             continue
-        result = _result(row, conditions, place, made.get(row.environment), retry)
+        again = retry and row.name in only
+        result = _result(row, conditions, place, made.get(row.environment), again)
         if "error" not in result:
-            large = _result(row, enlarged, place / "large", made.get(row.environment), retry)
+            large = _result(row, enlarged, place / "large", made.get(row.environment), again)
             result = result | {"large_files": large.get("files"), "large_error": large.get("error")}
         found.append(result)
     return found
@@ -105,8 +140,8 @@ def _result(row: Row, conditions: Conditions, folder: Path, made: Environment | 
     if kept is not None and not (retry and "error" in kept):
         return kept
     if made is None or made.python is None:
-        reason = made.facts["error"] if made else "its environment was not asked for"
-        return {"row": row.name, "error": f"not installed: {reason}", "lines": user_lines(row.script)}
+        reason = f"not installed: {made.facts['error']}" if made else "not made: its environment was not asked for"
+        return {"row": row.name, "error": reason, "lines": user_lines(row.script)}
     print(f"{conditions.model} at {conditions.input_size} px: {row.name}", flush=True)
     return compress_row(row, conditions, folder, made.python)
 
@@ -126,13 +161,19 @@ def deployed(found: Collection[Facts], folder: Path, test: data.Split, rows: Col
         "small": measure.latencies(files["small"], test.preprocessing.input_size),
         "large": measure.latencies(files["large"], LARGE),
     }
-    return [_entry(one, raced, test) for one in files["small"]]
+    absent = {
+        result["row"]: result.get("large_error") or "its script left no file for that runtime" for result in found
+    }
+    return [_entry(one, raced, absent[one.row], test) for one in files["small"]]
 
 
-def _entry(one: measure.Deployed, raced: Mapping[str, Mapping[measure.Key, Facts]], test: data.Split) -> Facts:
+def _entry(
+    one: measure.Deployed, raced: Mapping[str, Mapping[measure.Key, Facts]], absent: str, test: data.Split
+) -> Facts:
+    """`absent` is why there is no larger file, where there is none."""
     entry: Facts = {"row": one.row, "runtime": one.runtime, "asked": one.precision, "file_bytes": one.file_bytes}
     for size, timings in raced.items():
-        timing = timings.get(one.key, {"error": "there is no file of that size"})
+        timing = timings.get(one.key, {"error": absent})
         entry |= {
             f"{size}_ms": timing.get("p50_ms"),
             f"{size}_noisy": timing.get("noisy"),
@@ -142,4 +183,7 @@ def _entry(one: measure.Deployed, raced: Mapping[str, Mapping[measure.Key, Facts
     if "error" in small:
         return entry | {"error": small["error"]}
     entry |= {key: small[key] for key in ("precision", "kernels", "notes")}
-    return entry | measure.accuracy(one, test, torch.get_num_threads())
+    try:
+        return entry | measure.accuracy(one, test, torch.get_num_threads())
+    except Exception as error:  # noqa: BLE001 - foreign files
+        return entry | {"error": measure.refusal(error)}

@@ -6,9 +6,11 @@ from typing import Any
 
 from bench.peers.front import Point, dominators, front
 from bench.peers.rows import ROWS, Row
+from compress.request import Request
 
 Facts = dict[str, Any]
 TITLES = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
+REFITTED = Request.model_fields["reconstruction_images"].default
 ROW_OF = {row.name: row for row in ROWS}
 HEAD = (
     "| row | runtime | runs in | accuracy | file | {small} px | {large} px | images | seconds | lines |\n"
@@ -20,12 +22,15 @@ Everyone gets the same dense weights, the same training images, the same {budget
 row the same recipe: distillation from the dense model, AdamW at 0.001 for what was pruned and at 0.00003 on the grid, one
 cycle, batches of 64, a sixth of the budget on the grid where both are trained. Settings that a peer documents for
 this CPU are used (`bench/peers/scripts/`); a row that does otherwise says so. One seed, nothing was chosen by test images.
+Where Espalier prunes, it refits what stays to the dense model on {refitted:,} more training images, without their labels; they are
+not in *images*.
 
 *Accuracy* is of {tested:,} test images through the deployed file on that runtime, with static shapes; *{small} px* and *{large} px* are
 the median of one image on one thread, all rows in turn in one process, with their gain over the fastest real fp32 of the dense
 model; a ~ marks noisy ones. Each runtime loads each file with the settings that Espalier loads its own with and computes in what it
 chooses (*runs in*). At {large} px it is the same structure from the same weights, without training. *Seconds* are those of the
-script from its start to its file, imports and training included. *Lines* are the code that a user writes: the script in
+script from its start to its file, imports and training included; those of Espalier leave out its own measuring and reporting,
+which no other script does, and not the comparisons of its other stages. *Lines* are the code that a user writes: the script in
 `bench/peers/scripts/` and what it imports from there, without comments.
 """
 
@@ -37,7 +42,8 @@ def page(document: Facts) -> str:
         parts += [f"## {model['model']}", "", *_model(model), ""]
     first = document["models"][0]
     sizes = {"small": first["small"], "large": first["large"]}
-    parts += ["## How it is measured", "", HOW.format(budget=first["budget"], tested=first["n_test"], **sizes)]
+    told = {"budget": first["budget"], "tested": first["n_test"], "refitted": REFITTED}
+    parts += ["## How it is measured", "", HOW.format(**told, **sizes)]
     parts += ["## Environments", "", *_environments(document["environments"])]
     return "\n".join(parts).rstrip() + "\n"
 

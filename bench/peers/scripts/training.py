@@ -5,10 +5,15 @@ from torch.nn import functional
 
 
 def train(model, teacher, batches, learning_rate, optimizer="adamw"):
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim > 1], "weight_decay": 5e-4 if optimizer == "sgd" else 0.01},
+        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+    ]
     if optimizer == "sgd":
-        steps = torch.optim.SGD(model.parameters(), lr=learning_rate, momentum=0.9, nesterov=True, weight_decay=5e-4)
+        steps = torch.optim.SGD(groups, lr=learning_rate, momentum=0.9, nesterov=True)
     else:
-        steps = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.01)
+        steps = torch.optim.AdamW(groups, lr=learning_rate)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         steps, learning_rate, total_steps=len(batches) + 1, pct_start=0.15, div_factor=10, cycle_momentum=False
     )
