@@ -58,6 +58,7 @@ def test_who_may_change_a_run(tmp_path: Path, settings: dict, stranger: bool, ow
     assert rights.may_change(job_id, "", "") is stranger
     assert rights.may_change(job_id, "", "bob") is stranger
     assert rights.may_change(job_id, "ä" * 32, "") is stranger
+    assert rights.may_change(job_id, "\ud800", "") is stranger, "half of a surrogate pair, which JSON can carry"
     assert rights.may_change(job_id, run_key("0" * 32), "") is stranger
     assert rights.may_change(job_id, run_key(job_id), "") is True
     if "accounts" in settings:

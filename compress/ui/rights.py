@@ -44,7 +44,7 @@ class Rights:
         owner = self._queue.owner(job_id)
         if self._settings.trusts_visitors or (login and login == owner):
             return True
-        return hmac.compare_digest(key.encode(), run_key(job_id).encode())
+        return hmac.compare_digest(key.encode(errors="surrogatepass"), run_key(job_id).encode())
 
     def refuse(self, job_id: str, key: str, login: str) -> None:
         """Raises `RunError` for a visitor who may not change the run, or when there is none."""
