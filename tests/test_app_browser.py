@@ -79,6 +79,22 @@ def no_sideways_scroll(page: Page) -> bool:
     return page.evaluate("document.documentElement.scrollWidth <= innerWidth")
 
 
+def test_reading_that_ends_because_the_page_is_left_is_no_error(page: Page, server: AppServer) -> None:
+    def rejected(name: str) -> None:
+        page.evaluate("name => { Promise.reject(new DOMException('ended', name)); }", name)
+        page.wait_for_timeout(200)
+
+    open_start(page, server.url)
+    rejected("AbortError")
+    assert len(page.trouble) == 1, "on a page that stays it is told"
+    page.evaluate("dispatchEvent(new Event('beforeunload'))")
+    rejected("AbortError")
+    assert len(page.trouble) == 1
+    rejected("DataError")
+    assert len(page.trouble) == 2, "anything else is told all the same"
+    page.trouble.clear()
+
+
 def test_one_click_leads_to_the_examples_result(page: Page, server: AppServer) -> None:
     open_start(page, server.url)
     job_id = compress(page)

@@ -48,6 +48,12 @@ window.espalier = (() => {
   }, true);
   const unfold = () => document.querySelectorAll(".plan details:not([open])").forEach((part) => { part.open = unfolded.has(fold(part)); });
 
+  // whoever leaves the page ends what Gradio still reads from the server; that is no error to tell of
+  let leaving = false;
+  addEventListener("beforeunload", () => { leaving = true; });
+  addEventListener("pageshow", () => { leaving = false; });
+  addEventListener("unhandledrejection", (event) => { if (leaving && event.reason?.name === "AbortError") event.preventDefault(); });
+
   async function copy(text) {
     if (navigator.clipboard) return navigator.clipboard.writeText(text);
     const area = Object.assign(document.createElement("textarea"), { value: text });  // a page that is not from https
