@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 
 from compress.pruning import Group
 from compress.search.candidate import Candidate
@@ -21,6 +21,7 @@ class Space:
     """Groups of layers whose ratio may be chosen, in the order of the forward pass."""
     multiple: int
     """Kept channels are multiples of this."""
+    _: KW_ONLY
     largest: float = LARGEST_RATIO
     pruners: tuple[str, ...] = ("l1-norm",)
     """The first one is the base request's."""

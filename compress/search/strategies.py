@@ -18,6 +18,7 @@ from compress.search.oneshot import Outcome
 from compress.search.space import Space
 from compress.search.target import Target
 from compress.search.tpe import Tpe
+from compress.search.trials import Trials
 
 History = Sequence[tuple[Candidate, Outcome]]
 """Everything measured so far, oldest first."""
@@ -84,6 +85,15 @@ def random_candidate(space: Space, seed: str) -> Candidate:
         pruner=generator.choice(space.pruners),
         quantizer=generator.choice(space.quantizers),
     )
+
+
+def proposal(strategy: Strategy, problem: Problem, trials: Trials) -> Candidate:
+    """Of the strategy; it does not see what could not be made, so a random one stands in when it proposes that again."""
+    candidate = strategy.propose(trials.history)
+    known = trials.of(candidate)
+    if known is not None and known.refused:
+        return random_candidate(problem.space, f"{problem.seed} stands in {len(trials.all)}")
+    return candidate
 
 
 def _amc(problem: Problem) -> Strategy:

@@ -16,15 +16,14 @@ from typing import Any
 from torch import nn
 
 from compress import pipeline
-from compress.errors import CompressError, RequestError, RunError
+from compress.errors import RequestError, RunError
 from compress.files import write_text
 from compress.report import Report
 from compress.request import Request
 from compress.runs import MANIFEST
-from compress.search.candidate import Candidate
 from compress.search.oneshot import OneShot
 from compress.search.space import Space
-from compress.search.strategies import LEARN_BEYOND_LIMITS, STRATEGIES, Problem, Strategy, random_candidate
+from compress.search.strategies import LEARN_BEYOND_LIMITS, STRATEGIES, Problem, proposal
 from compress.search.target import Target
 from compress.search.trials import Trial, Trials
 from compress.sources import open_source
@@ -159,26 +158,9 @@ def _measure(oneshot: OneShot, problem: Problem, settings: Settings, trials: Tri
     strategy = STRATEGIES[settings.strategy](problem)
     refuse = _never if settings.strategy in LEARN_BEYOND_LIMITS else partial(_hopeless, problem)
     while len(trials.all) < settings.trials and not _spent(settings, trials) and not _stale(trials):
-        candidate = _proposal(strategy, problem, trials)
-        number, known = len(trials.all) + 1, trials.of(candidate)
-        if known is not None:
-            trials.add(Trial(number, candidate, known.outcome, repeats=known.repeats or known.number))
-            continue
-        try:
-            trial = Trial(number, candidate, oneshot.evaluate(candidate, refuse))
-        except CompressError as error:
-            trial = Trial(number, candidate, None, refused=str(error))
-        trials.add(trial)
-        notify(f"{number} of {settings.trials}: {_trial_words(trial, problem)}")
-
-
-def _proposal(strategy: Strategy, problem: Problem, trials: Trials) -> Candidate:
-    """Of the strategy; it does not see what could not be made, so a random one stands in when it proposes that again."""
-    candidate = strategy.propose(trials.history)
-    known = trials.of(candidate)
-    if known is not None and known.refused:
-        return random_candidate(problem.space, f"{problem.seed} stands in {len(trials.all)}")
-    return candidate
+        trial = trials.measure(proposal(strategy, problem, trials), partial(oneshot.evaluate, hopeless=refuse))
+        if trial.repeats is None:
+            notify(f"{trial.number} of {settings.trials}: {_trial_words(trial, problem)}")
 
 
 def _hopeless(problem: Problem, latency_ms: float, file_bytes: int) -> str | None:

@@ -7,11 +7,12 @@ again, because a strategy sees nothing but the record.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from compress.errors import StorageError
+from compress.errors import CompressError, StorageError
 from compress.files import write_text
 from compress.search.candidate import Candidate
 from compress.search.oneshot import Outcome
@@ -69,9 +70,19 @@ class Trials:
         """The first trial of this candidate."""
         return next((trial for trial in self.all if trial.candidate == candidate), None)
 
-    def add(self, trial: Trial) -> None:
-        write_text(self._folder / f"{trial.number:05d}.json", json.dumps(trial.as_dict(), indent=1) + "\n")
+    def measure(self, candidate: Candidate, evaluate: Callable[[Candidate], Outcome]) -> Trial:
+        """Adds the next trial, on disk as well: measured, refused, or with the outcome of an earlier one."""
+        number, known = len(self.all) + 1, self.of(candidate)
+        if known is not None:
+            trial = replace(known, number=number, repeats=known.repeats or known.number)
+        else:
+            try:
+                trial = Trial(number, candidate, evaluate(candidate))
+            except CompressError as error:
+                trial = Trial(number, candidate, None, refused=str(error))
+        write_text(self._folder / f"{number:05d}.json", json.dumps(trial.as_dict(), indent=1) + "\n")
         self.all.append(trial)
+        return trial
 
 
 def _read(path: Path) -> Trial:
