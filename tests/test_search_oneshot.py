@@ -6,7 +6,9 @@ from dataclasses import replace
 import pytest
 import search_network
 import torch
+from torch import nn
 
+from compress import recipes
 from compress.errors import RequestError, RunError
 from compress.request import Request
 from compress.search import oneshot as oneshots
@@ -65,6 +67,18 @@ def test_a_candidate_that_removes_nothing_asks_for_no_pruner():
 def test_a_candidate_comes_back_from_json():
     one = Candidate((("a", 0.5),), (("conv1", 32),), "fpgm", None)
     assert Candidate.from_dict(json.loads(json.dumps(one.as_dict()))) == one
+
+
+def test_what_a_candidate_keeps_whole_stays_whole_around_a_grouped_convolution(base):
+    layers = [nn.Conv2d(3, 32, 3), nn.Conv2d(32, 32, 3, groups=8), nn.Conv2d(32, 32, 3)]
+    model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 2)).eval()
+    source = open_source(base, model)
+    space = Space(oneshots.variable_groups(base, source), 8)
+    assert [group.layers for group in space.groups] == [("0", "1"), ("2",)]
+    asked = space.candidate({"2": 0.5}).request(base)
+    assert recipes.usable_plan(asked, source).layers.keys() == {"2"}
+    both = recipes.usable_plan(space.candidate({"0": 0.5}).request(base), source)
+    assert {layer: group.channels_after for layer, group in both.layers.items()} == {"0": 16, "1": 16}
 
 
 # ---- measuring -------------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ class Measured:
     stops_after = 100
 
     def __init__(self, request, source, folder, *, scored_images):
-        self.groups = tuple(Group((name,), 32, 16, "") for name in ("a", "b"))
+        self.groups = tuple(Group(names, 32, 16, "") for names in (("a", "a2"), ("b",)))
         self.dense, self.runtime = OUTCOME, type("R", (), {"name": "onnxruntime"})
         Measured.asked = []
 
@@ -35,7 +35,7 @@ class Measured:
         if len(Measured.asked) == Measured.stops_after:
             raise KeyboardInterrupt
         Measured.asked.append(candidate)
-        removed = sum(ratio for _, ratio in candidate.ratios)
+        removed = sum(ratio for name, ratio in candidate.ratios if name in ("a", "b"))
         if candidate.weight_bits and dict(candidate.weight_bits).get("b"):
             raise RequestError("layer_bits", "b", "another layer")
         return replace(OUTCOME, accuracy=0.9 - 0.4 * removed, latency_ms=2 - removed)
@@ -59,17 +59,17 @@ def measure(request_of, folder, **options):
 def test_each_cell_changes_one_group_and_is_compared_with_the_unpruned_model(request_of, tmp_path):
     table = measure(request_of, tmp_path / "out")
     assert [(c["layers"], c["kind"], c["value"]) for c in table["cells"]] == [
-        (["a"], "ratio", 0.25),
-        (["a"], "ratio", 0.5),
-        (["a"], "bits", 4),
+        (["a", "a2"], "ratio", 0.25),
+        (["a", "a2"], "ratio", 0.5),
+        (["a", "a2"], "bits", 4),
         (["b"], "ratio", 0.25),
         (["b"], "ratio", 0.5),
         (["b"], "bits", 4),
     ]
     assert table["cells"][1]["points_lost"] == pytest.approx(20) and table["cells"][1]["percent_faster"] == 25
     assert [candidate.ratios for candidate in Measured.asked[1:3]] == [
-        (("a", 0.25), ("b", 0.0)),
-        (("a", 0.5), ("b", 0.0)),
+        (("a", 0.25), ("a2", 0.25), ("b", 0.0)),
+        (("a", 0.5), ("a2", 0.5), ("b", 0.0)),
     ]
     refused = table["cells"][5]
     assert refused["points_lost"] is None and refused["refused"].startswith("layer_bits: got 'b'")

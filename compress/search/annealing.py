@@ -97,11 +97,13 @@ class _Walk:
             return forecast.fitted(dict(self.start.ratios), self.allowed, self.least)
         accepted, known = self._accepted(), {one for one, _ in history}
         generator = random.Random(f"{self.problem.seed} {len(history)}")
+        leads = {group.layers[0] for group in self.problem.space.groups}
+        ratios = {name: ratio for name, ratio in accepted.ratios if name in leads}
         stride = STRIDE * math.sqrt(self._temperature(len(self.trials)) / HOTTEST)
         for draw in range(DRAWS):
             # Ratios come in steps: a stride that is too short for one finds nothing new, and grows.
             reach = stride * (1 + draw / 10)
-            moved = {name: ratio + generator.uniform(-reach, reach) for name, ratio in accepted.ratios}
+            moved = {name: ratio + generator.uniform(-reach, reach) for name, ratio in ratios.items()}
             within = {name: min(max(ratio, 0.0), self.problem.space.largest) for name, ratio in moved.items()}
             neighbour = forecast.fitted(within, self.allowed, self.least)
             if neighbour not in known:

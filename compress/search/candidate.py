@@ -13,7 +13,8 @@ class Candidate:
     """One compressed model that could be made, as differences from a base request."""
 
     ratios: tuple[tuple[str, float], ...]
-    """Lead layer of each prunable group (`plan.groups[i].layers[0]`) -> share of its channels removed, 0 <= r < 1, sorted."""
+    """Layer -> share of its channels removed, 0 <= r < 1, sorted. Of a group every layer is named: around a grouped
+    convolution, which layers go together depends on what is asked of each, and one without a name gets the base's share."""
     weight_bits: tuple[tuple[str, int], ...] = ()
     """Layer -> bits of its weights, where they differ from the base request's; 32 keeps it in floating point. Sorted."""
     pruner: str | None = None

@@ -39,10 +39,11 @@ class _Cell:
     def key(self) -> str:
         return f"{self.layers[0]} {self.kind} {self.value:g}"
 
-    def candidate(self, groups: Sequence[str]) -> Candidate:
+    def candidate(self, layers: Sequence[str]) -> Candidate:
+        """The change to this group alone, where `layers` are those of all groups."""
         ratio = self.value if self.kind == "ratio" else 0.0
         bits = tuple((layer, int(self.value)) for layer in self.layers) if self.kind == "bits" else ()
-        return Candidate(tuple((name, ratio if name == self.layers[0] else 0.0) for name in groups), bits)
+        return Candidate(tuple((layer, ratio if layer in self.layers else 0.0) for layer in layers), bits)
 
 
 def measure(
@@ -75,7 +76,7 @@ def measure(
     _require_own(folder)
     found = source or open_source(request)
     with OneShot(request, found, folder, scored_images=SCORED_IMAGES) as oneshot:
-        names = [group.layers[0] for group in oneshot.groups]
+        names = [layer for group in oneshot.groups for layer in group.layers]
         cells = list(_cells([group.layers for group in oneshot.groups], ratios, bits))
         measured = _finished(folder)
         if "whole" not in measured:

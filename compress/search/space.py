@@ -55,12 +55,11 @@ class Space:
             ratios: lead layer -> share of its channels to remove.
             widened: how many of the sensitive layers get `wide_bits`; none where nothing is quantized.
         """
-        chosen = tuple(
-            (group.layers[0], self.nearest(group, ratios.get(group.layers[0], 0.0))) for group in self.groups
-        )
+        chosen = {group: self.nearest(group, ratios.get(group.layers[0], 0.0)) for group in self.groups}
+        named = tuple((layer, ratio) for group, ratio in chosen.items() for layer in group.layers)
         quantizer = quantizer or self.quantizers[0]
         wide = () if quantizer == "none" else tuple((name, self.wide_bits) for name in self.sensitive[:widened])
-        return Candidate(chosen, wide, pruner or self.pruners[0], quantizer)
+        return Candidate(named, wide, pruner or self.pruners[0], quantizer)
 
     def uniform(self, ratio: float, *, pruner: str | None = None, quantizer: str | None = None) -> Candidate:
         """Every group loses the same share, as near as its channels allow."""
