@@ -13,7 +13,7 @@ import pytest
 import search_network
 from example_report import example_report
 
-from compress.errors import PruningError, RequestError, RunError, StorageError
+from compress.errors import HandoffError, PruningError, RequestError, RunError, StorageError
 from compress.pruning import Group
 from compress.search import target_search
 from compress.search.oneshot import Outcome
@@ -58,14 +58,17 @@ class Measured:
 
 
 class Runs:
-    """In place of compress.run: reports with the figures that a test wants, one after the other."""
+    """In place of compress.run: reports with the figures that a test wants, or errors, one after the other."""
 
     def __init__(self, *figures):
         self.figures, self.requests = list(figures), []
 
     def __call__(self, request, *, model, out, resume):
         self.requests.append(request)
-        drop, speedup = self.figures[len(self.requests) - 1]
+        figures = self.figures[len(self.requests) - 1]
+        if isinstance(figures, Exception):
+            raise figures
+        drop, speedup = figures
         report = example_report()
         verdict = report.verdict.model_copy(update={"accuracy_drop_points": drop, "speedup_vs_fastest_fp32": speedup})
         report = report.model_copy(update={"verdict": verdict})
@@ -124,6 +127,17 @@ def test_a_run_that_comes_out_slower_takes_candidates_along_that_would_miss_as_w
     by_number = {t["number"]: t["outcome"]["latency_ms"] for t in found["trials"] if t["outcome"]}
     first, second = (by_number[row["trial"]] for row in found["runs"])
     assert second <= (1 / 1.5) * first / (1 / 1.2)
+
+
+def test_a_run_that_fails_says_why_and_the_next_candidate_is_tried(request_of, tmp_path, monkeypatch):
+    runs = Runs(HandoffError("The file answers differently."), (0.4, 1.6))
+    found = search(request_of, tmp_path / "out", runs, monkeypatch)
+    failed, reached = found["runs"]
+    assert failed["missed"] == ["The file answers differently."] and failed["accuracy"] is None
+    assert found["winner"] == reached["trial"] != failed["trial"]
+    assert "The file answers differently." in (tmp_path / "out" / "search.html").read_text()
+    with pytest.raises(StorageError, match="full"):
+        search(request_of, tmp_path / "full", Runs(StorageError("The disk is full.")), monkeypatch)
 
 
 def test_nothing_is_claimed_when_no_run_reaches_the_target(request_of, tmp_path, monkeypatch):

@@ -16,7 +16,7 @@ from typing import Any
 from torch import nn
 
 from compress import pipeline
-from compress.errors import RequestError, RunError
+from compress.errors import CompressError, RequestError, RunError, StorageError
 from compress.files import write_text
 from compress.report import Report
 from compress.request import Request
@@ -195,6 +195,8 @@ def _train(
 ) -> list[dict[str, Any]]:
     """Trains the most promising candidates, one after the other, until one reaches the target.
 
+    A run that fails is a row that says why, and the next candidate is tried; what concerns the folder ends the search.
+
     A run that comes out slower or larger than its trial takes the candidates along that would miss a limit by the same.
     """
     runs: list[dict[str, Any]] = []
@@ -205,11 +207,15 @@ def _train(
             break
         notify(f"training the candidate of trial {trial.number}")
         out = folder / RUNS / f"trial-{trial.number:05d}"
-        report = _run(trial.candidate.request(request), out, model)
-        row = _judged(trial, report, settings.target, out.relative_to(folder))
+        try:
+            report = _run(trial.candidate.request(request), out, model)
+            row = _judged(trial, report, settings.target, out.relative_to(folder))
+        except StorageError:
+            raise
+        except CompressError as error:
+            row = _failed(trial, error, out.relative_to(folder))
         runs.append(row)
-        expected = _excess(problem, trial)
-        worse = max(worse, row["excess"] / expected)
+        worse = max(worse, row["excess"] / _excess(problem, trial))
         notify("; ".join(row["missed"]) or "it reaches the target")
     return runs
 
@@ -235,6 +241,12 @@ def _run(request: Request, out: Path, model: nn.Module | None) -> Report:
     if (out / MANIFEST).exists():
         return Report.from_file(out / "report.json")
     return pipeline.run(request, model=model, out=out, resume=(out / "request.json").exists())
+
+
+def _failed(trial: Trial, error: CompressError, folder: Path) -> dict[str, Any]:
+    """As `_judged`, of a run that came to no report."""
+    unknown = dict.fromkeys(("accuracy_drop_points", "speedup", "latency_ms", "size_mb", "accuracy", "verdict"))
+    return {"trial": trial.number, "folder": str(folder), **unknown, "excess": 0.0, "missed": [str(error)]}
 
 
 def _judged(trial: Trial, report: Report, target: Target, folder: Path) -> dict[str, Any]:
