@@ -13,7 +13,7 @@ import pytest
 import search_network
 from example_report import example_report
 
-from compress.errors import HandoffError, PruningError, RequestError, RunError, StorageError
+from compress.errors import DataError, HandoffError, PruningError, RequestError, RunError, StorageError
 from compress.pruning import Group
 from compress.search import target_search
 from compress.search.oneshot import Outcome
@@ -211,6 +211,24 @@ def test_folders_of_others_are_refused(request_of, tmp_path, monkeypatch):
     (tmp_path / "full" / "thesis.txt").touch()
     with pytest.raises(RunError, match=r"is not empty \(it holds thesis.txt\)"):
         search(request_of, tmp_path / "full", Runs(), monkeypatch)
+
+
+def test_a_search_that_could_not_start_leaves_the_folder_to_a_corrected_one(request_of, tmp_path, monkeypatch):
+    def no_images(*_):
+        raise DataError("There are no images.")
+
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / ".partial-search.json").touch()
+    with monkeypatch.context() as patch, pytest.raises(DataError):
+        patch.setattr(target_search, "open_source", no_images)
+        search(request_of, out, Runs(), monkeypatch)
+    with monkeypatch.context() as patch, pytest.raises(DataError):
+        patch.setattr(target_search, "OneShot", no_images)
+        search(request_of, out, Runs(), monkeypatch)
+    with pytest.raises(RequestError, match="needs no training of its own"):
+        search(request_of.model_copy(update={"pruner": "level"}), out, Runs(), monkeypatch)
+    assert search(request_of, out, Runs((0.4, 1.6)), monkeypatch, trials=5)["runs"]
 
 
 def test_a_damaged_or_missing_trial_is_told(request_of, tmp_path, monkeypatch):

@@ -21,7 +21,7 @@ from compress.files import write_text
 from compress.report import Report
 from compress.request import Request
 from compress.runs import MANIFEST
-from compress.search.oneshot import OneShot
+from compress.search.oneshot import MEASURED, OneShot
 from compress.search.space import Space
 from compress.search.strategies import LEARN_BEYOND_LIMITS, STRATEGIES, Problem, proposal
 from compress.search.target import Target
@@ -89,11 +89,15 @@ def search(
         CompressError: the search cannot start; a candidate that cannot be made is a trial that says why.
         RunError: the folder holds something else.
     """
-    for pruner in settings.pruners:
+    for pruner in (request.pruner, *settings.pruners):
         oneshot_request(request, pruner)
-    _claim(folder, request, settings)
-    trials = Trials(folder)
-    with OneShot(request, open_source(request, model), folder) as oneshot:
+    asked = {"request": request.model_dump(mode="json"), "settings": settings.as_dict()}
+    _require_own(folder, asked)
+    source = open_source(request, model)
+    with OneShot(request, source, folder) as oneshot:
+        # Claimed when nothing can be refused any more: a corrected command is another search, and may take the folder.
+        write_text(folder / SEARCH, json.dumps(asked, indent=1) + "\n")
+        trials = Trials(folder)
         problem = _problem(request, settings, oneshot)
         _measure(oneshot, problem, settings, trials, notify)
         dense, runtime = oneshot.dense, oneshot.runtime.name
@@ -123,19 +127,18 @@ def oneshot_request(request: Request, pruner: str) -> None:
     require_searchable(Request(**(request.model_dump() | {"pruner": pruner})))
 
 
-def _claim(folder: Path, request: Request, settings: Settings) -> None:
-    """The folder is this search's: new, or with the same request and settings."""
-    asked = {"request": request.model_dump(mode="json"), "settings": settings.as_dict()}
+def _require_own(folder: Path, asked: dict[str, Any]) -> None:
+    """Raises `RunError` unless the folder is this search's: new, or with the same request and settings."""
     saved = folder / SEARCH
     if saved.exists():
         if json.loads(saved.read_text(encoding="utf-8")) != asked:
             raise RunError(f"{folder} holds another search. Choose another folder, or go on with the same options.")
         return
-    if folder.exists() and (strangers := sorted(entry.name for entry in folder.iterdir())):
+    entries = sorted(entry.name for entry in folder.iterdir()) if folder.exists() else []
+    if strangers := [name for name in entries if not name.startswith(".partial-") and name != MEASURED]:
         raise RunError(
             f"The output folder {folder} is not empty (it holds {strangers[0]}). Choose a new or empty folder."
         )
-    write_text(saved, json.dumps(asked, indent=1) + "\n")
 
 
 def _problem(request: Request, settings: Settings, oneshot: OneShot) -> Problem:
