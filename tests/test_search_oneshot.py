@@ -199,6 +199,15 @@ def test_uniform_halves_its_way_to_the_smallest_ratio_that_is_fast_enough(space,
     assert tried == [(0.5, "l1-norm"), (0.25, "l1-norm"), (0.25, "l1-norm"), (0.5, "fpgm")]
 
 
+def test_uniform_does_not_take_a_stand_in_for_the_share_that_could_not_be_made(space, oneshot):
+    dense = replace(oneshot.dense, latency_ms=1.0)
+    strategy = STRATEGIES["uniform"](Problem(space, Target(min_speedup=2.0), dense, 6))
+    stand_in = space.candidate({"0": 0.5})
+    assert strategy.propose([]) != stand_in
+    slow = strategy.propose([(stand_in, dense)])
+    assert slow == space.uniform(0.225) != space.uniform(0.675)
+
+
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_a_strategy_is_a_function_of_its_history(name, space, oneshot):
     if name == "amc":

@@ -60,9 +60,12 @@ class Uniform:
         pruner = space.pruners[turn % len(space.pruners)]
         quantizer = space.quantizers[turn // len(space.pruners) % len(space.quantizers)]
         low, high = 0.0, space.largest
-        for _, outcome in history[turn * rounds : turn * rounds + halvings]:
+        for one, outcome in history[turn * rounds : turn * rounds + halvings]:
+            middle = (low + high) / 2
             excess = self.problem.target.excess(outcome.latency_ms, outcome.file_bytes, self.problem.dense)
-            low, high = (low, (low + high) / 2) if excess <= 1 else ((low + high) / 2, high)
+            # Where the middle could not be made, another one stands in for it; less is removed then.
+            made = one == space.uniform(middle, pruner=pruner, quantizer=quantizer)
+            low, high = (low, middle) if not made or excess <= 1 else (middle, high)
         return space.uniform((low + high) / 2, pruner=pruner, quantizer=quantizer)
 
 
