@@ -52,7 +52,7 @@ def candidate(*ratios, **others):
 
 def test_a_candidate_asks_for_its_ratios_and_bits():
     base = Request(layer_sparsity={"fc": 0.0}, layer_bits={"layer4": "8"}, max_quantization_loss=1)
-    asked = Candidate((("b", 0.25), ("a", 0.5)), (("conv1", 32),), "fpgm", "ptq").request(base)
+    asked = Candidate((("b", 0.25), ("a", 0.5)), (("conv1", "32"),), "fpgm", "ptq").request(base)
     assert asked.layer_sparsity == {"fc": 0.0, "a": 0.5, "b": 0.25}
     assert asked.layer_bits == {"layer4": "8", "conv1": "32"}
     assert (asked.pruner, asked.quantizer, asked.max_quantization_loss) == ("fpgm", "ptq", 1)
@@ -65,7 +65,7 @@ def test_a_candidate_that_removes_nothing_asks_for_no_pruner():
 
 
 def test_a_candidate_comes_back_from_json():
-    one = Candidate((("a", 0.5),), (("conv1", 32),), "fpgm", None)
+    one = Candidate((("a", 0.5),), (("conv1", "32"),), "fpgm", None)
     assert Candidate.from_dict(json.loads(json.dumps(one.as_dict()))) == one
 
 
@@ -124,7 +124,7 @@ def test_a_structure_is_timed_once_also_by_a_later_attempt(oneshot, source, monk
 def test_other_bits_are_another_structure(oneshot):
     before = len(oneshot._kept["structures"])
     narrow = oneshot.evaluate(candidate(0.5, 0.5, 0.5))
-    wide = oneshot.evaluate(candidate(0.5, 0.5, 0.5, weight_bits=(("5", 32),)))
+    wide = oneshot.evaluate(candidate(0.5, 0.5, 0.5, layer_bits=(("5", "32"),)))
     assert len(oneshot._kept["structures"]) == before + 2
     assert wide.file_bytes > narrow.file_bytes
 
@@ -149,8 +149,18 @@ def test_pruners_that_shrink_nothing_or_train_are_refused(base, source, pruner):
         OneShot(base.model_copy(update={"pruner": pruner}), source)
 
 
-def test_the_layer_that_bears_few_bits_worst_comes_first(oneshot):
-    assert set(oneshot.sensitive_layers()) == {"0", "3", "5", "9"}
+def test_the_layer_that_bears_few_bits_worst_comes_first(oneshot, source):
+    quantized = oneshot._quantized(oneshot.base, source.model)
+    decibels = oneshots.quantization.layer_sensitivity(quantized, oneshot._calibration)
+    assert set(decibels) == {"0", "3", "5", "9"}
+    assert oneshot.sensitive_layers("32") == tuple(sorted(decibels, key=decibels.get))
+
+
+def test_layers_that_are_wide_already_are_not_widened(oneshot, monkeypatch):
+    monkeypatch.setattr(
+        oneshot, "base", Request(**(oneshot.base.model_dump() | {"weight_bits": 4, "activation_bits": 4}))
+    )
+    assert set(oneshot.sensitive_layers("8/8")) == {"3", "5"}
 
 
 # ---- space, target, strategies ---------------------------------------------------------------------------------------
@@ -164,8 +174,8 @@ def space(oneshot):
 def test_choices_leave_whole_multiples(space):
     assert [space.choices(group) for group in space.groups] == [(0.0, 0.5), (0.0, 0.5), (0.0, 0.25, 0.5, 0.75)]
     assert space.candidate({"5": 0.6, "0": 0.25}).ratios == (("0", 0.0), ("3", 0.0), ("5", 0.5))
-    assert space.candidate({}, widened=1).weight_bits == (("9", 32),)
-    assert space.candidate({}, widened=1, quantizer="none").weight_bits == ()
+    assert space.candidate({}, widened=1).layer_bits == (("9", "32"),)
+    assert space.candidate({}, widened=1, quantizer="none").layer_bits == ()
 
 
 def test_a_missed_limit_weighs_more_than_any_accuracy(oneshot):

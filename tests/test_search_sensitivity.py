@@ -36,7 +36,7 @@ class Measured:
             raise KeyboardInterrupt
         Measured.asked.append(candidate)
         removed = sum(ratio for name, ratio in candidate.ratios if name in ("a", "b"))
-        if candidate.weight_bits and dict(candidate.weight_bits).get("b"):
+        if candidate.layer_bits and dict(candidate.layer_bits).get("b"):
             raise RequestError("layer_bits", "b", "another layer")
         return replace(OUTCOME, accuracy=0.9 - 0.4 * removed, latency_ms=2 - removed)
 

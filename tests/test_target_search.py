@@ -15,6 +15,7 @@ from example_report import example_report
 
 from compress.errors import DataError, HandoffError, PruningError, RequestError, RunError, StorageError
 from compress.pruning import Group
+from compress.request import Request
 from compress.search import target_search
 from compress.search.oneshot import Outcome
 from compress.search.target import Target
@@ -39,7 +40,7 @@ class Measured:
     def __exit__(self, *_):
         pass
 
-    def sensitive_layers(self):
+    def sensitive_layers(self, wide_bits):
         return ("fc",)
 
     def evaluate(self, candidate, hopeless):
@@ -152,6 +153,14 @@ def test_nothing_is_trained_when_no_candidate_keeps_to_the_limits(request_of, tm
     assert all(t["outcome"]["stopped"].startswith("misses a limit by") for t in found["trials"] if t["outcome"])
 
 
+@pytest.mark.parametrize(("bits", "wide"), [(8, "32"), (4, "8/8")])
+def test_a_widened_layer_gets_wider_weights_and_activations(bits, wide, request_of, tmp_path, monkeypatch):
+    narrow = Request(**(request_of.model_dump() | {"weight_bits": bits, "activation_bits": bits}))
+    found = search(narrow, tmp_path / "out", Runs((0.4, 1.6)), monkeypatch)
+    widened = [t["candidate"]["layer_bits"] for t in found["trials"] if t["candidate"]["layer_bits"]]
+    assert widened and all(one == {"fc": wide} for one in widened)
+
+
 @pytest.mark.parametrize(("strategy", "scored"), [("random", False), ("auto-compress", True)])
 def test_a_strategy_that_learns_beyond_the_limits_sees_accuracy_there(
     strategy, scored, request_of, tmp_path, monkeypatch
@@ -253,8 +262,6 @@ def test_settings_out_of_range_are_refused():
 
 
 if __name__ == "__main__":
-    from compress.request import Request
-
     stand_in(setattr)
     problem = Settings(Target(1.0, min_speedup=50.0), sys.argv[2], trials=14)
     target_search.search(Request.from_file(sys.argv[1]), problem, Path(sys.argv[3]))

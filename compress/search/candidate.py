@@ -15,14 +15,14 @@ class Candidate:
     ratios: tuple[tuple[str, float], ...]
     """Layer -> share of its channels removed, 0 <= r < 1, sorted. Of a group every layer is named: around a grouped
     convolution, which layers go together depends on what is asked of each, and one without a name gets the base's share."""
-    weight_bits: tuple[tuple[str, int], ...] = ()
-    """Layer -> bits of its weights, where they differ from the base request's; 32 keeps it in floating point. Sorted."""
+    layer_bits: tuple[tuple[str, str], ...] = ()
+    """Layer -> its bits as in `Request.layer_bits`, where they differ from the base request's. Sorted."""
     pruner: str | None = None
     """None: the base request's."""
     quantizer: str | None = None
 
     def __post_init__(self) -> None:
-        for field in ("ratios", "weight_bits"):
+        for field in ("ratios", "layer_bits"):
             object.__setattr__(self, field, tuple(sorted((str(name), value) for name, value in getattr(self, field))))
 
     def request(self, base: Request) -> Request:
@@ -35,7 +35,7 @@ class Candidate:
         quantizer = self.quantizer or base.quantizer
         changes: dict[str, Any] = {
             "quantizer": quantizer,
-            "layer_bits": base.layer_bits | {name: str(bits) for name, bits in self.weight_bits},
+            "layer_bits": base.layer_bits | dict(self.layer_bits),
             "ranking": "per-group",
             "max_layer_sparsity": None,
             "max_quantization_loss": base.max_quantization_loss if quantizer != "none" else None,
@@ -50,7 +50,7 @@ class Candidate:
         """JSON-safe; `from_dict` takes it back."""
         return {
             "ratios": dict(self.ratios),
-            "weight_bits": dict(self.weight_bits),
+            "layer_bits": dict(self.layer_bits),
             "pruner": self.pruner,
             "quantizer": self.quantizer,
         }
@@ -58,5 +58,5 @@ class Candidate:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Candidate:
         return cls(
-            tuple(values["ratios"].items()), tuple(values["weight_bits"].items()), values["pruner"], values["quantizer"]
+            tuple(values["ratios"].items()), tuple(values["layer_bits"].items()), values["pruner"], values["quantizer"]
         )

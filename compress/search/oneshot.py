@@ -183,10 +183,15 @@ class OneShot:
             **asdict(timed),
         )
 
-    def sensitive_layers(self) -> tuple[str, ...]:
-        """Quantized layers, the one that puts most noise on the logits by itself first (see `quantization.mixed`)."""
+    def sensitive_layers(self, wide_bits: str) -> tuple[str, ...]:
+        """Quantized layers, the one that puts most noise on the logits by itself first (see `quantization.mixed`).
+
+        Those that have `wide_bits` (such as `8/8`) already are left out.
+        """
         quantized = self._quantized(self.base, self._source.model)
-        return tuple(quantization.layer_sensitivity(quantized, self._calibration[: recipes.SENSITIVITY_IMAGES]))
+        decibels = quantization.layer_sensitivity(quantized, self._calibration[: recipes.SENSITIVITY_IMAGES])
+        bits = recipes.prepared_with_bits(self.base, self._source.model)[1].layers
+        return tuple(layer for layer in decibels if str(bits[layer]) != wide_bits)
 
     # ---- the steps -------------------------------------------------------------------------------------------------
 

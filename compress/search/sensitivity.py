@@ -42,7 +42,7 @@ class _Cell:
     def candidate(self, layers: Sequence[str]) -> Candidate:
         """The change to this group alone, where `layers` are those of all groups."""
         ratio = self.value if self.kind == "ratio" else 0.0
-        bits = tuple((layer, int(self.value)) for layer in self.layers) if self.kind == "bits" else ()
+        bits = tuple((layer, f"{self.value:g}") for layer in self.layers) if self.kind == "bits" else ()
         return Candidate(tuple((layer, ratio if layer in self.layers else 0.0) for layer in layers), bits)
 
 

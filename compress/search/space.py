@@ -28,7 +28,8 @@ class Space:
     quantizers: tuple[str, ...] = ("qat",)
     sensitive: tuple[str, ...] = ()
     """Layers that may get `wide_bits`, the one that bears few bits worst first; a candidate widens the first n of them."""
-    wide_bits: int = 32
+    wide_bits: str = "32"
+    """As in `Request.layer_bits`."""
 
     def choices(self, group: Group) -> tuple[float, ...]:
         """Every ratio that the group can have, ascending from 0."""

@@ -142,14 +142,15 @@ def _require_own(folder: Path, asked: dict[str, Any]) -> None:
 
 
 def _problem(request: Request, settings: Settings, oneshot: OneShot) -> Problem:
-    sensitive = oneshot.sensitive_layers()[:WIDENED] if request.quantizes else ()
+    wide_bits = "32" if request.weight_bits == 8 else "8/8"
+    sensitive = oneshot.sensitive_layers(wide_bits)[:WIDENED] if request.quantizes else ()
     space = Space(
         oneshot.groups,
         request.channel_multiple,
         pruners=tuple(dict.fromkeys((request.pruner, *settings.pruners))),
         quantizers=tuple(dict.fromkeys((request.quantizer, *settings.quantizers))),
         sensitive=sensitive,
-        wide_bits=32 if request.weight_bits == 8 else 8,
+        wide_bits=wide_bits,
     )
     return Problem(space, settings.target, oneshot.dense, settings.trials, request.seed)
 

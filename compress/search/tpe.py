@@ -68,7 +68,7 @@ def _params(space: Space, candidate: Candidate) -> dict[str, Any]:
         group.layers[0]: space.choices(group).index(ratios[group.layers[0]]) for group in space.groups
     }
     if space.sensitive:
-        params["widened"] = len(candidate.weight_bits)
+        params["widened"] = len(candidate.layer_bits)
     if len(space.pruners) > 1:
         params["pruner"] = candidate.pruner
     if len(space.quantizers) > 1:
