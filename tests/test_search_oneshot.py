@@ -59,6 +59,14 @@ def test_a_candidate_asks_for_its_ratios_and_bits():
     assert Candidate((("b", 0.25), ("a", 0.5))) == Candidate((("a", 0.5), ("b", 0.25)))
 
 
+def test_a_candidate_without_a_quantizer_has_no_bits_to_choose():
+    base = Request(layer_bits={"layer4": "4"}, max_quantization_loss=1)
+    asked = Candidate((("a", 0.5),), (("conv1", "32"),), quantizer="none").request(base)
+    assert (asked.quantizer, asked.layer_bits, asked.max_quantization_loss) == ("none", {}, None)
+    listed = Request(quantization_config_list=[{"op_types": ["Conv2d"], "quant_bits": 8, "quant_types": ["weight"]}])
+    assert Candidate((("a", 0.5),), quantizer="none").request(listed).quantization_config_list is None
+
+
 def test_a_candidate_that_removes_nothing_asks_for_no_pruner():
     asked = Candidate((("a", 0.0),)).request(Request(layer_sparsity={"fc": 0.0}, exclude=("fc",)))
     assert (asked.pruner, asked.layer_sparsity, asked.exclude) == ("none", {}, ())

@@ -261,6 +261,25 @@ def test_settings_out_of_range_are_refused():
         Settings(target, max_minutes=0)
 
 
+@pytest.mark.parametrize("strategy", ["simulated-annealing", "auto-compress", "amc"])
+def test_a_strategy_of_ratios_alone_refuses_other_choices(strategy):
+    target = Target(min_speedup=2)
+    with pytest.raises(
+        RequestError, match=rf"pruners: got \('fpgm',\), expected none with {strategy}, which chooses rat"
+    ):
+        Settings(target, strategy, pruners=("fpgm",))
+    with pytest.raises(RequestError, match="these strategies choose: tpe, uniform, random"):
+        Settings(target, strategy, quantizers=("lsq",))
+
+
+def test_a_quantizer_that_does_not_exist_is_refused_before_anything_starts(request_of, tmp_path, monkeypatch):
+    with pytest.raises(RequestError, match="quantizer: got 'qatt'"):
+        search(request_of, tmp_path / "out", Runs(), monkeypatch, quantizers=("qatt",))
+    assert not (tmp_path / "out").exists()
+    bits = Request(**(request_of.model_dump() | {"layer_bits": {"fc": "4"}}))
+    assert search(bits, tmp_path / "out", Runs((0.4, 1.6)), monkeypatch, quantizers=("none",))["winner"]
+
+
 if __name__ == "__main__":
     stand_in(setattr)
     problem = Settings(Target(1.0, min_speedup=50.0), sys.argv[2], trials=14)

@@ -8,6 +8,13 @@ from typing import Any
 from compress.request import Request
 
 
+def by_quantizer(name: str) -> dict[str, Any]:
+    """Fields of a request that choosing a quantizer changes: without one, no layer has bits of its own."""
+    if name != "none":
+        return {"quantizer": name}
+    return {"quantizer": name, "layer_bits": {}, "max_quantization_loss": None, "quantization_config_list": None}
+
+
 @dataclass(frozen=True)
 class Candidate:
     """One compressed model that could be made, as differences from a base request."""
@@ -32,14 +39,9 @@ class Candidate:
             RequestError: the differences contradict the base request.
         """
         ratios, prunes = dict(self.ratios), any(ratio > 0 for _, ratio in self.ratios)
-        quantizer = self.quantizer or base.quantizer
-        changes: dict[str, Any] = {
-            "quantizer": quantizer,
-            "layer_bits": base.layer_bits | dict(self.layer_bits),
-            "ranking": "per-group",
-            "max_layer_sparsity": None,
-            "max_quantization_loss": base.max_quantization_loss if quantizer != "none" else None,
-        }
+        changes: dict[str, Any] = {"ranking": "per-group", "max_layer_sparsity": None}
+        changes |= {"layer_bits": base.layer_bits | dict(self.layer_bits)}
+        changes |= by_quantizer(self.quantizer or base.quantizer)
         if prunes:
             changes |= {"pruner": self.pruner or base.pruner, "layer_sparsity": base.layer_sparsity | ratios}
         else:

@@ -122,6 +122,9 @@ STRATEGIES: dict[str, Callable[[Problem], Strategy]] = {
 }
 """Name -> what makes the strategy for a problem."""
 
+RATIOS_ALONE = frozenset({"simulated-annealing", "auto-compress", "amc"})
+"""Strategies that choose the ratio of each group and nothing else: neither pruner nor quantizer, and no wider layers."""
+
 LEARN_BEYOND_LIMITS = frozenset({"auto-compress", "amc"})
 """Strategies that need the accuracy of candidates far beyond the limits too: annealing in rounds starts there on purpose, and an
 agent takes a score without accuracy for the worst there is."""

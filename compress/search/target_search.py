@@ -21,9 +21,10 @@ from compress.files import write_text
 from compress.report import Report
 from compress.request import Request
 from compress.runs import MANIFEST
-from compress.search.oneshot import MEASURED, OneShot
+from compress.search.candidate import by_quantizer
+from compress.search.oneshot import MEASURED, OneShot, require_searchable
 from compress.search.space import Space
-from compress.search.strategies import LEARN_BEYOND_LIMITS, STRATEGIES, Problem, proposal
+from compress.search.strategies import LEARN_BEYOND_LIMITS, RATIOS_ALONE, STRATEGIES, Problem, proposal
 from compress.search.target import Target
 from compress.search.trials import Trial, Trials
 from compress.sources import open_source
@@ -64,6 +65,11 @@ class Settings:
                 raise RequestError(field, getattr(self, field), "a whole number from 1 up")
         if self.max_minutes is not None and self.max_minutes <= 0:
             raise RequestError("max_minutes", self.max_minutes, "a number above 0")
+        for field in ("pruners", "quantizers"):
+            if getattr(self, field) and self.strategy in RATIOS_ALONE:
+                others = ", ".join(name for name in STRATEGIES if name not in RATIOS_ALONE)
+                allowed = f"none with {self.strategy}, which chooses ratios alone; these strategies choose: {others}"
+                raise RequestError(field, getattr(self, field), allowed)
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-safe."""
@@ -90,7 +96,9 @@ def search(
         RunError: the folder holds something else.
     """
     for pruner in (request.pruner, *settings.pruners):
-        oneshot_request(request, pruner)
+        require_searchable(Request(**(request.model_dump() | {"pruner": pruner})))
+    for quantizer in settings.quantizers:
+        Request(**(request.model_dump() | by_quantizer(quantizer)))
     asked = {"request": request.model_dump(mode="json"), "settings": settings.as_dict()}
     _require_own(folder, asked)
     source = open_source(request, model)
@@ -120,13 +128,6 @@ def search(
     return found
 
 
-def oneshot_request(request: Request, pruner: str) -> None:
-    """Raises `RequestError` for a pruner that a search cannot use."""
-    from compress.search.oneshot import require_searchable
-
-    require_searchable(Request(**(request.model_dump() | {"pruner": pruner})))
-
-
 def _require_own(folder: Path, asked: dict[str, Any]) -> None:
     """Raises `RunError` unless the folder is this search's: new, or with the same request and settings."""
     saved = folder / SEARCH
@@ -143,7 +144,8 @@ def _require_own(folder: Path, asked: dict[str, Any]) -> None:
 
 def _problem(request: Request, settings: Settings, oneshot: OneShot) -> Problem:
     wide_bits = "32" if request.weight_bits == 8 else "8/8"
-    sensitive = oneshot.sensitive_layers(wide_bits)[:WIDENED] if request.quantizes else ()
+    widens = request.quantizes and settings.strategy not in RATIOS_ALONE
+    sensitive = oneshot.sensitive_layers(wide_bits)[:WIDENED] if widens else ()
     space = Space(
         oneshot.groups,
         request.channel_multiple,
