@@ -1,7 +1,9 @@
 """Candidates made without training, on a network of three groups."""
 
 import json
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import search_network
@@ -9,7 +11,7 @@ import torch
 from torch import nn
 
 from compress import recipes
-from compress.errors import RequestError, RunError
+from compress.errors import HandoffError, RequestError, RunError
 from compress.request import Request
 from compress.search import oneshot as oneshots
 from compress.search.candidate import Candidate
@@ -149,6 +151,40 @@ def test_measurements_of_another_request_are_refused(oneshot, source):
     other = oneshot.base.model_copy(update={"seed": 1})
     with pytest.raises(RunError, match="holds measurements of another request. Choose another folder"):
         OneShot(other, source, oneshot.folder)
+
+
+def test_measurements_of_another_machine_or_of_a_runtime_that_is_gone_are_refused(oneshot, source, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(RunError, match=r"another machine \(.*; this one is Z80\)"):
+        patch.setattr(oneshots.machine, "describe", lambda _: SimpleNamespace(cpu="Z80"))
+        OneShot(oneshot.base, source, oneshot.folder)
+    reference = oneshot._kept["reference"]
+    monkeypatch.setitem(oneshots.RUNTIMES, reference, SimpleNamespace(runs_here=False))
+    auto = oneshot.base.model_copy(update={"runtime": "auto"})
+    (oneshot.folder / "auto").mkdir(exist_ok=True)
+    kept = oneshot._kept | {"request": auto.model_dump(mode="json"), "structures": {}}
+    (oneshot.folder / "auto" / "measured.json").write_text(json.dumps(kept))
+    with pytest.raises(RunError, match=f"holds times of {reference}, which does not run here any more. Install it"):
+        OneShot(auto, source, oneshot.folder / "auto")
+
+
+def test_a_runtime_that_refuses_the_file_is_left_out_unless_it_is_asked_for(oneshot, monkeypatch):
+    said = []
+    monkeypatch.setattr(oneshot, "_progress", said.append)
+
+    def load(runtime):
+        if runtime.name == "picky":
+            raise HandoffError("An operator is missing.")
+        return nullcontext(runtime.name)
+
+    here = {name: SimpleNamespace(name=name, title=name.title()) for name in ("picky", "other")}
+    with ExitStack() as stack:
+        assert oneshot._sessions(stack, here, load) == {"other": "other"}
+        assert said == ["without Picky: An operator is missing."]
+        with pytest.raises(HandoffError, match="An operator is missing"):
+            oneshot._sessions(stack, {"picky": here["picky"]}, load)
+        monkeypatch.setattr(oneshot, "base", oneshot.base.model_copy(update={"runtime": "picky"}))
+        with pytest.raises(HandoffError, match="An operator is missing"):
+            oneshot._sessions(stack, here, load)
 
 
 @pytest.mark.parametrize("pruner", ["level", "none", "agp"])

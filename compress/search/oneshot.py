@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from compress import benchmark, counting, data, evaluation, onnx_export, pruning, quantization, recipes
+from compress import benchmark, counting, data, evaluation, machine, onnx_export, pruning, quantization, recipes
 from compress.engines import RUNTIMES, BuildSpec, Precision, Runtime, Session
 from compress.errors import DataError, HandoffError, PruningError, RequestError, RunError, RuntimeUnavailableError
 from compress.files import write_text
@@ -97,7 +97,7 @@ class OneShot:
     Raises:
         RequestError: the base's pruner shrinks nothing or trains, there are no images, or the plan is an NNI config list.
         RuntimeUnavailableError: the runtime does not run here.
-        RunError: the folder holds measurements of another request.
+        RunError: the folder holds measurements of another request, of another machine, or of a runtime that is gone.
     """
 
     def __init__(
@@ -252,12 +252,15 @@ class OneShot:
         self._progress("the dense model")
         onnx_export.export(model, dense, input_size=self._source.preprocessing.input_size)
         if self._kept is not None:
+            if missing := [name for name in (self._kept["runtime"], self._kept["reference"]) if name not in here]:
+                raise RunError(
+                    f"{self.folder / MEASURED} holds times of {missing[0]}, which does not run here any more. Install it, or "
+                    "choose another folder."
+                )
             self.dense, self.runtime = Outcome(**self._kept["dense"]), here[self._kept["runtime"]]
             self._reference = self._open.enter_context(here[self._kept["reference"]].load(dense, self._spec("fp32")))
             return
-        sessions = {
-            name: self._open.enter_context(runtime.load(dense, self._spec("fp32"))) for name, runtime in here.items()
-        }
+        sessions = self._sessions(self._open, here, lambda runtime: runtime.load(dense, self._spec("fp32")))
         timings = dict(zip(sessions, self._race(list(sessions.values())), strict=True))
         fastest = min(timings, key=lambda name: timings[name].p50_ms)
         self._reference = sessions[fastest]
@@ -276,6 +279,7 @@ class OneShot:
             "dense": self.dense.as_dict(),
             "runtime": self.runtime.name,
             "reference": fastest,
+            "cpu": machine.describe(self.base.threads).cpu,
             "structures": {},
         }
         self._save()
@@ -283,13 +287,36 @@ class OneShot:
     def _fastest(self, here: Mapping[str, Runtime]) -> str:
         """On the unpruned model in the base request's precision."""
         quantized = self._quantized(self.base, self._source.model) if self.base.quantizes else None
+
+        def load(runtime: Runtime) -> Session:
+            path = self._export(self._folder / runtime.name, self.base, self._source.model, quantized, runtime)
+            return runtime.load(path, self._spec(_precision(self.base)))
+
         with ExitStack() as stack:
-            sessions = {}
-            for name, runtime in here.items():
-                path = self._export(self._folder / name, self.base, self._source.model, quantized, runtime)
-                sessions[name] = stack.enter_context(runtime.load(path, self._spec(_precision(self.base))))
+            sessions = self._sessions(stack, here, load)
             timings = self._race(list(sessions.values()))
         return min(zip(timings, sessions, strict=True), key=lambda pair: pair[0].p50_ms)[1]
+
+    def _sessions(
+        self, stack: ExitStack, here: Mapping[str, Runtime], load: Callable[[Runtime], Session]
+    ) -> dict[str, Session]:
+        """Of each runtime that takes the file; one that refuses it is named and left out, unless it was asked for.
+
+        Raises:
+            HandoffError, RequestError: the runtime that was asked for refuses the file, or all do.
+        """
+        sessions, refused = {}, None
+        for name, runtime in here.items():
+            try:
+                sessions[name] = stack.enter_context(load(runtime))
+            except (HandoffError, RequestError) as error:
+                if self.base.runtime == name:
+                    raise
+                refused = error
+                self._progress(f"without {runtime.title}: {error}")
+        if not sessions:
+            raise refused
+        return sessions
 
     def _timed(self, request: Request, shrunk: nn.Module | None) -> _Timed:
         """Of the structure: measured once."""
@@ -347,6 +374,11 @@ class OneShot:
         if Request(**kept["request"]) != self.base:
             raise RunError(
                 f"{path} holds measurements of another request. Choose another folder, or go on with the same options."
+            )
+        if (cpu := machine.describe(self.base.threads).cpu) != kept["cpu"]:
+            raise RunError(
+                f"{path} holds times of another machine ({kept['cpu']}; this one is {cpu}). Choose another folder, or go on "
+                "where it was measured."
             )
         return kept
 
