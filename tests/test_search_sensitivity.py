@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import search_network
 
-from compress.errors import RequestError, RunError
+from compress.errors import RequestError, RunError, RuntimeUnavailableError, StorageError
 from compress.pruning import Group
 from compress.search import sensitivity
 from compress.search.oneshot import Outcome
@@ -87,6 +87,19 @@ def test_a_finished_cell_is_never_measured_again(request_of, tmp_path, monkeypat
     assert Measured.asked == []
 
 
+@pytest.mark.parametrize("error", [StorageError, RuntimeUnavailableError])
+def test_what_is_no_cells_doing_ends_the_measurement(error, request_of, tmp_path, monkeypatch):
+    def fails(self, candidate):
+        if any(ratio for _, ratio in candidate.ratios):
+            raise error("Not now.")
+        return OUTCOME
+
+    with monkeypatch.context() as patch, pytest.raises(error):
+        patch.setattr(Measured, "evaluate", fails)
+        measure(request_of, tmp_path / "out")
+    assert measure(request_of, tmp_path / "out")["cells"][0]["refused"] is None
+
+
 def test_the_page_needs_no_network_and_has_the_numbers_as_tables(request_of, tmp_path):
     page = sensitivity_page(measure(request_of, tmp_path / "out"))
     assert "<td>20.0</td>" in page and "<td>25.0</td>" in page and "<td>—</td>" in page
@@ -100,6 +113,8 @@ def test_what_cannot_be_measured_is_refused(request_of, tmp_path):
     floats = request_of.model_copy(update={"quantizer": "none"})
     with pytest.raises(RequestError, match="bits: got .4,., expected nothing, because nothing is quantized"):
         sensitivity.measure(floats, tmp_path / "out", bits=(4,))
+    with pytest.raises(RequestError, match="bits: got 40, expected whole numbers from 2 to 8, or 32"):
+        sensitivity.measure(request_of, tmp_path / "out", bits=(4, 40))
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").touch()
     with pytest.raises(RunError, match=r"is not empty \(it holds thesis.txt\)"):

@@ -13,10 +13,19 @@ import pytest
 import search_network
 from example_report import example_report
 
-from compress.errors import DataError, HandoffError, PruningError, RequestError, RunError, StorageError
+from compress.errors import (
+    DataError,
+    HandoffError,
+    PruningError,
+    RequestError,
+    RunError,
+    RuntimeUnavailableError,
+    StorageError,
+)
 from compress.pruning import Group
 from compress.request import Request
-from compress.search import target_search
+from compress.search import target_search, trials
+from compress.search.candidate import Candidate
 from compress.search.oneshot import Outcome
 from compress.search.target import Target
 from compress.search.target_search import Settings
@@ -179,6 +188,42 @@ def test_a_candidate_that_cannot_be_made_is_a_trial_that_says_why(request_of, tm
     found = search(request_of, tmp_path / "out", Runs((0.4, 1.6)), monkeypatch, trials=40)
     refused = [t for t in found["trials"] if t["refused"]]
     assert refused and {t["refused"] for t in refused} == {"Too much of a."}
+
+
+@pytest.mark.parametrize("error", [StorageError, RuntimeUnavailableError])
+def test_what_is_no_candidates_doing_ends_the_search_and_is_not_recorded(error, request_of, tmp_path, monkeypatch):
+    def fails(*_, **__):
+        raise error("Not now.")
+
+    with monkeypatch.context() as patch, pytest.raises(error):
+        patch.setattr(Measured, "evaluate", fails)
+        search(request_of, tmp_path / "out", Runs(), monkeypatch)
+    assert Trials(tmp_path / "out").all == []
+    assert len(search(request_of, tmp_path / "out", Runs((0.4, 1.6)), monkeypatch)["trials"]) == 12
+
+
+def test_minutes_are_spent_on_candidates_that_cannot_be_made_too(tmp_path, monkeypatch):
+    clock = iter(range(0, 1000, 20))
+    monkeypatch.setattr(trials.time, "perf_counter", lambda: next(clock))
+    found = Trials(tmp_path)
+
+    def refuses(candidate):
+        raise PruningError("Too much of a.")
+
+    settings = Settings(Target(min_speedup=2), max_minutes=0.5)
+    for ratio, spent in ((0.1, False), (0.1, False), (0.2, True)):
+        found.measure(Candidate((("a", ratio),)), refuses)
+        assert target_search._spent(settings, found) is spent
+    assert [trial.seconds for trial in Trials(tmp_path).all] == [20, 0, 20]
+    assert [trial.repeats for trial in found.all] == [None, 1, None]
+
+
+def test_nothing_new_ends_the_trials(tmp_path):
+    found = Trials(tmp_path)
+    for _ in range(11):
+        assert not target_search._stale(found)
+        found.measure(Candidate((("a", 0.1),)), lambda _: DENSE)
+    assert target_search._stale(found) and len(found.all) == 11
 
 
 @pytest.mark.parametrize("strategy", ["tpe", "random", "uniform"])
