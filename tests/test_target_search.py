@@ -127,13 +127,17 @@ def test_the_best_candidate_that_keeps_to_the_limits_is_trained(request_of, tmp_
 
 def test_a_miss_is_told_and_the_next_candidate_tried(request_of, tmp_path, monkeypatch):
     found = search(request_of, tmp_path / "out", Runs((2.5, 1.6), (0.9, 1.7)), monkeypatch)
-    assert [row["missed"] for row in found["runs"]] == [["2.50 points of accuracy lost, at most 1 asked for"], []]
+    assert [row["missed"] for row in found["runs"]] == [["2.5 points of accuracy lost, at most 1 asked for"], []]
     assert found["winner"] == found["runs"][1]["trial"] != found["runs"][0]["trial"]
+    judged = (
+        f"The target is reached by the run of trial {found['winner']}, number 2 of the runs judged on the same test im"
+    )
+    assert found["text"].startswith(judged)
 
 
 def test_a_run_that_comes_out_slower_takes_candidates_along_that_would_miss_as_well(request_of, tmp_path, monkeypatch):
     found = search(request_of, tmp_path / "out", Runs((0.1, 1.2), (0.1, 1.6)), monkeypatch)
-    assert found["runs"][0]["missed"] == ["1.20 times faster, at least 1.5 asked for"]
+    assert found["runs"][0]["missed"] == ["1.2 times faster, at least 1.5 asked for"]
     by_number = {t["number"]: t["outcome"]["latency_ms"] for t in found["trials"] if t["outcome"]}
     first, second = (by_number[row["trial"]] for row in found["runs"])
     assert second <= (1 / 1.5) * first / (1 / 1.2)
@@ -154,11 +158,37 @@ def test_nothing_is_claimed_when_no_run_reaches_the_target(request_of, tmp_path,
     found = search(request_of, tmp_path / "out", Runs((2.0, 1.6), (3.0, 1.6)), monkeypatch, tries=2)
     assert found["winner"] is None and len(found["runs"]) == 2
     assert found["text"].startswith("The target is not reached by any of 2 trained candidates. Trial ")
+    assert found["text"].endswith(" points of accuracy lost, at most 1 asked for. Allow more tries, or ask for less.")
+
+
+def test_the_text_says_when_candidates_run_out_before_the_tries(request_of, tmp_path, monkeypatch):
+    found = search(request_of, tmp_path / "out", Runs((0.1, 0.01)), monkeypatch)
+    assert found["text"].startswith("The target is not reached by the one trained candidate. Trial ")
+    assert found["text"].endswith(
+        "No other candidate is expected to keep to the limits. Allow more trials, or ask for less."
+    )
+
+
+def test_the_text_says_when_no_candidate_could_be_made(request_of, tmp_path, monkeypatch):
+    def refuses(*_, **__):
+        raise PruningError("Too much of everything.")
+
+    monkeypatch.setattr(Measured, "evaluate", refuses)
+    text = search(request_of, tmp_path / "out", Runs(), monkeypatch, trials=3)["text"]
+    assert text == (
+        "The target is not reached: none of 3 candidates could be made. The first one: Too much of everything."
+    )
+
+
+def test_a_figure_that_just_misses_does_not_read_like_its_limit():
+    assert [target_search._told(value, 1) for value in (1.004, 1.00004, 2.5)] == ["1.004", "1.00004", "2.5"]
 
 
 def test_nothing_is_trained_when_no_candidate_keeps_to_the_limits(request_of, tmp_path, monkeypatch):
     found = search(request_of, tmp_path / "out", Runs(), monkeypatch, target=Target(1.0, min_speedup=50))
-    assert found["runs"] == [] and "none of 0 candidates that were measured keeps to its limits" in found["text"]
+    measured = [t for t in found["trials"] if t["outcome"] and not t["repeats"]]
+    assert found["runs"] == [] and f"none of {len(measured)} candidates that were measured keeps to" in found["text"]
+    assert found["text"].endswith("Allow more trials, or ask for less.")
     assert all(t["outcome"]["stopped"].startswith("misses a limit by") for t in found["trials"] if t["outcome"])
 
 

@@ -119,7 +119,7 @@ def search(
         "trials": [trial.as_dict() for trial in trials.all],
         "runs": runs,
         "winner": winner,
-        "text": _words(winner, runs, trials),
+        "text": _words(winner, runs, trials, settings.tries),
     }
     write_text(folder / RESULT, json.dumps(found, indent=1) + "\n")
     from compress.search.pages import search_page
@@ -281,7 +281,7 @@ def _judged(trial: Trial, report: Report, target: Target, folder: Path) -> dict[
             missed.append(f"{unit} not measured, {bound} {limit:g} asked for")
             continue
         if sign * value > sign * limit:
-            missed.append(f"{value:.2f} {unit}, {bound} {limit:g} asked for")
+            missed.append(f"{_told(value, limit)} {unit}, {bound} {limit:g} asked for")
         if name != "accuracy_drop_points":
             excess = max(excess, value / limit if sign > 0 else limit / value)
     return {
@@ -295,18 +295,37 @@ def _judged(trial: Trial, report: Report, target: Target, folder: Path) -> dict[
     }
 
 
-def _words(winner: int | None, runs: list[dict[str, Any]], trials: Trials) -> str:
-    scored = sum(trial.complete and trial.repeats is None for trial in trials.all)
+def _told(value: float, limit: float) -> str:
+    """With four digits, or as many as tell the value from the limit that it misses."""
+    texts = (f"{value:.{digits}g}" for digits in range(4, 18))
+    return next(text for text in texts if float(text) != limit)
+
+
+def _words(winner: int | None, runs: list[dict[str, Any]], trials: Trials, tries: int) -> str:
     if winner is not None:
-        return f"The target is reached by the run of trial {winner}: {runs[-1]['verdict']}"
+        judged = sum(row["accuracy"] is not None for row in runs)
+        again = f", number {judged} of the runs judged on the same test images" if judged > 1 else ""
+        return f"The target is reached by the run of trial {winner}{again}: {runs[-1]['verdict']}"
     if not runs:
-        return (
-            f"The target is not reached: none of {scored} candidates that were measured keeps to its limits on speed and "
-            "size. Allow more trials, or ask for less."
-        )
-    told = " ".join(f"Trial {row['trial']}: {'; '.join(row['missed'])}." for row in runs)
+        return f"The target is not reached: {_why_none_was_trained(trials)}"
+    told = " ".join(f"Trial {row['trial']}: {'; '.join(row['missed']).removesuffix('.')}." for row in runs)
+    more = (
+        "Allow more tries, or ask for less."
+        if len(runs) >= tries
+        else "No other candidate is expected to keep to the limits. Allow more trials, or ask for less."
+    )
+    number = f"any of {len(runs)} trained candidates" if len(runs) > 1 else "the one trained candidate"
+    return f"The target is not reached by {number}. {told} {more}"
+
+
+def _why_none_was_trained(trials: Trials) -> str:
+    first = [trial for trial in trials.all if trial.repeats is None]
+    measured = sum(trial.outcome is not None for trial in first)
+    if measured == 0:
+        return f"none of {len(first)} candidates could be made. The first one: {first[0].refused}"
     return (
-        f"The target is not reached by any of {len(runs)} trained candidates. {told} Allow more tries, or ask for less."
+        f"none of {measured} candidates that were measured keeps to its limits on speed and size. Allow more trials, or ask "
+        "for less."
     )
 
 
