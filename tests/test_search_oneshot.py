@@ -1,6 +1,7 @@
 """Candidates made without training, on a network of three groups."""
 
 import json
+import weakref
 from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
@@ -109,12 +110,36 @@ def test_a_candidate_is_as_small_as_it_asks(oneshot):
     assert found.latency_low_ms <= found.latency_ms <= found.latency_high_ms
 
 
-def test_images_that_score_are_neither_refitted_nor_calibrated_on(oneshot):
-    scored = torch.cat([batch for batch, _ in oneshot._scored])
+def test_images_that_score_are_neither_refitted_nor_calibrated_on(oneshot, monkeypatch):
+    refitted, recover = [], oneshots.recipes.recover
+    monkeypatch.setattr(oneshots.recipes, "recover", lambda *given: refitted.append(given[1]) or recover(*given))
+    oneshot.evaluate(candidate(0.5, 0.5, 0.75))
+    (source,) = refitted
+    pixels, scored = (part.take(torch.arange(len(part))) for part in (source.dataset.train, oneshot._held_out))
+    assert (len(pixels), len(scored)) == (77, 19)
+    assert not {image.numpy().tobytes() for image in pixels} & {image.numpy().tobytes() for image in scored}
     seen = {image.numpy().tobytes() for image in oneshot._calibration}
-    rest = oneshot._source.dataset.train
-    assert len(scored) + len(rest) == 96
-    assert not seen & {image.numpy().tobytes() for image in scored}
+    assert not seen & {image.numpy().tobytes() for batch, _ in oneshot._scored() for image in batch}
+
+
+def test_scoring_holds_one_batch_of_images_at_a_time(oneshot, source, monkeypatch):
+    alive, batches = [], oneshots.data.batches
+
+    def watched(*given, **options):
+        for images, labels in batches(*given, **options):
+            assert sum(batch() is not None for batch in alive) <= 1
+            alive.append(weakref.ref(images))
+            yield images, labels
+
+    monkeypatch.setattr(oneshots.data, "batches", watched)
+    monkeypatch.setattr(oneshots.recipes, "TEST_BATCH", 4)
+    assert oneshot._score(source.model)[1] == 19 and len(alive) == 5
+
+
+def test_fewer_images_calibrate_when_they_are_large(oneshot, source, monkeypatch):
+    monkeypatch.setattr(oneshots.recipes, "MOST_PIXELS", 5 * search_network.SIZE**2)
+    with OneShot(oneshot.base, source, oneshot.folder) as later:
+        assert len(later._calibration) == 5
 
 
 def test_nothing_removed_is_the_dense_structure(oneshot):

@@ -12,7 +12,7 @@ import json
 import math
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -37,7 +37,7 @@ from compress.sources import Source
 SCORED_IMAGES = 1000
 """At most this many training images are held out to score candidates, and at most a fifth of all."""
 REFIT_IMAGES = 256
-"""At most this many images refit a candidate and calibrate it."""
+"""At most this many images refit a candidate and calibrate it; fewer when they are large, see `recipes.MOST_PIXELS`."""
 MEASURED = "measured.json"
 
 Hopeless = Callable[[float, int], str | None]
@@ -120,14 +120,14 @@ class OneShot:
             )
         held_out, rest = data.split_held_out(source.dataset.train, count, base.seed)
         self._source = replace(source, dataset=replace(source.dataset, train=rest))
-        self._scored = list(
-            data.batches(held_out, recipes.TEST_BATCH, shuffle=False, seed=0, preprocessing=source.preprocessing)
-        )
+        self._held_out = held_out
+        self._labels: list[torch.Tensor] | None = None
         if source.dataset.kind != "labelled":
             answer = evaluation.torch_answer(source.model)
-            self._scored = [(x, torch.from_numpy(answer(x.numpy()).argmax(1))) for x, _ in self._scored]
+            self._labels = [torch.from_numpy(answer(x.numpy()).argmax(1)) for x, _ in self._scored()]
+        most = max(1, recipes.MOST_PIXELS // source.preprocessing.input_size**2)
         self._calibration = data.calibration_images(
-            self._source.dataset, min(base.calibration_images, REFIT_IMAGES), source.preprocessing, base.seed
+            self._source.dataset, min(base.calibration_images, REFIT_IMAGES, most), source.preprocessing, base.seed
         )
         self.groups = variable_groups(base, source)
         self._kept = self._restored()
@@ -228,9 +228,16 @@ class OneShot:
         )
 
     def _score(self, model: nn.Module) -> tuple[int, int]:
-        answer = evaluation.torch_answer(model)
-        right = sum(int((answer(x.numpy()).argmax(1) == truth.numpy()).sum()) for x, truth in self._scored)
-        return right, sum(len(x) for x, _ in self._scored)
+        answer, right = evaluation.torch_answer(model), 0
+        for number, (x, labels) in enumerate(self._scored()):
+            truth = labels if self._labels is None else self._labels[number]
+            right += int((answer(x.numpy()).argmax(1) == truth.numpy()).sum())
+        return right, len(self._held_out)
+
+    def _scored(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Batches of images and labels, read anew each time: 1,000 images of 1024 pixels are 12 GB."""
+        preprocessing = self._source.preprocessing
+        return data.batches(self._held_out, recipes.TEST_BATCH, shuffle=False, seed=0, preprocessing=preprocessing)
 
     # ---- latency ---------------------------------------------------------------------------------------------------
 
