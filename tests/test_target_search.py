@@ -24,7 +24,7 @@ from compress.errors import (
 )
 from compress.pruning import Group
 from compress.request import Request
-from compress.search import target_search, trials
+from compress.search import pages, target_search, trials
 from compress.search.candidate import Candidate
 from compress.search.oneshot import Outcome
 from compress.search.target import Target
@@ -123,6 +123,19 @@ def test_the_best_candidate_that_keeps_to_the_limits_is_trained(request_of, tmp_
     assert json.loads((tmp_path / "out" / "result.json").read_text()) == found
     page = (tmp_path / "out" / "search.html").read_text()
     assert "reaches the target" in page and f"runs/trial-{found['winner']:05d}" in page
+
+
+def test_the_front_has_what_nothing_is_both_faster_and_more_accurate_than():
+    points = [(3.0, 0.9), (1.0, 0.5), (2.0, 0.4), (2.0, 0.6), (4.0, 0.9), (3.0, 0.7)]
+    outcomes = [{"latency_ms": ms, "accuracy": accuracy} for ms, accuracy in points]
+    assert pages.pareto(outcomes) == [outcomes[1], outcomes[3], outcomes[0]]
+    assert pages.pareto([]) == []
+    scored = [{"number": number, "outcome": outcome} for number, outcome in enumerate(outcomes, start=1)]
+    line, candidates, dense, _ = pages._front(scored, [], {"latency_ms": 5.0, "accuracy": 0.95}, dark=False).data
+    assert (line.name, line.mode, line.line.shape) == ("front of the candidates", "lines", "hv")
+    assert (list(line.x), list(line.y)) == ([1.0, 2.0, 3.0], [50.0, 60.0, 90.0])
+    assert len(candidates.x) == 6 and (dense.x, dense.y) == ((5.0,), (95.0,))
+    assert len(pages._front(scored, [], None, dark=False).data) == 3
 
 
 def test_a_miss_is_told_and_the_next_candidate_tried(request_of, tmp_path, monkeypatch):
