@@ -21,8 +21,9 @@ from compress.errors import CompressError
 from compress.files import write_text
 from compress.search.candidate import Candidate
 from compress.search.oneshot import OneShot, Outcome
+from compress.search.problem import Problem
 from compress.search.space import Space
-from compress.search.strategies import STRATEGIES, Problem, proposal
+from compress.search.strategies import STRATEGIES, proposal
 from compress.search.target import Target
 from compress.search.trials import Trial, Trials
 from compress.sources import open_source
@@ -55,11 +56,7 @@ def run(name: str, problem: Problem, evaluate: Callable[[Candidate], Outcome], f
 def row(name: str, trials: Sequence[Trial], problem: Problem) -> Row:
     """Sums up a strategy's trials."""
     made = {trial.number: trial.outcome for trial in trials if trial.outcome is not None}
-    kept = {
-        number: found
-        for number, found in made.items()
-        if problem.target.excess(found.latency_ms, found.file_bytes, problem.dense) <= 1
-    }
+    kept = {number: found for number, found in made.items() if problem.excess(found) <= 1}
     best = max(kept, key=lambda number: kept[number].accuracy, default=0)
     return Row(name, kept.get(best), best, sum(trial.seconds for trial in trials))
 

@@ -17,8 +17,9 @@ from compress.request import Request
 from compress.search import oneshot as oneshots
 from compress.search.candidate import Candidate
 from compress.search.oneshot import OneShot
+from compress.search.problem import Problem
 from compress.search.space import Space
-from compress.search.strategies import STRATEGIES, Problem
+from compress.search.strategies import STRATEGIES
 from compress.search.target import Target
 from compress.sources import open_source
 

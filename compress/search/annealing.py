@@ -10,15 +10,12 @@ import math
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
 
 from compress.search.candidate import Candidate
 from compress.search.forecast import Forecast
 from compress.search.oneshot import Outcome
+from compress.search.problem import History, Problem
 from compress.search.target import POINTS_PER_DOUBLING
-
-if TYPE_CHECKING:
-    from compress.search.strategies import History, Problem
 
 HOTTEST, COLDEST = 4.0, 0.1
 """Temperature of the first and the last trial, in points of accuracy: a trial that is worse by as much as the temperature
@@ -135,4 +132,4 @@ def _best(problem: Problem, history: History, allowed: float = 0.0) -> Candidate
 
 
 def _log_excess(problem: Problem, outcome: Outcome) -> float:
-    return math.log2(problem.target.excess(outcome.latency_ms, outcome.file_bytes, problem.dense))
+    return math.log2(problem.excess(outcome))

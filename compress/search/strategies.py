@@ -7,66 +7,17 @@ same history it proposes the same candidate. So a search that was interrupted go
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 from compress.errors import RequestError
 from compress.search.annealing import AutoCompress, SimulatedAnnealing
 from compress.search.candidate import Candidate
-from compress.search.oneshot import Outcome
+from compress.search.problem import History, Problem, Strategy
 from compress.search.space import Space
-from compress.search.target import Target
 from compress.search.tpe import Tpe
 from compress.search.trials import Trials
-
-History = Sequence[tuple[Candidate, Outcome]]
-"""Everything measured so far, oldest first."""
-
-
-@dataclass(frozen=True)
-class Problem:
-    """What a strategy is given to start with."""
-
-    space: Space
-    target: Target
-    dense: Outcome
-    trials: int
-    """How many candidates will be measured in all, for strategies with a schedule."""
-    seed: int = 0
-
-
-class Strategy(Protocol):
-    """Chooses what to measure next."""
-
-    def propose(self, history: History) -> Candidate:
-        """The next candidate; one that was measured already is not measured again, and its outcome is repeated."""
-
-
-@dataclass(frozen=True)
-class Uniform:
-    """Every group loses the same share: halves the interval between a share that keeps to the limits and one that does not.
-
-    When it is narrower than the steps of the widest group, the next pruner and quantizer have their turn.
-    """
-
-    problem: Problem
-
-    def propose(self, history: History) -> Candidate:
-        space = self.problem.space
-        widest = max(len(space.choices(group)) for group in space.groups)
-        rounds = max(2, widest.bit_length())
-        turn, halvings = divmod(len(history), rounds)
-        pruner = space.pruners[turn % len(space.pruners)]
-        quantizer = space.quantizers[turn // len(space.pruners) % len(space.quantizers)]
-        low, high = 0.0, space.largest
-        for one, outcome in history[turn * rounds : turn * rounds + halvings]:
-            middle = (low + high) / 2
-            excess = self.problem.target.excess(outcome.latency_ms, outcome.file_bytes, self.problem.dense)
-            # Where the middle could not be made, another one stands in for it; less is removed then.
-            made = one == space.uniform(middle, pruner=pruner, quantizer=quantizer)
-            low, high = (low, middle) if not made or excess <= 1 else (middle, high)
-        return space.uniform((low + high) / 2, pruner=pruner, quantizer=quantizer)
+from compress.search.uniform import Uniform
 
 
 @dataclass(frozen=True)

@@ -23,8 +23,9 @@ from compress.request import Request
 from compress.runs import MANIFEST
 from compress.search.candidate import by_quantizer
 from compress.search.oneshot import MEASURED, OneShot, require_searchable
+from compress.search.problem import Problem
 from compress.search.space import Space
-from compress.search.strategies import LEARN_BEYOND_LIMITS, RATIOS_ALONE, STRATEGIES, Problem, proposal
+from compress.search.strategies import LEARN_BEYOND_LIMITS, RATIOS_ALONE, STRATEGIES, proposal
 from compress.search.target import Target
 from compress.search.trials import Trial, Trials
 from compress.sources import open_source
@@ -221,7 +222,7 @@ def _train(
         except CompressError as error:
             row = _failed(trial, error, out.relative_to(folder))
         runs.append(row)
-        worse = max(worse, row["excess"] / _excess(problem, trial))
+        worse = max(worse, row["excess"] / problem.excess(trial.outcome))
         notify("; ".join(row["missed"]) or "it reaches the target")
     return runs
 
@@ -234,13 +235,9 @@ def _best(trials: Trials, problem: Problem, tried: set[int], worse: float) -> Tr
         if trial.complete
         and trial.repeats is None
         and trial.number not in tried
-        and _excess(problem, trial) * worse <= 1
+        and problem.excess(trial.outcome) * worse <= 1
     ]
-    return max(fits, key=lambda trial: problem.target.score(trial.outcome, problem.dense), default=None)
-
-
-def _excess(problem: Problem, trial: Trial) -> float:
-    return problem.target.excess(trial.outcome.latency_ms, trial.outcome.file_bytes, problem.dense)
+    return max(fits, key=lambda trial: problem.score(trial.outcome), default=None)
 
 
 def _run(request: Request, out: Path, model: nn.Module | None) -> Report:
