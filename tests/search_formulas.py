@@ -6,7 +6,7 @@ import math
 
 from compress.pruning import Group
 from compress.search.candidate import Candidate
-from compress.search.oneshot import Outcome
+from compress.search.outcome import Outcome
 from compress.search.problem import Problem
 from compress.search.space import Space
 from compress.search.strategies import STRATEGIES

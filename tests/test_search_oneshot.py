@@ -15,6 +15,7 @@ from compress import recipes
 from compress.errors import HandoffError, RequestError, RunError
 from compress.request import Request
 from compress.search import oneshot as oneshots
+from compress.search import stopwatch
 from compress.search.candidate import Candidate
 from compress.search.oneshot import OneShot
 from compress.search.problem import Problem
@@ -151,17 +152,17 @@ def test_nothing_removed_is_the_dense_structure(oneshot):
 
 def test_a_structure_is_timed_once_also_by_a_later_attempt(oneshot, source, monkeypatch):
     first = oneshot.evaluate(candidate(0.5, 0.0, 0.0))
-    monkeypatch.setattr(oneshots.benchmark, "race", lambda *_: pytest.fail("timed again"))
+    monkeypatch.setattr(stopwatch.benchmark, "race", lambda *_: pytest.fail("timed again"))
     with OneShot(oneshot.base, source, oneshot.folder) as later:
         assert later.dense == oneshot.dense and later.runtime is oneshot.runtime
         assert later.evaluate(candidate(0.5, 0.0, 0.0)).latency_ms == first.latency_ms
 
 
 def test_other_bits_are_another_structure(oneshot):
-    before = len(oneshot._kept["structures"])
+    before = len(oneshot._stopwatch._kept["structures"])
     narrow = oneshot.evaluate(candidate(0.5, 0.5, 0.5))
     wide = oneshot.evaluate(candidate(0.5, 0.5, 0.5, layer_bits=(("5", "32"),)))
-    assert len(oneshot._kept["structures"]) == before + 2
+    assert len(oneshot._stopwatch._kept["structures"]) == before + 2
     assert wide.file_bytes > narrow.file_bytes
 
 
@@ -181,13 +182,13 @@ def test_measurements_of_another_request_are_refused(oneshot, source):
 
 def test_measurements_of_another_machine_or_of_a_runtime_that_is_gone_are_refused(oneshot, source, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(RunError, match=r"another machine \(.*; this one is Z80\)"):
-        patch.setattr(oneshots.machine, "describe", lambda _: SimpleNamespace(cpu="Z80"))
+        patch.setattr(stopwatch.machine, "describe", lambda _: SimpleNamespace(cpu="Z80"))
         OneShot(oneshot.base, source, oneshot.folder)
-    reference = oneshot._kept["reference"]
-    monkeypatch.setitem(oneshots.RUNTIMES, reference, SimpleNamespace(runs_here=False))
+    reference = oneshot._stopwatch._kept["reference"]
+    monkeypatch.setitem(stopwatch.RUNTIMES, reference, SimpleNamespace(runs_here=False))
     auto = oneshot.base.model_copy(update={"runtime": "auto"})
     (oneshot.folder / "auto").mkdir(exist_ok=True)
-    kept = oneshot._kept | {"request": auto.model_dump(mode="json"), "structures": {}}
+    kept = oneshot._stopwatch._kept | {"request": auto.model_dump(mode="json"), "structures": {}}
     (oneshot.folder / "auto" / "measured.json").write_text(json.dumps(kept))
     with pytest.raises(RunError, match=f"holds times of {reference}, which does not run here any more. Install it"):
         OneShot(auto, source, oneshot.folder / "auto")
@@ -195,7 +196,7 @@ def test_measurements_of_another_machine_or_of_a_runtime_that_is_gone_are_refuse
 
 def test_a_runtime_that_refuses_the_file_is_left_out_unless_it_is_asked_for(oneshot, monkeypatch):
     said = []
-    monkeypatch.setattr(oneshot, "_progress", said.append)
+    monkeypatch.setattr(oneshot._stopwatch, "_progress", said.append)
 
     def load(runtime):
         if runtime.name == "picky":
@@ -204,13 +205,13 @@ def test_a_runtime_that_refuses_the_file_is_left_out_unless_it_is_asked_for(ones
 
     here = {name: SimpleNamespace(name=name, title=name.title()) for name in ("picky", "other")}
     with ExitStack() as stack:
-        assert oneshot._sessions(stack, here, load) == {"other": "other"}
+        assert oneshot._stopwatch._sessions(stack, here, load) == {"other": "other"}
         assert said == ["without Picky: An operator is missing."]
         with pytest.raises(HandoffError, match="An operator is missing"):
-            oneshot._sessions(stack, {"picky": here["picky"]}, load)
-        monkeypatch.setattr(oneshot, "base", oneshot.base.model_copy(update={"runtime": "picky"}))
+            oneshot._stopwatch._sessions(stack, {"picky": here["picky"]}, load)
+        monkeypatch.setattr(oneshot._stopwatch, "base", oneshot.base.model_copy(update={"runtime": "picky"}))
         with pytest.raises(HandoffError, match="An operator is missing"):
-            oneshot._sessions(stack, here, load)
+            oneshot._stopwatch._sessions(stack, here, load)
 
 
 @pytest.mark.parametrize("pruner", ["level", "none", "agp"])

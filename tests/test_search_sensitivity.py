@@ -9,7 +9,7 @@ import search_network
 from compress.errors import RequestError, RunError, RuntimeUnavailableError, StorageError
 from compress.pruning import Group
 from compress.search import sensitivity
-from compress.search.oneshot import Outcome
+from compress.search.outcome import Outcome
 from compress.search.pages import sensitivity_page
 
 OUTCOME = Outcome(0.9, 2.0, 1000, 5000, 4000, 0.1, 1.9, 2.1, 100)

@@ -26,7 +26,7 @@ from compress.pruning import Group
 from compress.request import Request
 from compress.search import pages, target_search, trials
 from compress.search.candidate import Candidate
-from compress.search.oneshot import Outcome
+from compress.search.outcome import Outcome
 from compress.search.target import Target
 from compress.search.target_search import Settings
 from compress.search.trials import Trials

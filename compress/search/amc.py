@@ -18,7 +18,7 @@ from stable_baselines3.common.logger import Logger
 
 from compress.search.candidate import Candidate
 from compress.search.forecast import Forecast
-from compress.search.oneshot import Outcome
+from compress.search.outcome import Outcome
 from compress.search.problem import History, Problem
 
 LOUDEST, QUIETEST = 0.5, 0.05

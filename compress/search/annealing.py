@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 
 from compress.search.candidate import Candidate
 from compress.search.forecast import Forecast
-from compress.search.oneshot import Outcome
+from compress.search.outcome import Outcome
 from compress.search.problem import History, Problem
 from compress.search.target import POINTS_PER_DOUBLING
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from compress.search.candidate import Candidate
-from compress.search.oneshot import Outcome
+from compress.search.outcome import Outcome
 from compress.search.space import Space
 from compress.search.target import Target
 

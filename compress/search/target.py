@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from compress.errors import RequestError
-from compress.search.oneshot import Outcome
+from compress.search.outcome import Outcome
 
 POINTS_PER_DOUBLING = 100.0
 """Points of accuracy that missing a limit by a factor of two weighs: no gain in accuracy makes up for a missed limit."""

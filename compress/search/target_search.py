@@ -22,9 +22,10 @@ from compress.report import Report
 from compress.request import Request
 from compress.runs import MANIFEST
 from compress.search.candidate import by_quantizer
-from compress.search.oneshot import MEASURED, OneShot, require_searchable
+from compress.search.oneshot import OneShot, require_searchable
 from compress.search.problem import Problem
 from compress.search.space import Space
+from compress.search.stopwatch import MEASURED
 from compress.search.strategies import LEARN_BEYOND_LIMITS, RATIOS_ALONE, STRATEGIES, proposal
 from compress.search.target import Target
 from compress.search.trials import Trial, Trials

@@ -16,7 +16,7 @@ from typing import Any
 from compress.errors import CompressError, RuntimeUnavailableError, StorageError
 from compress.files import write_text
 from compress.search.candidate import Candidate
-from compress.search.oneshot import Outcome
+from compress.search.outcome import Outcome
 
 FOLDER = "trials"
 
