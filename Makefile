@@ -7,7 +7,7 @@ COUNT ?= 1000000
 OUT ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help setup setup-dev browser demo app bench-app pictures test test-slow test-gpu lint bench pruners-table quantizers-table quantized-models-table coverage torture fuzz assets clean bench-peers
+.PHONY: help setup setup-dev browser demo app bench-app pictures test test-slow test-gpu lint bench pruners-table quantizers-table quantized-models-table strategies-table coverage torture fuzz assets clean bench-peers
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-23s %s\n", $$1, $$2}'
@@ -69,6 +69,9 @@ quantizers-table: setup  ## docs/quantizers.md: every quantizer on the bundled m
 
 quantized-models-table: setup  ## docs/quantized-models.md: four dense models on integers; the better part of an hour
 	$(PY) -m bench.quantized_models
+
+strategies-table: setup  ## docs/strategies.md: every search strategy on the bundled model; hours
+	$(PY) -m bench.strategies
 
 coverage: setup  ## docs/coverage.md: every torchvision classifier, proved; hours
 	$(PY) -m bench.coverage

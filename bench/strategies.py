@@ -9,8 +9,7 @@ measured again, so that the command goes on where it was interrupted.
 from __future__ import annotations
 
 import argparse
-import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,11 +18,15 @@ import torch
 import compress
 from bench import made_on
 from compress.errors import CompressError
+from compress.files import write_text
 from compress.search.candidate import Candidate
-from compress.search.oneshot import OneShot, Outcome
+from compress.search.oneshot import OneShot
+from compress.search.outcome import Outcome
+from compress.search.problem import Problem
 from compress.search.space import Space
-from compress.search.strategies import STRATEGIES, Problem
+from compress.search.strategies import STRATEGIES, proposal
 from compress.search.target import Target
+from compress.search.trials import Trial, Trials
 from compress.sources import open_source
 
 OUT, WORK = Path("docs/strategies.md"), Path("build/strategies")
@@ -40,32 +43,23 @@ class Row:
     """Of making and measuring all candidates."""
 
 
-def trials(
-    name: str, problem: Problem, evaluate: Callable[[Candidate], Outcome], path: Path
-) -> list[tuple[Candidate, Outcome]]:
-    """Runs a strategy for `problem.trials`; `path` keeps one JSON line for each trial, and those in it are not repeated."""
-    history = []
-    if path.exists():
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        history = [(Candidate.from_dict(row["candidate"]), Outcome(**row["outcome"])) for row in rows[: problem.trials]]
-    strategy, known = STRATEGIES[name](problem), dict(history)
-    while len(history) < problem.trials:
-        candidate = strategy.propose(history)
-        outcome = known[candidate] if candidate in known else evaluate(candidate)
-        known[candidate] = outcome
-        history.append((candidate, outcome))
-        with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"candidate": candidate.as_dict(), "outcome": outcome.as_dict()}) + "\n")
-        print(f"{name} {len(history)}: {100 * outcome.accuracy:.1f} %, {outcome.latency_ms:.3f} ms", flush=True)
-    return history
+def run(name: str, problem: Problem, evaluate: Callable[[Candidate], Outcome], folder: Path) -> list[Trial]:
+    """Runs a strategy for `problem.trials`; those that `folder` has are not repeated, and a refused one is a trial, too."""
+    strategy, trials = STRATEGIES[name](problem), Trials(folder)
+    while len(trials.all) < problem.trials:
+        trial = trials.measure(proposal(strategy, problem, trials), evaluate)
+        found = trial.outcome
+        words = f"{100 * found.accuracy:.1f} %, {found.latency_ms:.3f} ms" if found else trial.refused
+        print(f"{name} {trial.number}: {words}", flush=True)
+    return trials.all
 
 
-def row(name: str, history: list[tuple[Candidate, Outcome]], problem: Problem) -> Row:
+def row(name: str, trials: Sequence[Trial], problem: Problem) -> Row:
     """Sums up a strategy's trials."""
-    found = [outcome for _, outcome in history]
-    kept = [o for o in found if problem.target.excess(o.latency_ms, o.file_bytes, problem.dense) <= 1]
-    best = max(kept, key=lambda outcome: outcome.accuracy, default=None)
-    return Row(name, best, found.index(best) + 1 if best else 0, sum(o.seconds for o in dict(history).values()))
+    made = {trial.number: trial.outcome for trial in trials if trial.outcome is not None}
+    kept = {number: found for number, found in made.items() if problem.excess(found) <= 1}
+    best = max(kept, key=lambda number: kept[number].accuracy, default=0)
+    return Row(name, kept.get(best), best, sum(trial.seconds for trial in trials))
 
 
 def table(rows: list[Row], problem: Problem, request: compress.Request, runtime: str) -> str:
@@ -94,14 +88,7 @@ def table(rows: list[Row], problem: Problem, request: compress.Request, runtime:
     return "\n".join(lines) + "\n"
 
 
-def _rows(names: list[str], problem: Problem, oneshot: OneShot, work: Path) -> Iterator[Row]:
-    for name in names:
-        # A schedule follows from the number of trials, and every proposal from the target: others are another file.
-        path = work / f"{name}-{problem.trials}-{problem.target.min_speedup:g}.jsonl"
-        yield row(name, trials(name, problem, oneshot.evaluate, path), problem)
-
-
-def main() -> None:
+def main(given: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--strategies", nargs="+", default=list(STRATEGIES), choices=list(STRATEGIES))
     parser.add_argument("--trials", type=int, default=20)
@@ -111,23 +98,36 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--work", type=Path, default=WORK)
     parser.add_argument("--out", type=Path, default=OUT)
-    options = parser.parse_args()
+    options = parser.parse_args(given)
     torch.set_num_threads(options.threads)
     try:
-        request = compress.Request(runtime=options.runtime, pruning_epochs=options.pruning_epochs)
-        target = Target(min_speedup=options.min_speedup)
+        page = measured_page(options)
     except CompressError as error:
-        parser.error(str(error))
-    options.work.mkdir(parents=True, exist_ok=True)
-    with OneShot(request, open_source(request), options.work) as oneshot:
-        space = Space(oneshot.groups, request.channel_multiple, (request.pruner,), (request.quantizer,))
-        problem = Problem(space, target, oneshot.dense, options.trials)
-        rows = list(_rows(options.strategies, problem, oneshot, options.work))
-        page = table(rows, problem, request, oneshot.runtime.title)
+        parser.exit(1, f"{error}\n")
     print(page)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(page, encoding="utf-8")
+    write_text(options.out, page)
     print(f"written to {options.out}")
+
+
+def measured_page(options: argparse.Namespace) -> str:
+    """Runs every strategy that `options` name, and makes the page.
+
+    Raises:
+        CompressError: a request, target or folder that the search cannot start with.
+    """
+    request = compress.Request(runtime=options.runtime, pruning_epochs=options.pruning_epochs, threads=options.threads)
+    target = Target(min_speedup=options.min_speedup)
+    with OneShot(request, open_source(request), options.work) as oneshot:
+        space = Space(
+            oneshot.groups, request.channel_multiple, pruners=(request.pruner,), quantizers=(request.quantizer,)
+        )
+        problem = Problem(space, target, oneshot.dense, options.trials)
+        rows = []
+        for name in options.strategies:
+            # A schedule follows from the number of trials, and every proposal from the target: others are another folder.
+            folder = options.work / f"{name}-{options.trials}-{options.min_speedup:g}"
+            rows.append(row(name, run(name, problem, oneshot.evaluate, folder), problem))
+        return table(rows, problem, request, oneshot.runtime.title)
 
 
 if __name__ == "__main__":

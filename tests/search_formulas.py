@@ -6,9 +6,10 @@ import math
 
 from compress.pruning import Group
 from compress.search.candidate import Candidate
-from compress.search.oneshot import Outcome
+from compress.search.outcome import Outcome
+from compress.search.problem import Problem
 from compress.search.space import Space
-from compress.search.strategies import STRATEGIES, Problem
+from compress.search.strategies import STRATEGIES
 from compress.search.target import Target
 
 HARM = {"a": 0.02, "b": 0.3, "c": 0.01, "d": 0.2, "e": 0.05, "f": 0.1}
@@ -43,5 +44,5 @@ def search(name: str, problem: Problem) -> list[tuple[Candidate, Outcome]]:
 
 def best(problem: Problem, history: list) -> float:
     """Accuracy of the best candidate that keeps to the limits."""
-    kept = [found for _, found in history if problem.target.excess(found.latency_ms, 1, problem.dense) <= 1]
+    kept = [found for _, found in history if problem.excess(found) <= 1]
     return max(found.accuracy for found in kept)

@@ -1,19 +1,26 @@
 """Candidates made without training, on a network of three groups."""
 
 import json
+import weakref
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import search_network
 import torch
+from torch import nn
 
-from compress.errors import RequestError, RunError
+from compress import recipes
+from compress.errors import HandoffError, RequestError, RunError
 from compress.request import Request
 from compress.search import oneshot as oneshots
+from compress.search import stopwatch
 from compress.search.candidate import Candidate
 from compress.search.oneshot import OneShot
+from compress.search.problem import Problem
 from compress.search.space import Space
-from compress.search.strategies import STRATEGIES, Problem
+from compress.search.strategies import STRATEGIES
 from compress.search.target import Target
 from compress.sources import open_source
 
@@ -50,11 +57,19 @@ def candidate(*ratios, **others):
 
 def test_a_candidate_asks_for_its_ratios_and_bits():
     base = Request(layer_sparsity={"fc": 0.0}, layer_bits={"layer4": "8"}, max_quantization_loss=1)
-    asked = Candidate((("b", 0.25), ("a", 0.5)), (("conv1", 32),), "fpgm", "ptq").request(base)
+    asked = Candidate((("b", 0.25), ("a", 0.5)), (("conv1", "32"),), "fpgm", "ptq").request(base)
     assert asked.layer_sparsity == {"fc": 0.0, "a": 0.5, "b": 0.25}
     assert asked.layer_bits == {"layer4": "8", "conv1": "32"}
     assert (asked.pruner, asked.quantizer, asked.max_quantization_loss) == ("fpgm", "ptq", 1)
     assert Candidate((("b", 0.25), ("a", 0.5))) == Candidate((("a", 0.5), ("b", 0.25)))
+
+
+def test_a_candidate_without_a_quantizer_has_no_bits_to_choose():
+    base = Request(layer_bits={"layer4": "4"}, max_quantization_loss=1)
+    asked = Candidate((("a", 0.5),), (("conv1", "32"),), quantizer="none").request(base)
+    assert (asked.quantizer, asked.layer_bits, asked.max_quantization_loss) == ("none", {}, None)
+    listed = Request(quantization_config_list=[{"op_types": ["Conv2d"], "quant_bits": 8, "quant_types": ["weight"]}])
+    assert Candidate((("a", 0.5),), quantizer="none").request(listed).quantization_config_list is None
 
 
 def test_a_candidate_that_removes_nothing_asks_for_no_pruner():
@@ -63,8 +78,20 @@ def test_a_candidate_that_removes_nothing_asks_for_no_pruner():
 
 
 def test_a_candidate_comes_back_from_json():
-    one = Candidate((("a", 0.5),), (("conv1", 32),), "fpgm", None)
+    one = Candidate((("a", 0.5),), (("conv1", "32"),), "fpgm", None)
     assert Candidate.from_dict(json.loads(json.dumps(one.as_dict()))) == one
+
+
+def test_what_a_candidate_keeps_whole_stays_whole_around_a_grouped_convolution(base):
+    layers = [nn.Conv2d(3, 32, 3), nn.Conv2d(32, 32, 3, groups=8), nn.Conv2d(32, 32, 3)]
+    model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 2)).eval()
+    source = open_source(base, model)
+    space = Space(oneshots.variable_groups(base, source), 8)
+    assert [group.layers for group in space.groups] == [("0", "1"), ("2",)]
+    asked = space.candidate({"2": 0.5}).request(base)
+    assert recipes.usable_plan(asked, source).layers.keys() == {"2"}
+    both = recipes.usable_plan(space.candidate({"0": 0.5}).request(base), source)
+    assert {layer: group.channels_after for layer, group in both.layers.items()} == {"0": 16, "1": 16}
 
 
 # ---- measuring -------------------------------------------------------------------------------------------------------
@@ -85,12 +112,36 @@ def test_a_candidate_is_as_small_as_it_asks(oneshot):
     assert found.latency_low_ms <= found.latency_ms <= found.latency_high_ms
 
 
-def test_images_that_score_are_neither_refitted_nor_calibrated_on(oneshot):
-    scored = torch.cat([batch for batch, _ in oneshot._scored])
+def test_images_that_score_are_neither_refitted_nor_calibrated_on(oneshot, monkeypatch):
+    refitted, recover = [], oneshots.recipes.recover
+    monkeypatch.setattr(oneshots.recipes, "recover", lambda *given: refitted.append(given[1]) or recover(*given))
+    oneshot.evaluate(candidate(0.5, 0.5, 0.75))
+    (source,) = refitted
+    pixels, scored = (part.take(torch.arange(len(part))) for part in (source.dataset.train, oneshot._held_out))
+    assert (len(pixels), len(scored)) == (77, 19)
+    assert not {image.numpy().tobytes() for image in pixels} & {image.numpy().tobytes() for image in scored}
     seen = {image.numpy().tobytes() for image in oneshot._calibration}
-    rest = oneshot._source.dataset.train
-    assert len(scored) + len(rest) == 96
-    assert not seen & {image.numpy().tobytes() for image in scored}
+    assert not seen & {image.numpy().tobytes() for batch, _ in oneshot._scored() for image in batch}
+
+
+def test_scoring_holds_one_batch_of_images_at_a_time(oneshot, source, monkeypatch):
+    alive, batches = [], oneshots.data.batches
+
+    def watched(*given, **options):
+        for images, labels in batches(*given, **options):
+            assert sum(batch() is not None for batch in alive) <= 1
+            alive.append(weakref.ref(images))
+            yield images, labels
+
+    monkeypatch.setattr(oneshots.data, "batches", watched)
+    monkeypatch.setattr(oneshots.recipes, "TEST_BATCH", 4)
+    assert oneshot._score(source.model)[1] == 19 and len(alive) == 5
+
+
+def test_fewer_images_calibrate_when_they_are_large(oneshot, source, monkeypatch):
+    monkeypatch.setattr(oneshots.recipes, "MOST_PIXELS", 5 * search_network.SIZE**2)
+    with OneShot(oneshot.base, source, oneshot.folder) as later:
+        assert len(later._calibration) == 5
 
 
 def test_nothing_removed_is_the_dense_structure(oneshot):
@@ -101,17 +152,17 @@ def test_nothing_removed_is_the_dense_structure(oneshot):
 
 def test_a_structure_is_timed_once_also_by_a_later_attempt(oneshot, source, monkeypatch):
     first = oneshot.evaluate(candidate(0.5, 0.0, 0.0))
-    monkeypatch.setattr(oneshots.benchmark, "race", lambda *_: pytest.fail("timed again"))
+    monkeypatch.setattr(stopwatch.benchmark, "race", lambda *_: pytest.fail("timed again"))
     with OneShot(oneshot.base, source, oneshot.folder) as later:
         assert later.dense == oneshot.dense and later.runtime is oneshot.runtime
         assert later.evaluate(candidate(0.5, 0.0, 0.0)).latency_ms == first.latency_ms
 
 
 def test_other_bits_are_another_structure(oneshot):
-    before = len(oneshot._kept["structures"])
+    before = len(oneshot._stopwatch._kept["structures"])
     narrow = oneshot.evaluate(candidate(0.5, 0.5, 0.5))
-    wide = oneshot.evaluate(candidate(0.5, 0.5, 0.5, weight_bits=(("5", 32),)))
-    assert len(oneshot._kept["structures"]) == before + 2
+    wide = oneshot.evaluate(candidate(0.5, 0.5, 0.5, layer_bits=(("5", "32"),)))
+    assert len(oneshot._stopwatch._kept["structures"]) == before + 2
     assert wide.file_bytes > narrow.file_bytes
 
 
@@ -129,14 +180,58 @@ def test_measurements_of_another_request_are_refused(oneshot, source):
         OneShot(other, source, oneshot.folder)
 
 
+def test_measurements_of_another_machine_or_of_a_runtime_that_is_gone_are_refused(oneshot, source, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(RunError, match=r"another machine \(.*; this one is Z80\)"):
+        patch.setattr(stopwatch.machine, "describe", lambda _: SimpleNamespace(cpu="Z80"))
+        OneShot(oneshot.base, source, oneshot.folder)
+    reference = oneshot._stopwatch._kept["reference"]
+    monkeypatch.setitem(stopwatch.RUNTIMES, reference, SimpleNamespace(runs_here=False))
+    auto = oneshot.base.model_copy(update={"runtime": "auto"})
+    (oneshot.folder / "auto").mkdir(exist_ok=True)
+    kept = oneshot._stopwatch._kept | {"request": auto.model_dump(mode="json"), "structures": {}}
+    (oneshot.folder / "auto" / "measured.json").write_text(json.dumps(kept))
+    with pytest.raises(RunError, match=f"holds times of {reference}, which does not run here any more. Install it"):
+        OneShot(auto, source, oneshot.folder / "auto")
+
+
+def test_a_runtime_that_refuses_the_file_is_left_out_unless_it_is_asked_for(oneshot, monkeypatch):
+    said = []
+    monkeypatch.setattr(oneshot._stopwatch, "_progress", said.append)
+
+    def load(runtime):
+        if runtime.name == "picky":
+            raise HandoffError("An operator is missing.")
+        return nullcontext(runtime.name)
+
+    here = {name: SimpleNamespace(name=name, title=name.title()) for name in ("picky", "other")}
+    with ExitStack() as stack:
+        assert oneshot._stopwatch._sessions(stack, here, load) == {"other": "other"}
+        assert said == ["without Picky: An operator is missing."]
+        with pytest.raises(HandoffError, match="An operator is missing"):
+            oneshot._stopwatch._sessions(stack, {"picky": here["picky"]}, load)
+        monkeypatch.setattr(oneshot._stopwatch, "base", oneshot.base.model_copy(update={"runtime": "picky"}))
+        with pytest.raises(HandoffError, match="An operator is missing"):
+            oneshot._stopwatch._sessions(stack, here, load)
+
+
 @pytest.mark.parametrize("pruner", ["level", "none", "agp"])
 def test_pruners_that_shrink_nothing_or_train_are_refused(base, source, pruner):
     with pytest.raises(RequestError, match="needs no training of its own: l1-norm, l2-norm, fpgm, taylor"):
         OneShot(base.model_copy(update={"pruner": pruner}), source)
 
 
-def test_the_layer_that_bears_few_bits_worst_comes_first(oneshot):
-    assert set(oneshot.sensitive_layers()) == {"0", "3", "5", "9"}
+def test_the_layer_that_bears_few_bits_worst_comes_first(oneshot, source):
+    quantized = oneshot._quantized(oneshot.base, source.model)
+    decibels = oneshots.quantization.layer_sensitivity(quantized, oneshot._calibration)
+    assert set(decibels) == {"0", "3", "5", "9"}
+    assert oneshot.sensitive_layers("32") == tuple(sorted(decibels, key=decibels.get))
+
+
+def test_layers_that_are_wide_already_are_not_widened(oneshot, monkeypatch):
+    monkeypatch.setattr(
+        oneshot, "base", Request(**(oneshot.base.model_dump() | {"weight_bits": 4, "activation_bits": 4}))
+    )
+    assert set(oneshot.sensitive_layers("8/8")) == {"3", "5"}
 
 
 # ---- space, target, strategies ---------------------------------------------------------------------------------------
@@ -150,8 +245,8 @@ def space(oneshot):
 def test_choices_leave_whole_multiples(space):
     assert [space.choices(group) for group in space.groups] == [(0.0, 0.5), (0.0, 0.5), (0.0, 0.25, 0.5, 0.75)]
     assert space.candidate({"5": 0.6, "0": 0.25}).ratios == (("0", 0.0), ("3", 0.0), ("5", 0.5))
-    assert space.candidate({}, widened=1).weight_bits == (("9", 32),)
-    assert space.candidate({}, widened=1, quantizer="none").weight_bits == ()
+    assert space.candidate({}, widened=1).layer_bits == (("9", "32"),)
+    assert space.candidate({}, widened=1, quantizer="none").layer_bits == ()
 
 
 def test_a_missed_limit_weighs_more_than_any_accuracy(oneshot):
@@ -183,6 +278,15 @@ def test_uniform_halves_its_way_to_the_smallest_ratio_that_is_fast_enough(space,
         tried.append((ratio, one.pruner))
         history.append((one, replace(dense, latency_ms=1 - ratio)))
     assert tried == [(0.5, "l1-norm"), (0.25, "l1-norm"), (0.25, "l1-norm"), (0.5, "fpgm")]
+
+
+def test_uniform_does_not_take_a_stand_in_for_the_share_that_could_not_be_made(space, oneshot):
+    dense = replace(oneshot.dense, latency_ms=1.0)
+    strategy = STRATEGIES["uniform"](Problem(space, Target(min_speedup=2.0), dense, 6))
+    stand_in = space.candidate({"0": 0.5})
+    assert strategy.propose([]) != stand_in
+    slow = strategy.propose([(stand_in, dense)])
+    assert slow == space.uniform(0.225) != space.uniform(0.675)
 
 
 @pytest.mark.parametrize("name", STRATEGIES)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 import gymnasium
 import numpy as np
@@ -19,10 +18,8 @@ from stable_baselines3.common.logger import Logger
 
 from compress.search.candidate import Candidate
 from compress.search.forecast import Forecast
-from compress.search.oneshot import Outcome
-
-if TYPE_CHECKING:
-    from compress.search.strategies import History, Problem
+from compress.search.outcome import Outcome
+from compress.search.problem import History, Problem
 
 LOUDEST, QUIETEST = 0.5, 0.05
 """Standard deviation of the noise on the agent's actions (-1..1): the paper's 0.5 at first, falling by one factor."""
@@ -114,7 +111,7 @@ class Amc:
 
     def _learn(self, candidate: Candidate, outcome: Outcome) -> None:
         """One measured episode into the replay buffer, and `GRADIENT_STEPS` steps of actor and critic."""
-        reward = self.problem.target.score(outcome, self.problem.dense) / POINTS_PER_REWARD
+        reward = self.problem.score(outcome) / POINTS_PER_REWARD
         before = reward if self._baseline is None else self._baseline
         self._baseline = BASELINE_DECAY * before + (1 - BASELINE_DECAY) * reward
         ratios, groups = dict(candidate.ratios), self.problem.space.groups

@@ -10,15 +10,12 @@ import math
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
 
 from compress.search.candidate import Candidate
 from compress.search.forecast import Forecast
-from compress.search.oneshot import Outcome
+from compress.search.outcome import Outcome
+from compress.search.problem import History, Problem
 from compress.search.target import POINTS_PER_DOUBLING
-
-if TYPE_CHECKING:
-    from compress.search.strategies import History, Problem
 
 HOTTEST, COLDEST = 4.0, 0.1
 """Temperature of the first and the last trial, in points of accuracy: a trial that is worse by as much as the temperature
@@ -97,11 +94,13 @@ class _Walk:
             return forecast.fitted(dict(self.start.ratios), self.allowed, self.least)
         accepted, known = self._accepted(), {one for one, _ in history}
         generator = random.Random(f"{self.problem.seed} {len(history)}")
+        leads = {group.layers[0] for group in self.problem.space.groups}
+        ratios = {name: ratio for name, ratio in accepted.ratios if name in leads}
         stride = STRIDE * math.sqrt(self._temperature(len(self.trials)) / HOTTEST)
         for draw in range(DRAWS):
             # Ratios come in steps: a stride that is too short for one finds nothing new, and grows.
             reach = stride * (1 + draw / 10)
-            moved = {name: ratio + generator.uniform(-reach, reach) for name, ratio in accepted.ratios}
+            moved = {name: ratio + generator.uniform(-reach, reach) for name, ratio in ratios.items()}
             within = {name: min(max(ratio, 0.0), self.problem.space.largest) for name, ratio in moved.items()}
             neighbour = forecast.fitted(within, self.allowed, self.least)
             if neighbour not in known:
@@ -133,4 +132,4 @@ def _best(problem: Problem, history: History, allowed: float = 0.0) -> Candidate
 
 
 def _log_excess(problem: Problem, outcome: Outcome) -> float:
-    return math.log2(problem.target.excess(outcome.latency_ms, outcome.file_bytes, problem.dense))
+    return math.log2(problem.excess(outcome))

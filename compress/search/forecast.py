@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from compress.search.candidate import Candidate
-
-if TYPE_CHECKING:
-    from compress.search.strategies import History, Problem
+from compress.search.problem import History, Problem
 
 WORK_PER_CHANNEL = 2.0
 """Before anything is measured: halving all channels quarters the operations, so it halves the excess twice."""
@@ -33,11 +30,11 @@ class Forecast:
     @classmethod
     def of(cls, problem: Problem, history: History) -> Forecast:
         """Ridge regression on what was measured; what is assumed at first is Work ~ channels², shared equally."""
-        groups, target, dense = problem.space.groups, problem.target, problem.dense
+        groups = problem.space.groups
         assumed = np.full(1 + len(groups), -WORK_PER_CHANNEL / len(groups))
-        assumed[0] = np.log2(target.excess(dense.latency_ms, dense.file_bytes, dense))
+        assumed[0] = np.log2(problem.excess(problem.dense))
         x = np.array([[1.0, *_halvings(problem, one)] for one, _ in history]).reshape(-1, 1 + len(groups))
-        y = np.log2([target.excess(found.latency_ms, found.file_bytes, dense) for _, found in history])
+        y = np.log2([problem.excess(found) for _, found in history])
         weights = np.diag([PRIOR_WEIGHT / 10, *[PRIOR_WEIGHT] * len(groups)])
         change = np.linalg.solve(x.T @ x + weights, x.T @ (y - x @ assumed))
         first, *rest = (assumed + change).tolist()

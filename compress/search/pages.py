@@ -77,11 +77,12 @@ def sensitivity_page(table: dict[str, Any]) -> str:
 
 
 def search_page(found: dict[str, Any]) -> str:
-    """The front of a target search: a point for each measured candidate and for each trained run."""
+    """The front of a target search: a point for each measured candidate, each trained run and the original."""
     scored = [t for t in found["trials"] if t["outcome"] and not t["outcome"]["stopped"] and t["repeats"] is None]
     note = (
-        "Small points are candidates as they were measured without training, on images held out from the training images; "
-        "large ones are trained runs, by the test images and through the deployed file. The two are not the same images."
+        "Small points are candidates as they were measured without training, on images held out from the training images, as "
+        "the original was; the line is their front. Large ones are trained runs, by the test images and through the deployed "
+        "file. The two are not the same images."
     )
     rows = [
         (
@@ -104,12 +105,34 @@ def search_page(found: dict[str, Any]) -> str:
         for row in found["runs"]
     ]
     table = ("Point", "ms, batch 1", "Accuracy, %", "MB", "Result"), rows
-    section = ("Accuracy against latency", note, lambda dark: _front(scored, found["runs"], dark), table)
+    dense = found["dense"] if found["dense"]["n_images"] else None
+    section = ("Accuracy against latency", note, lambda dark: _front(scored, found["runs"], dense, dark), table)
     return page(f"{found['request']['model']}: target search", found["text"], [section])
 
 
-def _front(scored: Sequence[dict[str, Any]], runs: Sequence[dict[str, Any]], dark: bool) -> go.Figure:
+def pareto(outcomes: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Those that no other is both as fast and as accurate as, the fastest first."""
+    front: list[dict[str, Any]] = []
+    for outcome in sorted(outcomes, key=lambda one: (one["latency_ms"], -one["accuracy"])):
+        if not front or outcome["accuracy"] > front[-1]["accuracy"]:
+            front.append(outcome)
+    return front
+
+
+def _front(
+    scored: Sequence[dict[str, Any]], runs: Sequence[dict[str, Any]], dense: dict[str, Any] | None, dark: bool
+) -> go.Figure:
+    """`dense`: the outcome of the model as it came; None where its accuracy is not known."""
     figure = go.Figure()
+    front = pareto([t["outcome"] for t in scored])
+    figure.add_scatter(
+        x=[outcome["latency_ms"] for outcome in front],
+        y=[100 * outcome["accuracy"] for outcome in front],
+        name="front of the candidates",
+        mode="lines",
+        line={"color": COLOURS["pruned"], "width": 1.5, "shape": "hv"},
+        hoverinfo="skip",
+    )
     figure.add_scatter(
         x=[t["outcome"]["latency_ms"] for t in scored],
         y=[100 * t["outcome"]["accuracy"] for t in scored],
@@ -119,6 +142,15 @@ def _front(scored: Sequence[dict[str, Any]], runs: Sequence[dict[str, Any]], dar
         marker={"color": COLOURS["pruned"], "size": 7, "opacity": 0.6},
         hovertemplate="%{text}<br>%{y:.1f} %, %{x:.3f} ms<extra></extra>",
     )
+    if dense is not None:
+        figure.add_scatter(
+            x=[dense["latency_ms"]],
+            y=[100 * dense["accuracy"]],
+            name="the original, fastest fp32",
+            mode="markers",
+            marker={"color": COLOURS["baseline"], "size": 11, "symbol": "square"},
+            hovertemplate="the original<br>%{y:.1f} %, %{x:.3f} ms<extra></extra>",
+        )
     trained = [row for row in runs if row["latency_ms"] is not None and row["accuracy"] is not None]
     figure.add_scatter(
         x=[row["latency_ms"] for row in trained],

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from compress.errors import CompressError, RequestError, RunError
+from compress.errors import CompressError, RequestError, RunError, RuntimeUnavailableError, StorageError
 from compress.files import write_text
 from compress.request import Request
 from compress.search.candidate import Candidate
@@ -20,6 +20,8 @@ from compress.search.oneshot import OneShot
 from compress.sources import Source, open_source
 
 RATIOS = (0.25, 0.5, 0.75)
+BITS = (*range(2, 9), 32)
+"""32 keeps a layer in floating point."""
 SCORED_IMAGES = 500
 FILE, PAGE = "sensitivity.json", "sensitivity.html"
 
@@ -39,10 +41,11 @@ class _Cell:
     def key(self) -> str:
         return f"{self.layers[0]} {self.kind} {self.value:g}"
 
-    def candidate(self, groups: Sequence[str]) -> Candidate:
+    def candidate(self, layers: Sequence[str]) -> Candidate:
+        """The change to this group alone, where `layers` are those of all groups."""
         ratio = self.value if self.kind == "ratio" else 0.0
-        bits = tuple((layer, int(self.value)) for layer in self.layers) if self.kind == "bits" else ()
-        return Candidate(tuple((name, ratio if name == self.layers[0] else 0.0) for name in groups), bits)
+        bits = tuple((layer, f"{self.value:g}") for layer in self.layers) if self.kind == "bits" else ()
+        return Candidate(tuple((layer, ratio if layer in self.layers else 0.0) for layer in layers), bits)
 
 
 def measure(
@@ -65,6 +68,7 @@ def measure(
 
     Raises:
         RequestError: a ratio or a number of bits is out of range.
+        StorageError, RuntimeUnavailableError: nothing more can be kept or timed.
         RunError: the folder holds something else.
     """
     for ratio in ratios:
@@ -72,10 +76,13 @@ def measure(
             raise RequestError("ratios", ratio, "fractions strictly between 0 and 1")
     if bits and not request.quantizes:
         raise RequestError("bits", tuple(bits), "nothing, because nothing is quantized")
+    for number in bits:
+        if number not in BITS:
+            raise RequestError("bits", number, "whole numbers from 2 to 8, or 32")
     _require_own(folder)
     found = source or open_source(request)
     with OneShot(request, found, folder, scored_images=SCORED_IMAGES) as oneshot:
-        names = [group.layers[0] for group in oneshot.groups]
+        names = [layer for group in oneshot.groups for layer in group.layers]
         cells = list(_cells([group.layers for group in oneshot.groups], ratios, bits))
         measured = _finished(folder)
         if "whole" not in measured:
@@ -103,9 +110,11 @@ def _cells(groups: Sequence[tuple[str, ...]], ratios: Sequence[float], bits: Seq
 
 
 def _outcome(oneshot: OneShot, cell: _Cell, names: Sequence[str]) -> dict[str, Any]:
-    """A cell that cannot be made says why, and the others go on."""
+    """A cell that cannot be made says why, and the others go on; what is no cell's doing ends the measurement."""
     try:
         return oneshot.evaluate(cell.candidate(names)).as_dict()
+    except (StorageError, RuntimeUnavailableError):
+        raise
     except CompressError as error:
         return {"refused": str(error)}
 

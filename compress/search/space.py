@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 
 from compress.pruning import Group
 from compress.search.candidate import Candidate
@@ -21,13 +21,15 @@ class Space:
     """Groups of layers whose ratio may be chosen, in the order of the forward pass."""
     multiple: int
     """Kept channels are multiples of this."""
+    _: KW_ONLY
     largest: float = LARGEST_RATIO
     pruners: tuple[str, ...] = ("l1-norm",)
     """The first one is the base request's."""
     quantizers: tuple[str, ...] = ("qat",)
     sensitive: tuple[str, ...] = ()
     """Layers that may get `wide_bits`, the one that bears few bits worst first; a candidate widens the first n of them."""
-    wide_bits: int = 32
+    wide_bits: str = "32"
+    """As in `Request.layer_bits`."""
 
     def choices(self, group: Group) -> tuple[float, ...]:
         """Every ratio that the group can have, ascending from 0."""
@@ -54,12 +56,11 @@ class Space:
             ratios: lead layer -> share of its channels to remove.
             widened: how many of the sensitive layers get `wide_bits`; none where nothing is quantized.
         """
-        chosen = tuple(
-            (group.layers[0], self.nearest(group, ratios.get(group.layers[0], 0.0))) for group in self.groups
-        )
+        chosen = {group: self.nearest(group, ratios.get(group.layers[0], 0.0)) for group in self.groups}
+        named = tuple((layer, ratio) for group, ratio in chosen.items() for layer in group.layers)
         quantizer = quantizer or self.quantizers[0]
         wide = () if quantizer == "none" else tuple((name, self.wide_bits) for name in self.sensitive[:widened])
-        return Candidate(chosen, wide, pruner or self.pruners[0], quantizer)
+        return Candidate(named, wide, pruner or self.pruners[0], quantizer)
 
     def uniform(self, ratio: float, *, pruner: str | None = None, quantizer: str | None = None) -> Candidate:
         """Every group loses the same share, as near as its channels allow."""

@@ -7,62 +7,17 @@ same history it proposes the same candidate. So a search that was interrupted go
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 from compress.errors import RequestError
 from compress.search.annealing import AutoCompress, SimulatedAnnealing
 from compress.search.candidate import Candidate
-from compress.search.oneshot import Outcome
+from compress.search.problem import History, Problem, Strategy
 from compress.search.space import Space
-from compress.search.target import Target
 from compress.search.tpe import Tpe
-
-History = Sequence[tuple[Candidate, Outcome]]
-"""Everything measured so far, oldest first."""
-
-
-@dataclass(frozen=True)
-class Problem:
-    """What a strategy is given to start with."""
-
-    space: Space
-    target: Target
-    dense: Outcome
-    trials: int
-    """How many candidates will be measured in all, for strategies with a schedule."""
-    seed: int = 0
-
-
-class Strategy(Protocol):
-    """Chooses what to measure next."""
-
-    def propose(self, history: History) -> Candidate:
-        """The next candidate; one that was measured already is not measured again, and its outcome is repeated."""
-
-
-@dataclass(frozen=True)
-class Uniform:
-    """Every group loses the same share: halves the interval between a share that keeps to the limits and one that does not.
-
-    When it is narrower than the steps of the widest group, the next pruner and quantizer have their turn.
-    """
-
-    problem: Problem
-
-    def propose(self, history: History) -> Candidate:
-        space = self.problem.space
-        widest = max(len(space.choices(group)) for group in space.groups)
-        rounds = max(2, widest.bit_length())
-        turn, halvings = divmod(len(history), rounds)
-        pruner = space.pruners[turn % len(space.pruners)]
-        quantizer = space.quantizers[turn // len(space.pruners) % len(space.quantizers)]
-        low, high = 0.0, space.largest
-        for _, outcome in history[turn * rounds : turn * rounds + halvings]:
-            excess = self.problem.target.excess(outcome.latency_ms, outcome.file_bytes, self.problem.dense)
-            low, high = (low, (low + high) / 2) if excess <= 1 else ((low + high) / 2, high)
-        return space.uniform((low + high) / 2, pruner=pruner, quantizer=quantizer)
+from compress.search.trials import Trials
+from compress.search.uniform import Uniform
 
 
 @dataclass(frozen=True)
@@ -84,6 +39,15 @@ def random_candidate(space: Space, seed: str) -> Candidate:
         pruner=generator.choice(space.pruners),
         quantizer=generator.choice(space.quantizers),
     )
+
+
+def proposal(strategy: Strategy, problem: Problem, trials: Trials) -> Candidate:
+    """Of the strategy; it does not see what could not be made, so a random one stands in when it proposes that again."""
+    candidate = strategy.propose(trials.history)
+    known = trials.of(candidate)
+    if known is not None and known.refused:
+        return random_candidate(problem.space, f"{problem.seed} stands in {len(trials.all)}")
+    return candidate
 
 
 def _amc(problem: Problem) -> Strategy:
@@ -108,6 +72,9 @@ STRATEGIES: dict[str, Callable[[Problem], Strategy]] = {
     "amc": _amc,
 }
 """Name -> what makes the strategy for a problem."""
+
+RATIOS_ALONE = frozenset({"simulated-annealing", "auto-compress", "amc"})
+"""Strategies that choose the ratio of each group and nothing else: neither pruner nor quantizer, and no wider layers."""
 
 LEARN_BEYOND_LIMITS = frozenset({"auto-compress", "amc"})
 """Strategies that need the accuracy of candidates far beyond the limits too: annealing in rounds starts there on purpose, and an

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 from compress.errors import RequestError
-from compress.search.oneshot import Outcome
+from compress.search.outcome import Outcome
 
 POINTS_PER_DOUBLING = 100.0
 """Points of accuracy that missing a limit by a factor of two weighs: no gain in accuracy makes up for a missed limit."""
@@ -53,6 +52,3 @@ class Target:
         """
         missed = max(0.0, math.log2(self.excess(outcome.latency_ms, outcome.file_bytes, dense)))
         return 100 * (outcome.accuracy - dense.accuracy) - POINTS_PER_DOUBLING * missed
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)

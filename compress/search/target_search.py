@@ -16,15 +16,17 @@ from typing import Any
 from torch import nn
 
 from compress import pipeline
-from compress.errors import CompressError, RequestError, RunError
+from compress.errors import CompressError, RequestError, RunError, StorageError
 from compress.files import write_text
 from compress.report import Report
 from compress.request import Request
 from compress.runs import MANIFEST
-from compress.search.candidate import Candidate
-from compress.search.oneshot import OneShot
+from compress.search.candidate import by_quantizer
+from compress.search.oneshot import OneShot, require_searchable
+from compress.search.problem import Problem
 from compress.search.space import Space
-from compress.search.strategies import LEARN_BEYOND_LIMITS, STRATEGIES, Problem, Strategy, random_candidate
+from compress.search.stopwatch import MEASURED
+from compress.search.strategies import LEARN_BEYOND_LIMITS, RATIOS_ALONE, STRATEGIES, proposal
 from compress.search.target import Target
 from compress.search.trials import Trial, Trials
 from compress.sources import open_source
@@ -65,6 +67,11 @@ class Settings:
                 raise RequestError(field, getattr(self, field), "a whole number from 1 up")
         if self.max_minutes is not None and self.max_minutes <= 0:
             raise RequestError("max_minutes", self.max_minutes, "a number above 0")
+        for field in ("pruners", "quantizers"):
+            if getattr(self, field) and self.strategy in RATIOS_ALONE:
+                others = ", ".join(name for name in STRATEGIES if name not in RATIOS_ALONE)
+                allowed = f"none with {self.strategy}, which chooses ratios alone; these strategies choose: {others}"
+                raise RequestError(field, getattr(self, field), allowed)
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-safe."""
@@ -90,11 +97,17 @@ def search(
         CompressError: the search cannot start; a candidate that cannot be made is a trial that says why.
         RunError: the folder holds something else.
     """
-    for pruner in settings.pruners:
-        oneshot_request(request, pruner)
-    _claim(folder, request, settings)
-    trials = Trials(folder)
-    with OneShot(request, open_source(request, model), folder) as oneshot:
+    for pruner in (request.pruner, *settings.pruners):
+        require_searchable(Request(**(request.model_dump() | {"pruner": pruner})))
+    for quantizer in settings.quantizers:
+        Request(**(request.model_dump() | by_quantizer(quantizer)))
+    asked = {"request": request.model_dump(mode="json"), "settings": settings.as_dict()}
+    _require_own(folder, asked)
+    source = open_source(request, model)
+    with OneShot(request, source, folder) as oneshot:
+        # Claimed when nothing can be refused any more: a corrected command is another search, and may take the folder.
+        write_text(folder / SEARCH, json.dumps(asked, indent=1) + "\n")
+        trials = Trials(folder)
         problem = _problem(request, settings, oneshot)
         _measure(oneshot, problem, settings, trials, notify)
         dense, runtime = oneshot.dense, oneshot.runtime.name
@@ -108,7 +121,7 @@ def search(
         "trials": [trial.as_dict() for trial in trials.all],
         "runs": runs,
         "winner": winner,
-        "text": _words(winner, runs, trials),
+        "text": _words(winner, runs, trials, settings.tries),
     }
     write_text(folder / RESULT, json.dumps(found, indent=1) + "\n")
     from compress.search.pages import search_page
@@ -117,37 +130,31 @@ def search(
     return found
 
 
-def oneshot_request(request: Request, pruner: str) -> None:
-    """Raises `RequestError` for a pruner that a search cannot use."""
-    from compress.search.oneshot import require_searchable
-
-    require_searchable(Request(**(request.model_dump() | {"pruner": pruner})))
-
-
-def _claim(folder: Path, request: Request, settings: Settings) -> None:
-    """The folder is this search's: new, or with the same request and settings."""
-    asked = {"request": request.model_dump(mode="json"), "settings": settings.as_dict()}
+def _require_own(folder: Path, asked: dict[str, Any]) -> None:
+    """Raises `RunError` unless the folder is this search's: new, or with the same request and settings."""
     saved = folder / SEARCH
     if saved.exists():
         if json.loads(saved.read_text(encoding="utf-8")) != asked:
             raise RunError(f"{folder} holds another search. Choose another folder, or go on with the same options.")
         return
-    if folder.exists() and (strangers := sorted(entry.name for entry in folder.iterdir())):
+    entries = sorted(entry.name for entry in folder.iterdir()) if folder.exists() else []
+    if strangers := [name for name in entries if not name.startswith(".partial-") and name != MEASURED]:
         raise RunError(
             f"The output folder {folder} is not empty (it holds {strangers[0]}). Choose a new or empty folder."
         )
-    write_text(saved, json.dumps(asked, indent=1) + "\n")
 
 
 def _problem(request: Request, settings: Settings, oneshot: OneShot) -> Problem:
-    sensitive = oneshot.sensitive_layers()[:WIDENED] if request.quantizes else ()
+    wide_bits = "32" if request.weight_bits == 8 else "8/8"
+    widens = request.quantizes and settings.strategy not in RATIOS_ALONE
+    sensitive = oneshot.sensitive_layers(wide_bits)[:WIDENED] if widens else ()
     space = Space(
         oneshot.groups,
         request.channel_multiple,
         pruners=tuple(dict.fromkeys((request.pruner, *settings.pruners))),
         quantizers=tuple(dict.fromkeys((request.quantizer, *settings.quantizers))),
         sensitive=sensitive,
-        wide_bits=32 if request.weight_bits == 8 else 8,
+        wide_bits=wide_bits,
     )
     return Problem(space, settings.target, oneshot.dense, settings.trials, request.seed)
 
@@ -159,26 +166,9 @@ def _measure(oneshot: OneShot, problem: Problem, settings: Settings, trials: Tri
     strategy = STRATEGIES[settings.strategy](problem)
     refuse = _never if settings.strategy in LEARN_BEYOND_LIMITS else partial(_hopeless, problem)
     while len(trials.all) < settings.trials and not _spent(settings, trials) and not _stale(trials):
-        candidate = _proposal(strategy, problem, trials)
-        number, known = len(trials.all) + 1, trials.of(candidate)
-        if known is not None:
-            trials.add(Trial(number, candidate, known.outcome, repeats=known.repeats or known.number))
-            continue
-        try:
-            trial = Trial(number, candidate, oneshot.evaluate(candidate, refuse))
-        except CompressError as error:
-            trial = Trial(number, candidate, None, refused=str(error))
-        trials.add(trial)
-        notify(f"{number} of {settings.trials}: {_trial_words(trial, problem)}")
-
-
-def _proposal(strategy: Strategy, problem: Problem, trials: Trials) -> Candidate:
-    """Of the strategy; it does not see what could not be made, so a random one stands in when it proposes that again."""
-    candidate = strategy.propose(trials.history)
-    known = trials.of(candidate)
-    if known is not None and known.refused:
-        return random_candidate(problem.space, f"{problem.seed} stands in {len(trials.all)}")
-    return candidate
+        trial = trials.measure(proposal(strategy, problem, trials), partial(oneshot.evaluate, hopeless=refuse))
+        if trial.repeats is None:
+            notify(f"{trial.number} of {settings.trials}: {_trial_words(trial, problem)}")
 
 
 def _hopeless(problem: Problem, latency_ms: float, file_bytes: int) -> str | None:
@@ -191,7 +181,7 @@ def _never(latency_ms: float, file_bytes: int) -> None:
 
 
 def _spent(settings: Settings, trials: Trials) -> bool:
-    seconds = sum(t.outcome.seconds for t in trials.all if t.outcome is not None and t.repeats is None)
+    seconds = sum(trial.seconds for trial in trials.all)
     return settings.max_minutes is not None and seconds > 60 * settings.max_minutes
 
 
@@ -213,6 +203,8 @@ def _train(
 ) -> list[dict[str, Any]]:
     """Trains the most promising candidates, one after the other, until one reaches the target.
 
+    A run that fails is a row that says why, and the next candidate is tried; what concerns the folder ends the search.
+
     A run that comes out slower or larger than its trial takes the candidates along that would miss a limit by the same.
     """
     runs: list[dict[str, Any]] = []
@@ -223,11 +215,15 @@ def _train(
             break
         notify(f"training the candidate of trial {trial.number}")
         out = folder / RUNS / f"trial-{trial.number:05d}"
-        report = _run(trial.candidate.request(request), out, model)
-        row = _judged(trial, report, settings.target, out.relative_to(folder))
+        try:
+            report = _run(trial.candidate.request(request), out, model)
+            row = _judged(trial, report, settings.target, out.relative_to(folder))
+        except StorageError:
+            raise
+        except CompressError as error:
+            row = _failed(trial, error, out.relative_to(folder))
         runs.append(row)
-        expected = _excess(problem, trial)
-        worse = max(worse, row["excess"] / expected)
+        worse = max(worse, row["excess"] / problem.excess(trial.outcome))
         notify("; ".join(row["missed"]) or "it reaches the target")
     return runs
 
@@ -240,19 +236,21 @@ def _best(trials: Trials, problem: Problem, tried: set[int], worse: float) -> Tr
         if trial.complete
         and trial.repeats is None
         and trial.number not in tried
-        and _excess(problem, trial) * worse <= 1
+        and problem.excess(trial.outcome) * worse <= 1
     ]
-    return max(fits, key=lambda trial: problem.target.score(trial.outcome, problem.dense), default=None)
-
-
-def _excess(problem: Problem, trial: Trial) -> float:
-    return problem.target.excess(trial.outcome.latency_ms, trial.outcome.file_bytes, problem.dense)
+    return max(fits, key=lambda trial: problem.score(trial.outcome), default=None)
 
 
 def _run(request: Request, out: Path, model: nn.Module | None) -> Report:
     if (out / MANIFEST).exists():
         return Report.from_file(out / "report.json")
     return pipeline.run(request, model=model, out=out, resume=(out / "request.json").exists())
+
+
+def _failed(trial: Trial, error: CompressError, folder: Path) -> dict[str, Any]:
+    """As `_judged`, of a run that came to no report."""
+    unknown = dict.fromkeys(("accuracy_drop_points", "speedup", "latency_ms", "size_mb", "accuracy", "verdict"))
+    return {"trial": trial.number, "folder": str(folder), **unknown, "excess": 0.0, "missed": [str(error)]}
 
 
 def _judged(trial: Trial, report: Report, target: Target, folder: Path) -> dict[str, Any]:
@@ -281,7 +279,7 @@ def _judged(trial: Trial, report: Report, target: Target, folder: Path) -> dict[
             missed.append(f"{unit} not measured, {bound} {limit:g} asked for")
             continue
         if sign * value > sign * limit:
-            missed.append(f"{value:.2f} {unit}, {bound} {limit:g} asked for")
+            missed.append(f"{_told(value, limit)} {unit}, {bound} {limit:g} asked for")
         if name != "accuracy_drop_points":
             excess = max(excess, value / limit if sign > 0 else limit / value)
     return {
@@ -295,18 +293,37 @@ def _judged(trial: Trial, report: Report, target: Target, folder: Path) -> dict[
     }
 
 
-def _words(winner: int | None, runs: list[dict[str, Any]], trials: Trials) -> str:
-    scored = sum(trial.complete and trial.repeats is None for trial in trials.all)
+def _told(value: float, limit: float) -> str:
+    """With four digits, or as many as tell the value from the limit that it misses."""
+    texts = (f"{value:.{digits}g}" for digits in range(4, 18))
+    return next(text for text in texts if float(text) != limit)
+
+
+def _words(winner: int | None, runs: list[dict[str, Any]], trials: Trials, tries: int) -> str:
     if winner is not None:
-        return f"The target is reached by the run of trial {winner}: {runs[-1]['verdict']}"
+        judged = sum(row["accuracy"] is not None for row in runs)
+        again = f", number {judged} of the runs judged on the same test images" if judged > 1 else ""
+        return f"The target is reached by the run of trial {winner}{again}: {runs[-1]['verdict']}"
     if not runs:
-        return (
-            f"The target is not reached: none of {scored} candidates that were measured keeps to its limits on speed and "
-            "size. Allow more trials, or ask for less."
-        )
-    told = " ".join(f"Trial {row['trial']}: {'; '.join(row['missed'])}." for row in runs)
+        return f"The target is not reached: {_why_none_was_trained(trials)}"
+    told = " ".join(f"Trial {row['trial']}: {'; '.join(row['missed']).removesuffix('.')}." for row in runs)
+    more = (
+        "Allow more tries, or ask for less."
+        if len(runs) >= tries
+        else "No other candidate is expected to keep to the limits. Allow more trials, or ask for less."
+    )
+    number = f"any of {len(runs)} trained candidates" if len(runs) > 1 else "the one trained candidate"
+    return f"The target is not reached by {number}. {told} {more}"
+
+
+def _why_none_was_trained(trials: Trials) -> str:
+    first = [trial for trial in trials.all if trial.repeats is None]
+    measured = sum(trial.outcome is not None for trial in first)
+    if measured == 0:
+        return f"none of {len(first)} candidates could be made. The first one: {first[0].refused}"
     return (
-        f"The target is not reached by any of {len(runs)} trained candidates. {told} Allow more tries, or ask for less."
+        f"none of {measured} candidates that were measured keeps to its limits on speed and size. Allow more trials, or ask "
+        "for less."
     )
 
 

@@ -7,13 +7,12 @@ a search that was killed goes on with the proposals that it would have made.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from compress.search.candidate import Candidate
+from compress.search.problem import History, Problem
 from compress.search.space import Space
-
-if TYPE_CHECKING:
-    from compress.search.strategies import History, Problem
+from compress.search.uniform import Uniform
 
 STARTS = 8
 """Proposals of uniform pruning first: they find out how much has to go, from where single groups are moved."""
@@ -26,8 +25,6 @@ class Tpe:
     problem: Problem
 
     def propose(self, history: History) -> Candidate:
-        from compress.search.strategies import Uniform
-
         if len(history) < min(STARTS, self.problem.trials // 2):
             return Uniform(self.problem).propose(history)
         import optuna
@@ -43,7 +40,7 @@ class Tpe:
         distributions = _distributions(self.problem.space, optuna)
         for candidate, outcome in history:
             params = _params(self.problem.space, candidate)
-            score = self.problem.target.score(outcome, self.problem.dense)
+            score = self.problem.score(outcome)
             study.add_trial(optuna.trial.create_trial(params=params, distributions=distributions, value=score))
         return _candidate(self.problem.space, study.ask(distributions).params)
 
@@ -68,7 +65,7 @@ def _params(space: Space, candidate: Candidate) -> dict[str, Any]:
         group.layers[0]: space.choices(group).index(ratios[group.layers[0]]) for group in space.groups
     }
     if space.sensitive:
-        params["widened"] = len(candidate.weight_bits)
+        params["widened"] = len(candidate.layer_bits)
     if len(space.pruners) > 1:
         params["pruner"] = candidate.pruner
     if len(space.quantizers) > 1:

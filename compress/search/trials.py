@@ -7,14 +7,16 @@ again, because a strategy sees nothing but the record.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from compress.errors import StorageError
+from compress.errors import CompressError, RuntimeUnavailableError, StorageError
 from compress.files import write_text
 from compress.search.candidate import Candidate
-from compress.search.oneshot import Outcome
+from compress.search.outcome import Outcome
 
 FOLDER = "trials"
 
@@ -32,6 +34,8 @@ class Trial:
     """Why it could not be made."""
     repeats: int | None = None
     """The number of the earlier trial of the same candidate, whose outcome this one has."""
+    seconds: float = 0.0
+    """To make and measure it, or to find that it cannot be made."""
 
     @property
     def complete(self) -> bool:
@@ -45,6 +49,7 @@ class Trial:
             "outcome": self.outcome and self.outcome.as_dict(),
             "refused": self.refused,
             "repeats": self.repeats,
+            "seconds": self.seconds,
         }
 
 
@@ -69,17 +74,33 @@ class Trials:
         """The first trial of this candidate."""
         return next((trial for trial in self.all if trial.candidate == candidate), None)
 
-    def add(self, trial: Trial) -> None:
-        write_text(self._folder / f"{trial.number:05d}.json", json.dumps(trial.as_dict(), indent=1) + "\n")
+    def measure(self, candidate: Candidate, evaluate: Callable[[Candidate], Outcome]) -> Trial:
+        """Adds the next trial, on disk as well: measured, refused, or with the outcome of an earlier one.
+
+        Raises:
+            StorageError, RuntimeUnavailableError: what is wrong is not the candidate, and nothing is recorded.
+        """
+        number, known = len(self.all) + 1, self.of(candidate)
+        if known is not None:
+            trial = replace(known, number=number, repeats=known.repeats or known.number, seconds=0.0)
+        else:
+            start = time.perf_counter()
+            try:
+                outcome, refused = evaluate(candidate), None
+            except (StorageError, RuntimeUnavailableError):
+                raise
+            except CompressError as error:
+                outcome, refused = None, str(error)
+            trial = Trial(number, candidate, outcome, refused, seconds=time.perf_counter() - start)
+        write_text(self._folder / f"{number:05d}.json", json.dumps(trial.as_dict(), indent=1) + "\n")
         self.all.append(trial)
+        return trial
 
 
 def _read(path: Path) -> Trial:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         outcome = values["outcome"] and Outcome(**values["outcome"])
-        return Trial(
-            values["number"], Candidate.from_dict(values["candidate"]), outcome, values["refused"], values["repeats"]
-        )
+        return Trial(**(values | {"candidate": Candidate.from_dict(values["candidate"]), "outcome": outcome}))
     except (ValueError, KeyError, TypeError) as error:
         raise StorageError(f"{path} is damaged ({error!r}). Restore it, or search in a new folder.") from error
