@@ -14,7 +14,7 @@ from compress.pruning import Group
 from compress.report import Verdict
 from compress.request import Request
 from compress.search import front as fronts
-from compress.search.oneshot import Outcome
+from compress.search.outcome import Outcome
 
 DENSE = Outcome(0.9, 10.0, 4000, 9000, 16000, 0.1, 9.0, 11.0, 1000)
 
@@ -103,7 +103,7 @@ class Measured:
 
     stops_after = 100
 
-    def __init__(self, request, source, folder):
+    def __init__(self, request, source, folder, *, notify):
         self.groups = (Group(("a",), 32, 16, ""), Group(("b",), 64, 32, ""))
         self.dense, self.runtime = DENSE, type("R", (), {"name": "onnxruntime"})
         Measured.asked = []

@@ -176,8 +176,11 @@ def test_a_hopeless_candidate_is_not_scored(oneshot, monkeypatch):
 
 def test_measurements_of_another_request_are_refused(oneshot, source):
     other = oneshot.base.model_copy(update={"seed": 1})
-    with pytest.raises(RunError, match="holds measurements of another request. Choose another folder"):
+    told = "holds measurements of another request or command. Choose another folder"
+    with pytest.raises(RunError, match=told):
         OneShot(other, source, oneshot.folder)
+    with pytest.raises(RunError, match=told):
+        OneShot(oneshot.base, source, oneshot.folder, scored_images=7)
 
 
 def test_measurements_of_another_machine_or_of_a_runtime_that_is_gone_are_refused(oneshot, source, monkeypatch):
@@ -196,7 +199,7 @@ def test_measurements_of_another_machine_or_of_a_runtime_that_is_gone_are_refuse
 
 def test_a_runtime_that_refuses_the_file_is_left_out_unless_it_is_asked_for(oneshot, monkeypatch):
     said = []
-    monkeypatch.setattr(oneshot._stopwatch, "_progress", said.append)
+    monkeypatch.setattr(oneshot._stopwatch, "_notify", said.append)
 
     def load(runtime):
         if runtime.name == "picky":

@@ -20,7 +20,7 @@ class Measured:
 
     stops_after = 100
 
-    def __init__(self, request, source, folder, *, scored_images):
+    def __init__(self, request, source, folder, *, scored_images, notify):
         self.groups = tuple(Group(names, 32, 16, "") for names in (("a", "a2"), ("b",)))
         self.dense, self.runtime = OUTCOME, type("R", (), {"name": "onnxruntime"})
         Measured.asked = []

@@ -18,9 +18,11 @@ from compress.errors import RequestError, RunError
 from compress.files import write_text
 from compress.forecasts import FILE, Front, Point, difference
 from compress.request import Request
-from compress.search.oneshot import MEASURED, OneShot, Outcome
+from compress.search.oneshot import OneShot
+from compress.search.outcome import Outcome
 from compress.search.pages import page
 from compress.search.space import Space
+from compress.search.stopwatch import MEASURED
 from compress.sources import open_source
 
 RATIOS = (0.25, 0.375, 0.5, 0.625, 0.75)
@@ -50,7 +52,7 @@ def measure(
     if not wanted or not all(0 < ratio < 1 for ratio in wanted):
         raise RequestError("ratios", tuple(ratios), "fractions strictly between 0 and 1, at least one")
     _require_own(folder)
-    with OneShot(request, open_source(request, model), folder) as oneshot:
+    with OneShot(request, open_source(request, model), folder, notify=notify) as oneshot:
         space = Space(oneshot.groups, request.channel_multiple, largest=1.0)
         points = {point.sparsity: point for point in _finished(folder)}
         for number, ratio in enumerate(wanted, start=1):

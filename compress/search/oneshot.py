@@ -46,7 +46,7 @@ class OneShot:
             unpruned model fastest, quantized as the base says.
         source: of `open_source(base)`; only training images are looked at.
         folder: keeps `measured.json`, with which a later OneShot of the same request goes on; None keeps nothing.
-        progress: called with a text at each step of an evaluation.
+        notify: called with each runtime that `auto` leaves out, and why.
 
     Raises:
         RequestError: the base's pruner shrinks nothing or trains, there are no images, or the plan is an NNI config list.
@@ -61,12 +61,12 @@ class OneShot:
         folder: Path | None = None,
         *,
         scored_images: int = SCORED_IMAGES,
-        progress: Callable[[str], None] = lambda text: None,
+        notify: Callable[[str], None] = lambda text: None,
     ) -> None:
         require_searchable(base)
         if source.dataset.kind == "none":
             raise RequestError("data", base.data, "images: candidates are compared on images held out from training")
-        self.base, self.folder, self._progress = base, folder, progress
+        self.base, self.folder = base, folder
         count = min(scored_images, len(source.dataset.train) // 5)
         if count == 0:
             raise DataError(
@@ -91,7 +91,8 @@ class OneShot:
             image=self._calibration[:1],
             quantize=self._quantized,
             score=self._score,
-            progress=progress,
+            images_scored=count,
+            notify=notify,
         )
         self.dense, self.runtime = self._stopwatch.dense, self._stopwatch.runtime
 
@@ -126,7 +127,6 @@ class OneShot:
         right = total = 0
         if why is None:
             if shrunk is not None:
-                self._progress("refitting")
                 recipes.recover(request, self._source, self._source.model, model, shrunk.kept)
             deployed = quantization.fake_quantized(self._quantized(request, model)) if request.quantizes else model
             right, total = self._score(deployed)
@@ -167,7 +167,6 @@ class OneShot:
             if any(_removes(request, group) for group in self.groups):
                 raise
             return None
-        self._progress("pruning")
         how = recipes.pruning_training(request, self._source, self._source.model, lambda done, text: None)
         shrunk = pruning.prune(self._source.model, self._source.example, plan, request.pruner, how)
         shrunk.model.eval()

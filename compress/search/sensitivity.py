@@ -81,7 +81,7 @@ def measure(
             raise RequestError("bits", number, "whole numbers from 2 to 8, or 32")
     _require_own(folder)
     found = source or open_source(request)
-    with OneShot(request, found, folder, scored_images=SCORED_IMAGES) as oneshot:
+    with OneShot(request, found, folder, scored_images=SCORED_IMAGES, notify=notify) as oneshot:
         names = [layer for group in oneshot.groups for layer in group.layers]
         cells = list(_cells([group.layers for group in oneshot.groups], ratios, bits))
         measured = _finished(folder)

@@ -39,7 +39,8 @@ class Stopwatch:
         image: what is run, float32 [1, 3, size, size], normalised.
         quantize: a model as a request says.
         score: right answers of a model, and of how many.
-        progress: called with a text at each step.
+        images_scored: how many `score` looks at.
+        notify: called with each runtime that is left out, and why.
 
     Raises:
         RuntimeUnavailableError: the runtime does not run here.
@@ -55,11 +56,12 @@ class Stopwatch:
         image: torch.Tensor,
         quantize: Callable[[Request, nn.Module], quantization.Quantized],
         score: Callable[[nn.Module], tuple[int, int]],
-        progress: Callable[[str], None],
+        images_scored: int,
+        notify: Callable[[str], None],
     ) -> None:
         self.base, self.folder, self._source, self._image = base, folder, source, image
-        self._quantize, self._score, self._progress = quantize, score, progress
-        self._kept = self._restored()
+        self._quantize, self._score, self._notify = quantize, score, notify
+        self._kept = self._restored(images_scored)
         self._open = ExitStack()
         try:
             self._measure_dense()
@@ -90,7 +92,6 @@ class Stopwatch:
         self._folder = Path(self._open.enter_context(tempfile.TemporaryDirectory()))
         self._dense_files: dict[str, Path] = {}
         model, dense = self._source.model, self._folder / "dense.onnx"
-        self._progress("the dense model")
         onnx_export.export(model, dense, input_size=self._source.preprocessing.input_size)
         if self._kept is not None:
             if missing := [name for name in (self._kept["runtime"], self._kept["reference"]) if name not in here]:
@@ -154,7 +155,7 @@ class Stopwatch:
                 if self.base.runtime == name:
                     raise
                 refused = error
-                self._progress(f"without {runtime.title}: {error}")
+                self._notify(f"without {runtime.title}: {error}")
         if not sessions:
             raise refused
         return sessions
@@ -164,7 +165,6 @@ class Stopwatch:
         model = self._source.model if shrunk is None else shrunk
         key, known = self._structure(request, model), self._kept["structures"]
         if key not in known:
-            self._progress(f"timing on {self.runtime.title}")
             with tempfile.TemporaryDirectory() as folder:
                 path = self._file_to_time(Path(folder), request, shrunk)
                 size = path.stat().st_size
@@ -206,15 +206,15 @@ class Stopwatch:
         text = "\n".join([_precision(request), *shapes, *bits])
         return hashlib.sha256(text.encode()).hexdigest()[:20]
 
-    def _restored(self) -> dict[str, Any] | None:
+    def _restored(self, images_scored: int) -> dict[str, Any] | None:
         """What an earlier attempt left in the folder."""
         path = self.folder / MEASURED if self.folder else None
         if path is None or not path.exists():
             return None
         kept = json.loads(path.read_text(encoding="utf-8"))
-        if Request(**kept["request"]) != self.base:
+        if Request(**kept["request"]) != self.base or kept["dense"]["n_images"] != images_scored:
             raise RunError(
-                f"{path} holds measurements of another request. Choose another folder, or go on with the same options."
+                f"{path} holds measurements of another request or command. Choose another folder, or go on with the same options."
             )
         if (cpu := machine.describe(self.base.threads).cpu) != kept["cpu"]:
             raise RunError(

@@ -104,7 +104,7 @@ def search(
     asked = {"request": request.model_dump(mode="json"), "settings": settings.as_dict()}
     _require_own(folder, asked)
     source = open_source(request, model)
-    with OneShot(request, source, folder) as oneshot:
+    with OneShot(request, source, folder, notify=notify) as oneshot:
         # Claimed when nothing can be refused any more: a corrected command is another search, and may take the folder.
         write_text(folder / SEARCH, json.dumps(asked, indent=1) + "\n")
         trials = Trials(folder)
