@@ -39,7 +39,7 @@ GROUPS = tuple(Group((name,), 64, 32, "") for name in ("a", "b"))
 class Measured:
     """In place of OneShot: a model whose time goes with its channels."""
 
-    def __init__(self, request, source, folder):
+    def __init__(self, request, source, folder, *, notify):
         self.groups, self.dense, self.runtime = GROUPS, DENSE, type("R", (), {"name": "onnxruntime"})
         self.log = folder / "asked.txt"
 
@@ -131,11 +131,16 @@ def test_the_front_has_what_nothing_is_both_faster_and_more_accurate_than():
     assert pages.pareto(outcomes) == [outcomes[1], outcomes[3], outcomes[0]]
     assert pages.pareto([]) == []
     scored = [{"number": number, "outcome": outcome} for number, outcome in enumerate(outcomes, start=1)]
-    line, candidates, dense, _ = pages._front(scored, [], {"latency_ms": 5.0, "accuracy": 0.95}, dark=False).data
+    runs = [
+        {"trial": 2, "folder": "runs/2", "latency_ms": 2.1, "accuracy_drop_points": 0.4},
+        {"trial": 3, "folder": "runs/3", "latency_ms": None, "accuracy_drop_points": None},
+    ]
+    figure = pages._front(scored, runs, {"latency_ms": 5.0, "accuracy": 0.95}, dark=False)
+    line, candidates, dense, trained = figure.data
     assert (line.name, line.mode, line.line.shape) == ("front of the candidates", "lines", "hv")
-    assert (list(line.x), list(line.y)) == ([1.0, 2.0, 3.0], [50.0, 60.0, 90.0])
-    assert len(candidates.x) == 6 and (dense.x, dense.y) == ((5.0,), (95.0,))
-    assert len(pages._front(scored, [], None, dark=False).data) == 3
+    assert (list(line.x), list(line.y)) == ([1.0, 2.0, 3.0], pytest.approx([45.0, 35.0, 5.0]))
+    assert len(candidates.x) == 6 and (dense.x, dense.y) == ((5.0,), (0.0,))
+    assert (trained.x, trained.y) == ((2.1,), (0.4,)) and figure.layout.yaxis.autorange == "reversed"
 
 
 def test_a_miss_is_told_and_the_next_candidate_tried(request_of, tmp_path, monkeypatch):
@@ -311,7 +316,7 @@ def test_folders_of_others_are_refused(request_of, tmp_path, monkeypatch):
 
 
 def test_a_search_that_could_not_start_leaves_the_folder_to_a_corrected_one(request_of, tmp_path, monkeypatch):
-    def no_images(*_):
+    def no_images(*_, **__):
         raise DataError("There are no images.")
 
     out = tmp_path / "out"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import plotly.graph_objects as go
@@ -80,15 +81,16 @@ def search_page(found: dict[str, Any]) -> str:
     """The front of a target search: a point for each measured candidate, each trained run and the original."""
     scored = [t for t in found["trials"] if t["outcome"] and not t["outcome"]["stopped"] and t["repeats"] is None]
     note = (
-        "Small points are candidates as they were measured without training, on images held out from the training images, as "
-        "the original was; the line is their front. Large ones are trained runs, by the test images and through the deployed "
-        "file. The two are not the same images."
+        "Small points are candidates as they were measured without training, on images held out from the training images; the "
+        "line is their front. Large ones are trained runs, by the test images and through the deployed file. Each is compared "
+        "with the original on its own images."
     )
     rows = [
         (
             f"trial {t['number']}",
             f"{t['outcome']['latency_ms']:.3f}",
             f"{100 * t['outcome']['accuracy']:.1f}",
+            f"{_points_lost(t['outcome'], found['dense']):.1f}",
             f"{t['outcome']['file_bytes'] / 1e6:.2f}",
             "not trained",
         )
@@ -99,14 +101,15 @@ def search_page(found: dict[str, Any]) -> str:
             row["folder"],
             NOT_KNOWN if row["latency_ms"] is None else f"{row['latency_ms']:.3f}",
             NOT_KNOWN if row["accuracy"] is None else f"{100 * row['accuracy']:.1f}",
+            NOT_KNOWN if row["accuracy_drop_points"] is None else f"{row['accuracy_drop_points']:.1f}",
             NOT_KNOWN if row["size_mb"] is None else f"{row['size_mb']:.2f}",
             "; ".join(row["missed"]) or "reaches the target",
         )
         for row in found["runs"]
     ]
-    table = ("Point", "ms, batch 1", "Accuracy, %", "MB", "Result"), rows
-    dense = found["dense"] if found["dense"]["n_images"] else None
-    section = ("Accuracy against latency", note, lambda dark: _front(scored, found["runs"], dense, dark), table)
+    table = ("Point", "ms, batch 1", "Accuracy, %", "Points lost", "MB", "Result"), rows
+    draw = partial(_front, scored, found["runs"], found["dense"])
+    section = ("Accuracy lost against latency", note, draw, table)
     return page(f"{found['request']['model']}: target search", found["text"], [section])
 
 
@@ -119,15 +122,19 @@ def pareto(outcomes: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return front
 
 
+def _points_lost(outcome: dict[str, Any], dense: dict[str, Any]) -> float:
+    return 100 * (dense["accuracy"] - outcome["accuracy"])
+
+
 def _front(
-    scored: Sequence[dict[str, Any]], runs: Sequence[dict[str, Any]], dense: dict[str, Any] | None, dark: bool
+    scored: Sequence[dict[str, Any]], runs: Sequence[dict[str, Any]], dense: dict[str, Any], dark: bool
 ) -> go.Figure:
-    """`dense`: the outcome of the model as it came; None where its accuracy is not known."""
+    """`dense`: the outcome of the model as it came."""
     figure = go.Figure()
     front = pareto([t["outcome"] for t in scored])
     figure.add_scatter(
         x=[outcome["latency_ms"] for outcome in front],
-        y=[100 * outcome["accuracy"] for outcome in front],
+        y=[_points_lost(outcome, dense) for outcome in front],
         name="front of the candidates",
         mode="lines",
         line={"color": COLOURS["pruned"], "width": 1.5, "shape": "hv"},
@@ -135,35 +142,34 @@ def _front(
     )
     figure.add_scatter(
         x=[t["outcome"]["latency_ms"] for t in scored],
-        y=[100 * t["outcome"]["accuracy"] for t in scored],
+        y=[_points_lost(t["outcome"], dense) for t in scored],
         text=[f"trial {t['number']}" for t in scored],
         name="measured without training",
         mode="markers",
         marker={"color": COLOURS["pruned"], "size": 7, "opacity": 0.6},
-        hovertemplate="%{text}<br>%{y:.1f} %, %{x:.3f} ms<extra></extra>",
+        hovertemplate="%{text}<br>%{y:.1f} points lost, %{x:.3f} ms<extra></extra>",
     )
-    if dense is not None:
-        figure.add_scatter(
-            x=[dense["latency_ms"]],
-            y=[100 * dense["accuracy"]],
-            name="the original, fastest fp32",
-            mode="markers",
-            marker={"color": COLOURS["baseline"], "size": 11, "symbol": "square"},
-            hovertemplate="the original<br>%{y:.1f} %, %{x:.3f} ms<extra></extra>",
-        )
-    trained = [row for row in runs if row["latency_ms"] is not None and row["accuracy"] is not None]
+    figure.add_scatter(
+        x=[dense["latency_ms"]],
+        y=[0.0],
+        name="the original, fastest fp32",
+        mode="markers",
+        marker={"color": COLOURS["baseline"], "size": 11, "symbol": "square"},
+        hovertemplate="the original<br>%{x:.3f} ms<extra></extra>",
+    )
+    trained = [row for row in runs if row["latency_ms"] is not None and row["accuracy_drop_points"] is not None]
     figure.add_scatter(
         x=[row["latency_ms"] for row in trained],
-        y=[100 * row["accuracy"] for row in trained],
+        y=[row["accuracy_drop_points"] for row in trained],
         text=[f'<a href="{row["folder"]}/report.html">{row["trial"]}</a>' for row in trained],
         name="trained runs",
         mode="markers+text",
         textposition="top center",
         marker={"color": COLOURS["quantized"], "size": 13, "symbol": "diamond"},
-        hovertemplate="trial %{text}<br>%{y:.1f} %, %{x:.3f} ms<extra></extra>",
+        hovertemplate="trial %{text}<br>%{y:.1f} points lost, %{x:.3f} ms<extra></extra>",
     )
     figure.update_xaxes(title="milliseconds per image, batch 1")
-    figure.update_yaxes(title="accuracy, %")
+    figure.update_yaxes(title="points of accuracy lost", autorange="reversed")
     return dress(figure, dark).update_layout(height=420, legend={"orientation": "h", "y": 1.12, "x": 0})
 
 
