@@ -78,7 +78,8 @@ def test_every_layer_of_resnet18_and_mobilenet_v2_runs_on_integers(tmp_path):
                 precisions = [kernel.precision for kernel in session.kernels()]
             assert precisions == ["int8"] * layers, f"{name} on {runtime.name}"
         built = RUNTIMES["tensorrt-rtx"].build(paths["tensorrt"], tmp_path / f"{name}.engine", BuildSpec(32))
-        assert (built.passport["integer_layers"], built.passport["candidate_layers"]) == (layers, layers)
+        precisions = [(layer["name"], layer["precision"]) for layer in built.passport["layers"]]
+        assert [precision for _, precision in precisions] == ["int8"] * layers, precisions
 
 
 def test_engines_built_at_the_same_time_have_their_own_layers(tmp_path):
