@@ -154,8 +154,8 @@ class Carrier:
     def _start_child(self, row: Row) -> Child | str:
         """The started child, or the sentence why it could not be started."""
         folder = self._folders.run(row.job_id)
-        resume = row.attempt > 1 or jobs_files.has_begun(folder)
         try:
+            resume = row.attempt > 1 or jobs_files.has_begun(folder)
             return self._executor.start(folder, self._folders.console(row.job_id), resume=resume)
         except OSError as error:
             why = error.strerror or error

@@ -95,7 +95,7 @@ def recover(data_dir: Path, title_of: Callable[[Request], str]) -> tuple[int, Pa
         RunError: the record is not damaged, or a server or a run still works.
         StorageError: the files cannot be moved or written.
     """
-    path, runs = data_dir / "queue.sqlite", data_dir / "runs"
+    path, runs = data_dir / "queue.sqlite", (data_dir / "runs").resolve()
     damaged = Record.damage(path)
     if damaged is None:
         raise RunError(f"The record of runs {path} is sound, so there is nothing to recover.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -206,6 +207,15 @@ def test_a_command_that_cannot_start_fails_the_run(data_dir: Path) -> None:
         status.error == "The run's process could not be started (No such file or directory). "
         "Check the installation, then resume the run."
     )
+
+
+def test_a_run_whose_folder_was_removed_fails_and_the_next_one_starts(queue: Queue) -> None:
+    working, lost, after = (queue.submit(Request(**values)) for values in (ENDLESS, QUICK, QUICK))
+    wait(queue, working, "running")
+    shutil.rmtree(queue.folder(lost))
+    queue.cancel(working)
+    assert wait(queue, lost, "failed").error is not None
+    wait(queue, after, "done")
 
 
 def test_a_run_that_stands_still_is_ended_and_one_that_computes_is_not(data_dir: Path) -> None:

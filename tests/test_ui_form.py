@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -232,6 +233,7 @@ def test_what_the_browser_tells_is_taken_only_in_its_form() -> None:
         job="7", key="", again="", compare=None, mine=(), ticked=("b",), look=""
     )
     assert Context.read("[]") == Context.read("no json") == Context.read("")
+    assert len(Context.read(json.dumps({"mine": ["a"] * 5000})).mine) == 200, "no page keeps more"
     assert Context.read('{"compare": [""]}').compare == ("",), "the page of all runs, with none ticked"
 
 
@@ -281,6 +283,9 @@ def test_settings_come_from_the_environment() -> None:
     }  # fmt: skip
     assert settings.hosts[-2:] == ("a.example", "b.example")
     assert (Settings().hosts, Settings(host="0.0.0.0").hosts) == (("127.0.0.1", "localhost", "::1"), ())
+    behind_a_proxy = Settings(allowed_hosts=("app.example",))
+    assert (behind_a_proxy.local, behind_a_proxy.lists_all_runs) == (False, False), "strangers reach it by that name"
+    assert "app.example" in behind_a_proxy.hosts and "127.0.0.1" in behind_a_proxy.hosts
     assert (Settings().lists_all_runs, Settings(host="0.0.0.0").lists_all_runs) == (True, False)
     for variable, text, allowed in (
         ("ESPALIER_PORT", "0", "a whole number from 1 to 65535"),

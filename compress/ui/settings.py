@@ -91,12 +91,13 @@ class Settings:
 
     @property
     def local(self) -> bool:
-        return self.host in LOOPBACK
+        """Whether this machine alone reaches the server: no other name leads to it, as that of a proxy in front would."""
+        return self.host in LOOPBACK and not self.allowed_hosts
 
     @property
     def trusts_visitors(self) -> bool:
         """Whether everybody may change every run: where only this machine reaches the server, and nobody logs in."""
-        return self.local and not self.allowed_hosts and not self.accounts
+        return self.local and not self.accounts
 
     @property
     def lists_all_runs(self) -> bool:
@@ -174,7 +175,7 @@ def _refuse_without_mcp(settings: Settings) -> None:
 
 def _number(low: int, high: int) -> Any:
     def read(variable: str, text: str) -> int:
-        if not text.isdigit() or not low <= int(text) <= high:
+        if not text.isdecimal() or not low <= int(text) <= high:
             raise RequestError(variable, text, f"a whole number from {low} to {high}")
         return int(text)
 

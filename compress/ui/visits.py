@@ -66,5 +66,9 @@ class Context:
         )
 
 
+MOST_IDS = 200
+"""Runs of one list that are looked up; a page keeps 100."""
+
+
 def _strings(value: Any) -> tuple[str, ...]:
-    return tuple(item for item in value if isinstance(item, str)) if isinstance(value, list) else ()
+    return tuple(item for item in value[:MOST_IDS] if isinstance(item, str)) if isinstance(value, list) else ()
