@@ -219,8 +219,8 @@ class FinishedRuns:
         return self._folder
 
 
-def pressed(run, job_id, repository, host="127.0.0.1", public=False, pull_request=False):
-    publish = sharing.publisher(FinishedRuns(run), Settings(host=host))
+def pressed(run, job_id, repository, host="127.0.0.1", public=False, pull_request=False, allowed_hosts=()):
+    publish = sharing.publisher(FinishedRuns(run), Settings(host=host, allowed_hosts=allowed_hosts))
     return publish(job_id, repository, public, pull_request)
 
 
@@ -235,8 +235,9 @@ def test_what_is_refused_is_shown_as_text(server, run):
     assert "repository: got &#x27;&lt;b&gt;&#x27;, expected owner/name" in pressed(run, "done", "<b>")
 
 
-def test_nobody_else_publishes_with_the_servers_token(server, run):
-    shown = pressed(run, "done", "team/small", host="0.0.0.0")
+@pytest.mark.parametrize("reached", [{"host": "0.0.0.0"}, {"allowed_hosts": ("app.example",)}])
+def test_nobody_else_publishes_with_the_servers_token(server, run, reached):
+    shown = pressed(run, "done", "team/small", **reached)
     assert "everybody who reaches it would do so with its token" in shown and server.seen == []
 
 
