@@ -244,6 +244,7 @@ class Expected(_Facts):
 
     sparsity: float
     points_lost: float
+    """Percentage points of accuracy below the original, and a 95 % interval of it."""
     points_lost_low: float
     points_lost_high: float
     speedup: float
