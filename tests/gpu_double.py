@@ -378,7 +378,7 @@ def _module(name: str) -> types.ModuleType:
 
 def install(monkeypatch: Any, gpu: Gpu, release: str) -> types.ModuleType:
     """Puts the double in place of the packages, with a logger and a context of its own, until the test ends."""
-    from compress.engines import tensorrt, tensorrt_build, tensorrt_run
+    from compress.engines import RUNTIMES, tensorrt, tensorrt_build, tensorrt_run
 
     package, driver, bindings = _module("pycuda"), pycuda_driver(gpu), tensorrt_bindings(gpu, release)
     package.driver = driver
@@ -386,6 +386,12 @@ def install(monkeypatch: Any, gpu: Gpu, release: str) -> types.ModuleType:
         monkeypatch.setitem(sys.modules, module.__name__, module)
     logger, real = tensorrt_build.logger_of.__wrapped__(bindings.__name__), tensorrt_build.logger_of
     monkeypatch.setattr(tensorrt, "logger_of", lambda module: logger if module == bindings.__name__ else real(module))
+
+    def compile_here(runtime: str, *rest: Any) -> Any:  # the double ends with this process
+        logger.messages.clear()
+        return RUNTIMES[runtime].compile(*rest)
+
+    monkeypatch.setattr(tensorrt, "compile_apart", compile_here)
     device = functools.cache(tensorrt_run.gpu.__wrapped__)
     for user in (tensorrt, tensorrt_run):
         monkeypatch.setattr(user, "gpu", device)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from compress import signing
 from compress.engines import RUNTIMES, BuildSpec
 from compress.engines import passport as passports
 from compress.engines.tensorrt_build import layers_of_build_log, layers_of_inspector
+from compress.engines.tensorrt_process import compile_apart
 from compress.errors import HandoffError, RequestError, RuntimeUnavailableError
 from compress.files import sha256
 
@@ -69,6 +71,32 @@ def test_an_rtx_engine_is_for_the_architectures_asked_for(tmp_path):
     with pytest.raises(HandoffError, match="cannot build an engine from fp32.onnx: .*FP32 GEMM is not supported"):
         runtime.build(files()["fp32"], tmp_path / "turing.engine", BuildSpec(SIZE, targets=("SM75",)))
     assert not (tmp_path / "turing.engine").exists()
+
+
+def test_no_build_leaves_its_mark_on_the_next_one(tmp_path):
+    runtime = RUNTIMES["tensorrt-rtx"]
+    runtime.build(files()["tensorrt"], tmp_path / "ampere.engine", BuildSpec(SIZE, targets=("SM86",)))
+    with pytest.raises(HandoffError):
+        runtime.build(files()["fp32"], tmp_path / "turing.engine", BuildSpec(SIZE, targets=("SM75",)))
+    built = runtime.build(files()["tensorrt"], tmp_path / "model.engine", BuildSpec(SIZE))
+    assert (built.passport["integer_layers"], built.passport["candidate_layers"]) == (LAYERS, LAYERS)
+
+
+def test_a_builder_that_dies_is_a_sentence_and_leaves_no_file(monkeypatch, tmp_path):
+    killed = tmp_path / "python"
+    killed.write_text("#!/bin/sh\nkill -9 $$\n")
+    killed.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(killed))
+    with pytest.raises(
+        HandoffError, match=r"from fp32.onnx ended without a result \(signal 9, often because the machine"
+    ):
+        RUNTIMES["tensorrt-rtx"].build(files()["fp32"], tmp_path / "engines" / "model.engine", BuildSpec(SIZE))
+    assert list((tmp_path / "engines").iterdir()) == []
+
+
+def test_an_engine_that_cannot_be_written_is_the_disks_fault(tmp_path):
+    with pytest.raises(FileNotFoundError, match="No such file or directory"):
+        compile_apart("tensorrt-rtx", files()["fp32"], tmp_path / "missing" / "model.engine", BuildSpec(SIZE))
 
 
 # ---- on a GPU that is not there -----------------------------------------------------------------------------------

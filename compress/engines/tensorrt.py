@@ -1,15 +1,15 @@
 """TensorRT, data-centre edition (10 and 11) and "for RTX": one implementation.
 
-`tensorrt_build` makes engines, `tensorrt_run` executes them, `passport` decides whether one may be loaded. Only these
-files import tensorrt, tensorrt_rtx and pycuda. TensorRT for RTX builds without a GPU; everything else needs one.
+`tensorrt_build` makes engines, each in a process of its own (`tensorrt_process`), `tensorrt_run` executes them, `passport`
+decides whether one may be loaded. Only these files import tensorrt, tensorrt_rtx and pycuda. TensorRT for RTX builds
+without a GPU; everything else needs one.
 """
 
 from __future__ import annotations
 
 import importlib
-import threading
 from abc import abstractmethod
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -27,15 +27,13 @@ from compress.engines.tensorrt_build import (
     offered_targets,
     profile_shapes,
 )
+from compress.engines.tensorrt_process import compile_apart
 from compress.engines.tensorrt_run import GPU_PACKAGES, TensorRTSession, gpu, inspect_engine, missing_gpu
 from compress.errors import RuntimeUnavailableError
 from compress.files import atomic, sha256
 
-_BUILDING = threading.Lock()
-"""One build at a time: all builds of a process share a logger, and the layers of one would be read as another's."""
 
-
-class _TensorRTRuntime(Runtime):
+class TensorRTRuntime(Runtime):
     """What the two editions share."""
 
     flavour: Flavour = "tensorrt"
@@ -45,6 +43,8 @@ class _TensorRTRuntime(Runtime):
     how_to_install: str
     oldest: int
     """Major version."""
+    layers_source: str
+    """Where the layers of an engine are read, for its passport."""
 
     def missing(self) -> str | None:
         return self._missing_package() or (missing_gpu(self.title) if self.needs_gpu_to_build else None)
@@ -56,21 +56,22 @@ class _TensorRTRuntime(Runtime):
     def build(self, onnx_path: Path, engine_path: Path, spec: BuildSpec) -> Built:
         if reason := self.missing():
             raise RuntimeUnavailableError(reason)
-        bindings, logger = importlib.import_module(self.module), logger_of(self.module)
         if self.needs_gpu_to_build:
-            spec = replace(
-                spec, targets=()
-            )  # it builds for the GPU that is present; the targets are for the other edition
+            # it builds for the GPU that is present; the targets are for the other edition
+            spec = replace(spec, targets=())
         self.check_targets(spec.targets)
-        with _BUILDING:
-            logger.messages.clear()
-            plan = build_plan(bindings, logger, onnx_path, spec)
-            kernels, source = self._layers(bindings, logger, plan)
         with atomic(engine_path) as partial:
-            partial.write_bytes(plan)
-        facts = self._facts(bindings, onnx_path, spec, kernels) | {"layers_source": source}
-        passport = passports.write(engine_path, facts)
+            kernels = compile_apart(self.name, onnx_path, partial, spec)
+        passport = passports.write(engine_path, self._facts(onnx_path, spec, kernels))
         return Built(path=engine_path, ran=self.runs_here, text=passport["state"], passport=passport)
+
+    def compile(self, onnx_path: Path, plan_path: Path, spec: BuildSpec) -> tuple[Kernel, ...]:
+        """Writes the engine to `plan_path` and returns its layers with their precision; for a process that builds nothing
+        else. Raises `HandoffError` with TensorRT's reason."""
+        bindings, logger = importlib.import_module(self.module), logger_of(self.module)
+        plan = build_plan(bindings, logger, onnx_path, spec)
+        plan_path.write_bytes(plan)
+        return self._layers(bindings, logger, plan)
 
     def load(self, path: Path, spec: BuildSpec) -> Session:
         """`path` is an engine that `build` wrote; see `passport.checked_engine` for those that are refused."""
@@ -120,13 +121,12 @@ class _TensorRTRuntime(Runtime):
             return f"{self.title} {version} is installed, and {self.oldest} or newer is needed: {self.how_to_install}."
         return None
 
-    def _layers(self, bindings: ModuleType, logger: Any, plan: bytes) -> tuple[tuple[Kernel, ...], str]:
-        """The engine's layers with their precision, and where that was read."""
-        return layers_of_build_log("\n".join(logger.messages)), "the builder's verbose log"
+    @abstractmethod
+    def _layers(self, bindings: ModuleType, logger: Any, plan: bytes) -> tuple[Kernel, ...]:
+        """The engine's layers, read from `layers_source`."""
 
-    def _facts(
-        self, bindings: ModuleType, onnx_path: Path, spec: BuildSpec, kernels: tuple[Kernel, ...]
-    ) -> dict[str, Any]:
+    def _facts(self, onnx_path: Path, spec: BuildSpec, kernels: tuple[Kernel, ...]) -> dict[str, Any]:
+        bindings = importlib.import_module(self.module)
         integer = sum(kernel.precision == "int8" for kernel in kernels)
         state = "runs on this machine's GPU" if self.runs_here else "built, not run: this machine has no GPU for it"
         return {
@@ -141,7 +141,8 @@ class _TensorRTRuntime(Runtime):
             "strongly_typed": True,
             "integer_layers": integer,
             "candidate_layers": len(kernels),
-            "layers": [{"name": kernel.name, "type": kernel.type, "precision": kernel.precision} for kernel in kernels],
+            "layers": [asdict(kernel) for kernel in kernels],
+            "layers_source": self.layers_source,
             "rebuild": passports.rebuild_command(onnx_path.name, self.name, spec),
             "state": f"{self.title}: {state}; {integer} of {len(kernels)} layers on int8.",
         }
@@ -155,26 +156,28 @@ class _TensorRTRuntime(Runtime):
         """Architectures of the GPUs that can run the engine."""
 
 
-class TensorRT(_TensorRTRuntime):
+class TensorRT(TensorRTRuntime):
     """The data-centre edition, 10 or 11: builds for, and runs on, the GPU that is present."""
 
     name, title = "tensorrt", "TensorRT"
     module, needs_gpu_to_build = "tensorrt", True
     how_to_install, oldest = GPU_PACKAGES, 10
+    layers_source = "the engine inspector"
 
-    def _layers(self, bindings: ModuleType, logger: Any, plan: bytes) -> tuple[tuple[Kernel, ...], str]:
-        return layers_of_inspector(inspect_engine(bindings, logger, plan)), "the engine inspector"
+    def _layers(self, bindings: ModuleType, logger: Any, plan: bytes) -> tuple[Kernel, ...]:
+        return layers_of_inspector(inspect_engine(bindings, logger, plan))
 
     def _targets(self, bindings: ModuleType, spec: BuildSpec) -> list[str]:
         return [gpu().architecture]
 
 
-class TensorRTForRTX(_TensorRTRuntime):
+class TensorRTForRTX(TensorRTRuntime):
     """The RTX edition: builds ahead of time for every supported RTX GPU or for those asked for, without one present."""
 
     name, title = "tensorrt-rtx", "TensorRT for RTX"
     module, needs_gpu_to_build = "tensorrt_rtx", False
     how_to_install, oldest = "install it with `pip install tensorrt-rtx`", 1
+    layers_source = "the builder's verbose log"
 
     def check_targets(self, targets: tuple[str, ...]) -> None:
         if reason := self.missing():
@@ -183,6 +186,9 @@ class TensorRTForRTX(_TensorRTRuntime):
 
     def _takes(self, architecture: str) -> bool:
         return architecture in offered_targets(importlib.import_module(self.module))
+
+    def _layers(self, bindings: ModuleType, logger: Any, plan: bytes) -> tuple[Kernel, ...]:
+        return layers_of_build_log("\n".join(logger.messages))
 
     def _targets(self, bindings: ModuleType, spec: BuildSpec) -> list[str]:
         return list(spec.targets or offered_targets(bindings))
