@@ -32,7 +32,7 @@ app: setup  ## the web app on http://127.0.0.1:7860
 	$(PY) app.py
 
 test: setup-dev lint browser  ## all tests; those of the app need Chromium and are named in the end where there is none
-	$(PY) -m pytest
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile
 
 browser: setup-dev
 	test -x "$${ESPALIER_CHROMIUM:-/usr/bin/chromium}" || $(PY) -m playwright install chromium \
