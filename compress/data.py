@@ -330,18 +330,27 @@ def batches(split: Split, batch_size: int, **how: Any) -> Iterator[tuple[Tensor,
 
 
 def numbered_batches(
-    split: Split, batch_size: int, *, shuffle: bool, seed: int, augment: bool = False, preprocessing: Preprocessing
+    split: Split,
+    batch_size: int,
+    *,
+    shuffle: bool,
+    seed: int,
+    augment: bool = False,
+    preprocessing: Preprocessing,
+    part: slice = slice(None),
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """(images float32 [n, 3, size, size] normalised, labels int64 [n], numbers in the split int64 [n]).
 
     Args:
         augment: random shifts of up to 1/16 of the image, edges repeated, and horizontal flips.
+        part: of each batch, what is taken.
 
     The last batch may be smaller.
     """
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(split), generator=generator) if shuffle else torch.arange(len(split))
-    for chosen in order.split(batch_size) if len(order) else ():
+    for batch in order.split(batch_size) if len(order) else ():
+        chosen = batch[part]
         pixels = split.take(chosen, preprocessing)
         if augment:
             pixels = shift_and_flip(pixels, generator)

@@ -45,7 +45,7 @@ def run(
     Raises:
         CompressError: one sentence for the user; the folder then holds no manifest and can be resumed.
     """
-    preflight.require_runtime(request)
+    preflight.require_machine(request)
     expected = Front.from_file(forecast).at(request) if forecast else None
     with _opened(out, request, notify, resume) as work:
         if expected:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from compress import counting, recipes, rehearsal, runs
+from compress import counting, data_parallel, recipes, rehearsal, runs
 from compress.engines import RUNTIMES
 from compress.errors import RuntimeUnavailableError
 from compress.report import Report
@@ -15,13 +15,16 @@ from compress.request import Request
 from compress.sources import Source, open_source
 
 
-def require_runtime(request: Request) -> None:
-    """Raises `RuntimeUnavailableError` when the runtime asked for cannot even be built for here.
-
-    And `RequestError` for a GPU architecture that the installed TensorRT for RTX does not compile for.
+def require_machine(request: Request) -> None:
+    """
+    Raises:
+        RuntimeUnavailableError: the runtime asked for cannot even be built for here.
+        RequestError: the installed TensorRT for RTX does not compile for a GPU architecture, or there are fewer GPUs than
+            processes that shall train.
     """
     if request.runtime != "auto" and (reason := RUNTIMES[request.runtime].missing()):
         raise RuntimeUnavailableError(f"runtime: got {request.runtime!r}, which is not available here. {reason}")
+    data_parallel.require_devices(request.training_processes)
     if request.engine_targets:
         RUNTIMES["tensorrt-rtx"].check_targets(request.engine_targets)
 
@@ -47,7 +50,7 @@ def check(request: Request, model: nn.Module | None = None) -> dict[str, Any]:
     """
     source = open_source(request, model)
     found = rehearsal.rehearse(request, source)
-    found.attempt(lambda: require_runtime(request))
+    found.attempt(lambda: require_machine(request))
     size = source.preprocessing.input_size
     facts = {"parameters": counting.count_parameters(source.model), "macs": counting.count_macs(source.model, size)}
     return {

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -150,6 +151,35 @@ def recipe_of(request: Request, source: Source, epochs: float, learning_rate: fl
     )
 
 
+def train(
+    request: Request,
+    source: Source,
+    model: nn.Module,
+    recipe: training.Recipe,
+    *,
+    teacher: nn.Module | None,
+    progress: training.Progress,
+    part: slice = slice(None),
+) -> list[dict[str, Any]]:
+    """`training.fit` on the request's images; returns and raises what it does.
+
+    Args:
+        part: of each batch, what this process takes where several train together.
+    """
+    images = training_images(request, source, part)
+    scored = source.dataset.kind == "labelled" and len(images.held_out) > 0
+    return training.fit(
+        model,
+        images.batches,
+        images.per_epoch,
+        recipe,
+        teacher=teacher,
+        keep_zeros=request.prunes and not request.shrinks,
+        score=scorer(images.held_out, source) if scored else None,
+        progress=progress,
+    )
+
+
 @dataclass(frozen=True)
 class TrainingImages:
     """The training part of a data set, without the images that score the epochs."""
@@ -161,7 +191,8 @@ class TrainingImages:
     """Full batches in an epoch."""
 
 
-def training_images(request: Request, source: Source) -> TrainingImages:
+def training_images(request: Request, source: Source, part: slice = slice(None)) -> TrainingImages:
+    """`part` is what this process takes of each batch."""
     train = source.dataset.train
     held_out, trained = data.split_held_out(train, min(HELD_OUT, len(train) // 20), request.seed)
 
@@ -174,6 +205,7 @@ def training_images(request: Request, source: Source) -> TrainingImages:
             seed=request.seed + epoch,
             augment=request.augment,
             preprocessing=source.preprocessing,
+            part=part,
         )
 
     return TrainingImages(held_out, batches, len(trained) // request.train_batch_size)

@@ -188,6 +188,14 @@ class Request(BaseModel):
         le=10,
     )
     train_batch_size: int = _field(64, "images per training step", "a whole number from 2 to 4096", ge=2, le=4096)
+    training_processes: int = _field(
+        1,
+        "processes of this machine that share each step of fine-tuning, one for each GPU (DDP); quantization-aware training "
+        "stays with one",
+        "a whole number from 1 to 64, at most half of train_batch_size",
+        ge=1,
+        le=64,
+    )
     distillation_weight: float = _field(
         0.5,
         "share of the loss that follows the original model's answers; 0 is labels only",

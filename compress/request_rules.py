@@ -36,6 +36,7 @@ def refuse_contradictions(request: Request) -> None:
             missing, None, f"three numbers, because {given} was given and both belong to one normalisation"
         )
     _refuse_contradictory_plan(request)
+    _refuse_unshareable_training(request)
     if request.runtime_hint == "throughput" and request.runtime not in ("auto", "openvino"):
         raise RequestError(
             "runtime_hint", request.runtime_hint, f"latency, because {request.runtime} has no such choice"
@@ -78,6 +79,16 @@ def _refuse_contradictory_bits(request: Request) -> None:
     binary = next((name for name, bits in request.layer_bits.items() if bits.startswith("1")), None)
     if binary and request.quantizer != "bnn":
         raise RequestError("layer_bits", {binary: request.layer_bits[binary]}, "2 to 8 bits: 1 is for quantizer bnn")
+
+
+def _refuse_unshareable_training(request: Request) -> None:
+    processes = request.training_processes
+    if 2 * processes > request.train_batch_size:  # a BatchNorm needs two images
+        raise RequestError("training_processes", processes, allowed(type(request), "training_processes"))
+    if processes > 1 and request.model == "custom":
+        raise RequestError(
+            "training_processes", processes, "1, because other processes cannot build a module of your own"
+        )
 
 
 def _refuse_contradictory_plan(request: Request) -> None:

@@ -22,6 +22,7 @@ from compress import baseline as baseline_gate
 from compress import (
     counting,
     data,
+    data_parallel,
     evaluation,
     handoffs,
     ledger,
@@ -240,24 +241,16 @@ def _train(
     recipe: training.Recipe,
 ) -> tuple[list[Facts], str | None]:
     """The curve, and what is to be told when memory ran out."""
-    request = work.request
+    request, progress = work.request, partial(work.progress, stage)
 
     def fit(batch_size: int) -> list[Facts]:
-        images = recipes.training_images(request.model_copy(update={"train_batch_size": batch_size}), source)
-        scored = source.dataset.kind == "labelled" and len(images.held_out) > 0
-        return training.fit(
-            model,
-            images.batches,
-            images.per_epoch,
-            recipe,
-            teacher=load_model(work, source, "stages/baseline") if recipe.distillation_weight > 0 else None,
-            keep_zeros=request.prunes and not request.shrinks,
-            score=recipes.scorer(images.held_out, source) if scored else None,
-            progress=partial(work.progress, stage),
-        )
+        asked = request.model_copy(update={"train_batch_size": batch_size})
+        if stage == "finetune" and request.training_processes > 1:
+            return data_parallel.fine_tune(asked, work.folder, model, progress)
+        teacher = load_model(work, source, "stages/baseline") if recipe.distillation_weight > 0 else None
+        return recipes.train(asked, source, model, recipe, teacher=teacher, progress=progress)
 
-    tell = partial(work.progress, stage, 0.0)
-    curve, used = memory.halving_once(model, fit, request.train_batch_size, tell)
+    curve, used = memory.halving_once(model, fit, request.train_batch_size, partial(progress, 0.0))
     return curve, memory.note(request.train_batch_size, used)
 
 

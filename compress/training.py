@@ -21,6 +21,7 @@ from types import MethodType
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -89,6 +90,8 @@ def fit(
 ) -> list[dict[str, Any]]:
     """Trains `model` in place, on the device it ends up on, and returns one record per epoch.
 
+    Where torch.distributed is initialised, the processes average their gradients; each gives its own part of every batch.
+
     Args:
         keep_zeros: weights of convolutions and linear layers that are zero at the start are zero after every step.
         score: called in eval mode after each epoch; its value is recorded, nothing is chosen by it.
@@ -104,15 +107,16 @@ def fit(
     model.to(place)
     asked = Teacher(teacher, place) if teacher is not None else None
     optimizer = _optimizer(model, recipe)
-    layout = fastest_format(model, next(iter(batches(0)))[0].to(place))
+    layout = _same_for_all(fastest_format(model, next(iter(batches(0)))[0].to(place)))
     model.to(memory_format=layout.memory_format)
     zeros = _zeros(model) if keep_zeros else []
     total = max(1, round(recipe.epochs * steps_per_epoch))
+    learner = _averaging(model)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: one_cycle(step / total))
 
     def step(images: Tensor, labels: Tensor, numbers: Tensor | None = None) -> Tensor:
         images = images.to(place).contiguous(memory_format=layout.memory_format)
-        loss = _loss(model, asked, images, labels.to(place), recipe, layout, numbers)
+        loss = _loss(learner, asked, images, labels.to(place), recipe, layout, numbers)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
@@ -144,6 +148,22 @@ def fit(
             )
     model.to("cpu", memory_format=torch.contiguous_format)
     return records
+
+
+def _averaging(model: nn.Module) -> nn.Module:
+    """`model` itself, or what averages its gradients with those of the other processes that train with this one."""
+    if not dist.is_initialized():
+        return model
+    # an auxiliary head gets no gradient: see `logits_of`
+    return nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
+
+
+def _same_for_all(layout: Format) -> Format:
+    """What the first of the processes that train together has found, because gradients of two layouts do not add up."""
+    agreed = [layout]
+    if dist.is_initialized():
+        dist.broadcast_object_list(agreed)
+    return agreed[0]
 
 
 def _train_mode(model: nn.Module) -> None:

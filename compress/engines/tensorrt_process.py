@@ -29,7 +29,7 @@ def compile_apart(runtime: str, onnx_path: Path, plan_path: Path, spec: BuildSpe
     """
     order = {"runtime": runtime, "onnx": str(onnx_path), "plan": str(plan_path), "spec": asdict(spec)}
     ended = subprocess.run(  # noqa: S603  (our own words, no shell)
-        [sys.executable, "-P", "-m", __name__],
+        [sys.executable, "-P", "-c", f"from {__name__} import main; main()"],  # -m warns: the package has imported it
         input=json.dumps(order),
         stdout=subprocess.PIPE,
         text=True,
@@ -55,7 +55,7 @@ def _crash(runtime: str, name: str, code: int) -> str:
     )
 
 
-def _main() -> None:
+def main() -> None:
     from compress.engines import RUNTIMES
     from compress.engines.tensorrt import TensorRTRuntime
 
@@ -73,7 +73,3 @@ def _main() -> None:
             json.dump({"refused": str(error)}, answer)
         except OSError as error:
             json.dump({"os_error": [error.errno, error.strerror or str(error)]}, answer)
-
-
-if __name__ == "__main__":
-    _main()

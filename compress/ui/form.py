@@ -45,6 +45,7 @@ SECTIONS = {
         "optimizer",
         "learning_rate",
         "train_batch_size",
+        "training_processes",
         "distillation_weight",
         "distillation_temperature",
         "label_smoothing",
