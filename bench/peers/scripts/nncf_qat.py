@@ -29,4 +29,4 @@ with torch.no_grad():
     size = job.input_size
     deployed = openvino.convert_model(quantized, example_input=job.example, input=[-1, 3, size, size])
     openvino.save_model(deployed, job.folder / "model.xml", compress_to_fp16=False)
-    export(nncf.strip(quantized), job.example, job.folder / "model.onnx", dynamo=False)
+    export(nncf.strip(quantized, example_input=job.example), job.example, job.folder / "model.onnx", dynamo=False)
