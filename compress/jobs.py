@@ -241,12 +241,7 @@ class Queue:
         row = self._row(job_id)
         if row.state in FINAL:
             raise RunError(f"This run is {row.state} already, so there is nothing to cancel.")
-        row = self._record.ask_to_cancel(job_id)
-        if row.state == "cancelling" and row.child is not None and not self._carrier.end(row):
-            raise RunError(
-                "The run's process does not end, even when killed: it waits for the device or the disk. "
-                "Try again in a minute."
-            )
+        self._carrier.end(self._record.ask_to_cancel(job_id))
         return self.status(job_id)
 
     def resume(self, job_id: str) -> Status:

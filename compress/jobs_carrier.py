@@ -9,9 +9,10 @@ import contextlib
 import logging
 import threading
 import time
+from collections.abc import Callable
 
 from compress import jobs_files, retention, signing
-from compress.errors import CompressError
+from compress.errors import CompressError, RunError
 from compress.jobs_executor import Executor
 from compress.jobs_files import Folders
 from compress.jobs_readonly import ReadOnly
@@ -27,6 +28,10 @@ OVERDUE = (
     "The run was ended because it worked for more than the {:g} minutes that this server allows. Resume it, which repeats no "
     "finished stage, or ask for fewer epochs."
 )
+UNENDING = (
+    "The run's process does not end, even when killed: it waits for the device or the disk. Try again in a minute."
+)
+DEAD = "Runs are not carried out any more because of a fault in Espalier, which the server's log shows: restart the server."
 TICK_S = 0.2
 
 
@@ -54,12 +59,18 @@ class Carrier:
         self._folders, self._record, self._executor = folders, record, executor
         self._at_once, self._max_seconds = at_once, max_seconds
         self._watch, self._sweeper = Watch(stall_s), retention.Sweeper(keeping)
-        self.trouble: str | None = record.reason if isinstance(record, ReadOnly) else None
-        """Why runs cannot be carried out at the moment; None when all is well."""
+        self._trouble = record.reason if isinstance(record, ReadOnly) else None
         self.over_quota = False
         """The runs take more room than they may, even after all that may go has gone."""
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
+
+    @property
+    def trouble(self) -> str | None:
+        """Why runs cannot be carried out at the moment; None when all is well."""
+        if self._thread is not None and not self._thread.is_alive() and not self._stopping.is_set():
+            return DEAD
+        return self._trouble
 
     def start(self) -> None:
         """Starts the thread, unless another process carries the runs out; then it waits for its turn.
@@ -80,13 +91,14 @@ class Carrier:
             self._thread.join(timeout=10)
             self._thread = None
 
-    def end(self, row: Row) -> bool:
-        """Ends a run that works, for good. False when its process does not end."""
-        assert row.child is not None, "a run is recorded as working together with its child"
-        if not self._executor.end(row.child, GRACE_S):
-            return False
-        self._settle(row)
-        return True
+    def end(self, row: Row) -> None:
+        """Ends all processes of a run that was cancelled just now. Raises `RunError` when one does not end."""
+        if row.state == "cancelled":  # it waited
+            self._end_unrecorded(row)
+        elif row.state == "cancelling":
+            assert row.child is not None, "a run is recorded as working together with its child"
+            self._end(row.child)
+            self._settle(row)
 
     def make_room(self) -> None:
         """Removes the runs that have expired; see `compress.retention`."""
@@ -110,22 +122,29 @@ class Carrier:
         self._folders.put_away(job_id)
 
     def _tend(self) -> None:
-        with self._record.leadership() as leads:
-            checked = False
-            while not self._stopping.wait(TICK_S):
-                try:
-                    if not leads():
-                        continue
-                    if not checked:
-                        self._end_unrecorded_children()
-                        self._folders.empty_deleted()
-                        checked = True
-                    self._tick()
-                    self.trouble = None
-                except (CompressError, OSError) as error:  # told by /healthz; the next tick tries again
-                    if str(error) != self.trouble:
-                        log.error("runs cannot be carried out: %s", error)
-                    self.trouble = str(error)
+        while not self._stopping.wait(TICK_S):
+            try:
+                with self._record.leadership() as leads:
+                    self._lead(leads)
+            except (CompressError, OSError) as error:  # told by /healthz; tried again, as after a start
+                if str(error) != self._trouble:
+                    log.error("runs cannot be carried out: %s", error)
+                self._trouble = str(error)
+
+    def _lead(self, leads: Callable[[], bool]) -> None:
+        """Carries the runs out, from the moment when no other process does, until it is told to stop or cannot."""
+        while not leads():
+            self._trouble = None  # the other process tells its own
+            if self._stopping.wait(TICK_S):
+                return
+        for row in self._record.in_states(QUEUED):
+            self._end_unrecorded(row)
+        self._folders.empty_deleted()
+        while True:
+            self._tick()
+            self._trouble = None
+            if self._stopping.wait(TICK_S):
+                return
 
     def _tick(self) -> None:
         self._part_with_cancelled()
@@ -184,11 +203,15 @@ class Carrier:
                 self._executor.part(child)
                 self._watch.forget(child)
 
-    def _end_unrecorded_children(self) -> None:
-        """Ends children that a server started and could not write down, because it was killed in that moment."""
-        for row in self._record.in_states(QUEUED):
-            for child in self._executor.strays(self._folders.run(row.job_id)):
-                self._executor.end(child, GRACE_S)
+    def _end_unrecorded(self, row: Row) -> None:
+        """Ends children that were started for a run and not written down: the server was killed in that moment, or the
+        record could not be written. Raises `RunError` when one does not end."""
+        for child in self._executor.strays(self._folders.run(row.job_id)):
+            self._end(child)
+
+    def _end(self, child: Child) -> None:
+        if not self._executor.end(child, GRACE_S):
+            raise RunError(UNENDING)
 
 
 class _Kept(Exception):

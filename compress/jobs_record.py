@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from compress.errors import RunError, StorageError
+from compress.files import storage_error
 from compress.processes import Child
 
 QUEUED = "queued"
@@ -256,7 +257,12 @@ class Record:
     @contextmanager
     def lock(path: Path) -> Iterator[Callable[[], bool]]:
         """See `leadership`; also where the record at `path` is damaged."""
-        with path.with_name("queue.lock").open("a") as lock:
+        held = path.with_name("queue.lock")
+        try:
+            lock = held.open("a")
+        except OSError as error:
+            raise storage_error(held, error) from error
+        with lock:
 
             def leads() -> bool:
                 try:
