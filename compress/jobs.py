@@ -3,7 +3,7 @@
     <data>/queue.sqlite        the record: every run, its state, its process
     <data>/runs/<id>/          a run's folder (see compress.runs), with uploads/ and request.json put there at submit
     <data>/consoles/<id>.txt   what the run's process printed in its last attempt
-    <data>/deleted/            runs on their way out; emptied (beside runs/, where that is a link)
+    <data>/runs/.deleted/      runs on their way out
     <data>/kept/<id>           marks a run that is never removed to make room
 
 Any number of processes may open the same queue (the web app, `python -m compress jobs`); the one that called `start`
@@ -28,7 +28,7 @@ from compress.files import sha256, storage_error, write_text
 from compress.jobs_carrier import Carrier
 from compress.jobs_executor import Command, Executor, compress_command
 from compress.jobs_readonly import ReadOnly
-from compress.jobs_record import FINAL, DamagedRecord, Record, Row
+from compress.jobs_record import FINAL, RUN_ID, DamagedRecord, Record, Row
 from compress.jobs_watch import STALL_S
 from compress.request import Request
 from compress.runs import STAGES, manifest
@@ -193,11 +193,10 @@ class Queue:
             gone = self._record.delete(row.job_id, lambda: self._folders.put_away(row.job_id))
         except OSError as error:
             raise storage_error(self._folders.run(row.job_id), error) from error
+        finally:
+            self._folders.empty_deleted(self._record.while_listed)
         if not gone:
             raise RunError(f"This run is {row.state}: only a run that is over can be deleted. Cancel it first.")
-        self._folders.console(job_id).unlink(missing_ok=True)
-        self._folders.kept(job_id).unlink(missing_ok=True)
-        self._folders.empty_deleted()
 
     def keep(self, job_id: str, kept: bool = True, *, share: float | None = None) -> None:
         """Keeps a run, because its link was shared, from being removed to make room; or no longer.
@@ -344,7 +343,7 @@ class Queue:
     # ---- helpers ------------------------------------------------------------------------------------------------
 
     def _row(self, job_id: str) -> Row:
-        row = self._record.get(job_id) if re.fullmatch(r"[0-9a-f]{32}", job_id) else None
+        row = self._record.get(job_id) if re.fullmatch(RUN_ID, job_id) else None
         if row is None:
             raise RunError(
                 f"There is no run with the id {job_id[:64]!r}. Check the link, or choose a run from the list."

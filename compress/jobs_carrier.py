@@ -112,8 +112,7 @@ class Carrier:
             with contextlib.suppress(_Kept):
                 if self._record.delete(job_id, lambda job_id=job_id: self._put_away_unless_kept(job_id)):
                     log.info("run %s has expired and was removed", job_id[:8])
-                    self._folders.console(job_id).unlink(missing_ok=True)
-        self._folders.empty_deleted()
+        self._folders.empty_deleted(self._record.while_listed)
         self.over_quota = found.over
 
     def _put_away_unless_kept(self, job_id: str) -> None:
@@ -139,7 +138,7 @@ class Carrier:
                 return
         for row in self._record.in_states(QUEUED):
             self._end_unrecorded(row)
-        self._folders.empty_deleted()
+        self._folders.empty_deleted(self._record.while_listed)
         while True:
             self._tick()
             self._trouble = None

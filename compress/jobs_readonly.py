@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 from compress import processes
 from compress.errors import CompressError, RunError, StorageError
 from compress.files import storage_error
-from compress.jobs_record import Record, Row
+from compress.jobs_record import RUN_ID, Record, Row
 from compress.request import Request
 from compress.runs import MANIFEST
 
@@ -31,7 +31,7 @@ class ReadOnly:
 
     def get(self, job_id: str) -> Row | None:
         folder = self._runs / job_id
-        return self._row(folder) if re.fullmatch(r"[0-9a-f]{32}", job_id) and folder.is_dir() else None
+        return self._row(folder) if re.fullmatch(RUN_ID, job_id) and folder.is_dir() else None
 
     def newest(self, limit: int, words: Sequence[str] = ()) -> list[Row]:
         known = [row for entry in os.scandir(self._runs) if (row := self.get(entry.name)) is not None]

@@ -17,6 +17,8 @@ from compress.processes import Child
 QUEUED = "queued"
 ACTIVE = ("running", "cancelling")
 FINAL = ("done", "failed", "cancelled")
+RUN_ID = "[0-9a-f]" * 32
+"""The id of a run, which is the name of its folder, as a pattern of `re` and of `glob`."""
 VERSION = 2
 
 _SCHEMA = f"""
@@ -116,7 +118,7 @@ class Record:
         with self._change() as db:
             db.execute("UPDATE runs SET title = ? WHERE job_id = ?", (title, job_id))
 
-    def while_listed(self, job_id: str, act: Callable[[], None]) -> bool:
+    def while_listed(self, job_id: str, act: Callable[[], object]) -> bool:
         """Calls `act` while nobody else can change the record. False, and no call, when there is no such run."""
         with self._change() as db:
             there = db.execute("SELECT 1 FROM runs WHERE job_id = ?", (job_id,)).fetchone() is not None
@@ -305,8 +307,7 @@ class Record:
 
 
 def _has_runs(path: Path) -> bool:
-    runs = path.with_name("runs")
-    return runs.is_dir() and any(runs.iterdir())
+    return any(path.with_name("runs").glob(RUN_ID))
 
 
 def _refuse_when_full(db: sqlite3.Connection, max_queued: int) -> None:

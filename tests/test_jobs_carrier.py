@@ -237,12 +237,18 @@ def test_an_id_that_was_given_out_again_is_not_mistaken_for_the_child() -> None:
     assert processes.living(stranger) == []
 
 
-def test_what_a_killed_server_was_deleting_is_gone_after_the_next_start(data_dir: Path) -> None:
-    Queue(data_dir)
-    (data_dir / "deleted" / "half" / "artifacts").mkdir(parents=True)
+def test_the_next_start_ends_what_a_killed_server_was_deleting_and_touches_nothing_else(data_dir: Path) -> None:
+    with Queue(data_dir, command=fake_command) as queue:
+        listed = queue.submit(Request(**QUICK))
+        wait(queue, listed, "done")
+    put_away, formerly = data_dir / "runs" / ".deleted", data_dir / "deleted"
+    (data_dir / "runs" / listed).rename(put_away / listed)  # the server was killed before it could write that down
+    for folder in (put_away / ("0" * 32), formerly / ("1" * 32), put_away / "not ours"):
+        (folder / "artifacts").mkdir(parents=True)
     with Queue(data_dir, command=fake_command) as queue:
         wait(queue, queue.submit(Request(**QUICK)), "done")
-    assert list((data_dir / "deleted").iterdir()) == []
+        assert queue.artifact(listed, "report.json").is_file()
+    assert [folder.name for folder in put_away.iterdir()] == ["not ours"] and not formerly.exists()
 
 
 def test_a_run_that_works_too_long_is_ended_and_can_be_resumed(data_dir: Path) -> None:

@@ -10,7 +10,7 @@ from queues import ENDLESS, QUICK, fake_command, wait, wait_for_stage
 from compress.errors import RunError, StorageError
 from compress.jobs import Queue
 from compress.jobs_carrier import _Kept
-from compress.jobs_record import Row
+from compress.jobs_record import RUN_ID, Row
 from compress.request import Request
 from compress.retention import AFTER_JUMP_S, AFTER_START_S, DAY_S, KEPT_SHARE, LOOK_S, Limits, Sweeper, folder_bytes
 
@@ -101,7 +101,7 @@ def test_a_queue_over_its_room_keeps_what_is_shared_and_refuses_the_rest(data_di
     tight.make_room()
     assert {status.job_id: status.state for status in tight.list()} == {shared: "done", working: "running"}
     assert tight.artifact(shared, "report.json").is_file() and not (data_dir / "runs" / old).exists()
-    assert list((data_dir / "deleted").iterdir()) == []
+    assert list((data_dir / "runs" / ".deleted").iterdir()) == []
     with pytest.raises(StorageError, match="take all the room that this server gives to runs"):
         tight.submit(Request(**QUICK))
     with pytest.raises(RunError, match="There is no run with the id"):
@@ -109,7 +109,7 @@ def test_a_queue_over_its_room_keeps_what_is_shared_and_refuses_the_rest(data_di
     tight.cancel(working)
     tight.keep(shared, False)
     tight.make_room()
-    assert tight.list() == [] and list((data_dir / "runs").iterdir()) == []
+    assert tight.list() == [] and list((data_dir / "runs").glob(RUN_ID)) == []
 
 
 def test_a_run_that_is_kept_while_it_is_removed_stays(data_dir: Path) -> None:
