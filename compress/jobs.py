@@ -19,6 +19,7 @@ import shutil
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -209,13 +210,18 @@ class Queue:
             StorageError: the mark cannot be written.
         """
         mark = self._folders.kept(self._row(job_id).job_id)
+        size = cache(lambda name: retention.folder_bytes(self._folders.run(name)))
+
+        def refuse() -> None:
+            if kept and share is not None and self.keeping.max_bytes is not None and not mark.exists():
+                wanted = sum(map(size, (job_id, *self._folders.all_kept())))
+                retention.refuse_to_keep(wanted, share * self.keeping.max_bytes)
 
         def put() -> None:
-            if kept and share is not None and not mark.exists():
-                folders = [self._folders.run(name) for name in (job_id, *self._folders.all_kept())]
-                retention.refuse_to_keep(folders, share, self.keeping)
+            refuse()  # again, for what was kept meanwhile
             mark.touch() if kept else mark.unlink(missing_ok=True)
 
+        refuse()  # no other process waits for the record while folders are walked here
         try:
             there = self._record.while_listed(job_id, put)
         except OSError as error:
@@ -240,7 +246,7 @@ class Queue:
         row = self._row(job_id)
         if row.state in FINAL:
             raise RunError(f"This run is {row.state} already, so there is nothing to cancel.")
-        self._carrier.end(self._record.ask_to_cancel(job_id))
+        self._carrier.end(_listed(job_id, self._record.ask_to_cancel(job_id)))
         return self.status(job_id)
 
     def resume(self, job_id: str) -> Status:
@@ -343,12 +349,7 @@ class Queue:
     # ---- helpers ------------------------------------------------------------------------------------------------
 
     def _row(self, job_id: str) -> Row:
-        row = self._record.get(job_id) if re.fullmatch(RUN_ID, job_id) else None
-        if row is None:
-            raise RunError(
-                f"There is no run with the id {job_id[:64]!r}. Check the link, or choose a run from the list."
-            )
-        return row
+        return _listed(job_id, self._record.get(job_id) if re.fullmatch(RUN_ID, job_id) else None)
 
     def _refuse_when_full(self) -> None:
         self._record.refuse_when_full(self._max_queued)
@@ -391,6 +392,12 @@ class Queue:
             started=row.started,
             finished=row.finished,
         )
+
+
+def _listed(job_id: str, row: Row | None) -> Row:
+    if row is None:
+        raise RunError(f"There is no run with the id {job_id[:64]!r}. Check the link, or choose a run from the list.")
+    return row
 
 
 def title_of(request: Request) -> str:

@@ -188,11 +188,13 @@ class Carrier:
         assert row.child is not None, "a run is recorded as working together with its child"
         returncode = self._executor.part(row.child)
         console = jobs_files.tail(self._folders.console(row.job_id), 4096)
-        state, error = jobs_files.outcome(self._folders.run(row.job_id), row, returncode, console)
         self._watch.forget(row.child)
-        if why and state != "done":
-            state, error = "failed", why
-        self._record.settle(row, state, error)
+
+        def ended(now: Row) -> tuple[str, str | None]:
+            state, error = jobs_files.outcome(self._folders.run(row.job_id), now, returncode, console)
+            return state, why if why and state == "failed" else error
+
+        self._record.settle(row, ended)
 
     def _part_with_cancelled(self) -> None:
         """Takes leave of children whose run another process cancelled, `compress jobs cancel` for example."""

@@ -146,8 +146,8 @@ class Record:
                 (QUEUED, _next_turn(db), job_id),
             )
 
-    def ask_to_cancel(self, job_id: str) -> Row:
-        """Cancels a waiting run, marks a working one; returns it as it is afterwards."""
+    def ask_to_cancel(self, job_id: str) -> Row | None:
+        """Cancels a waiting run, marks a working one; returns it as it is afterwards, None when it is gone."""
         now = time.time()
         with self._change() as db:
             db.execute(
@@ -158,7 +158,7 @@ class Record:
                 "UPDATE runs SET state = 'cancelling', cancel_asked = ? WHERE job_id = ? AND state = 'running'",
                 (now, job_id),
             )
-            return _row(db.execute("SELECT * FROM runs WHERE job_id = ?", (job_id,)).fetchone())
+            return _get(db, job_id)
 
     def start_next(self, start: Callable[[Row], Child | str], events_size: Callable[[str], int]) -> bool:
         """Starts the run whose turn it is, in one transaction with its record. False when none waits.
@@ -184,19 +184,26 @@ class Record:
                 )
             return True
 
-    def settle(self, row: Row, state: str, error: str | None) -> None:
-        """Ends the attempt that `row` shows; nothing happens when that was done already."""
+    def settle(self, row: Row, ended: Callable[[Row], tuple[str, str | None]]) -> None:
+        """Ends the attempt that `row` shows; nothing happens when that was done already.
+
+        `ended` gets the run as it is now, because somebody may have cancelled it meanwhile, and returns its final state and
+        the sentence why.
+        """
         with self._change() as db:
-            db.execute(
-                "UPDATE runs SET state = ?, error = ?, finished = ? "
-                "WHERE job_id = ? AND attempt = ? AND state IN (?, ?)",
-                (state, error, time.time(), row.job_id, row.attempt, *ACTIVE),
-            )
+            found = db.execute(
+                "SELECT * FROM runs WHERE job_id = ? AND attempt = ? AND state IN (?, ?)",
+                (row.job_id, row.attempt, *ACTIVE),
+            ).fetchone()
+            if found is not None:
+                db.execute(
+                    "UPDATE runs SET state = ?, error = ?, finished = ? WHERE job_id = ?",
+                    (*ended(_row(found)), time.time(), row.job_id),
+                )
 
     def get(self, job_id: str) -> Row | None:
         with self._open() as db:
-            found = db.execute("SELECT * FROM runs WHERE job_id = ?", (job_id,)).fetchone()
-        return None if found is None else _row(found)
+            return _get(db, job_id)
 
     def newest(self, limit: int, words: Sequence[str] = ()) -> list[Row]:
         """The latest runs that have all of `words` in their title, state or id, newest first."""
@@ -335,6 +342,11 @@ def _refuse_greed(db: sqlite3.Connection, owner: str, limit: int | None) -> None
 
 def _next_turn(db: sqlite3.Connection) -> int:
     return db.execute("SELECT coalesce(max(turn), 0) + 1 FROM runs").fetchone()[0]
+
+
+def _get(db: sqlite3.Connection, job_id: str) -> Row | None:
+    found = db.execute("SELECT * FROM runs WHERE job_id = ?", (job_id,)).fetchone()
+    return None if found is None else _row(found)
 
 
 def _row(found: sqlite3.Row) -> Row:

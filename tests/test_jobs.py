@@ -222,6 +222,19 @@ def test_a_run_that_could_not_be_forgotten_stays_whole(queue: Queue, monkeypatch
     assert queue.is_kept(job_id) and "report: done" in queue.log_tail(job_id)
 
 
+def test_a_run_that_is_deleted_while_it_is_cancelled_is_told_to_be_gone(
+    data_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    queue = Queue(data_dir, command=fake_command)
+    job_id = queue.submit(Request(**QUICK))
+    waiting = queue._row(job_id)
+    queue.cancel(job_id)
+    queue.delete(job_id)
+    monkeypatch.setattr(queue._record, "get", lambda _: waiting)
+    with pytest.raises(RunError, match="There is no run with the id .* Check the link, or choose a run from the list."):
+        queue.cancel(job_id)
+
+
 def test_a_run_whose_folder_was_removed_can_be_deleted(queue: Queue, data_dir: Path) -> None:
     job_id = queue.submit(Request(**QUICK))
     wait(queue, job_id, "done")

@@ -333,6 +333,21 @@ def test_a_clock_that_is_put_back_does_not_keep_a_cancelled_run_alive(
     wait(queue, job_id, "cancelled", seconds=5)
 
 
+@pytest.mark.parametrize("why", [None, "The run hangs."])
+def test_a_run_that_is_cancelled_while_it_ends_is_cancelled(data_dir: Path, why: str | None) -> None:
+    queue = Queue(data_dir, command=fake_command)
+    job_id = queue.submit(Request(**ENDLESS))
+    queue._carrier._tick()
+    wait_for_stage(queue, job_id, "finetune")
+    before = queue._row(job_id)
+    assert before.state == "running" and before.child is not None
+    queue._record.ask_to_cancel(job_id)
+    processes.stop(before.child, grace_s=3.0)
+    queue._carrier._settle(before, why)
+    status = queue.status(job_id)
+    assert (status.state, status.error) == ("cancelled", None)
+
+
 def test_trouble_is_told_and_passes(queue: Queue, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> None:
         raise StorageError("The disk is full.")
