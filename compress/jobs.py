@@ -18,7 +18,6 @@ import re
 import shutil
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -30,9 +29,10 @@ from compress.jobs_carrier import Carrier
 from compress.jobs_executor import Command, Executor, compress_command
 from compress.jobs_readonly import ReadOnly
 from compress.jobs_record import FINAL, RUN_ID, DamagedRecord, Record, Row
+from compress.jobs_status import Status, status_of, title_of
 from compress.jobs_watch import STALL_S
 from compress.request import Request
-from compress.runs import STAGES, manifest
+from compress.runs import manifest
 
 log = logging.getLogger("compress.jobs")
 
@@ -40,36 +40,6 @@ DATA_DIR = Path("app-data")
 """Folder of the queue where ESPALIER_DATA does not name one."""
 MIN_FREE_BYTES = 1 << 30
 MAX_TITLE = 120
-
-
-@dataclass(frozen=True)
-class Status:
-    """What is known of a run now. Times are seconds since 1970, UTC; fractions are 0..1."""
-
-    job_id: str
-    title: str
-    state: str
-    """queued, running, cancelling, done, failed or cancelled."""
-    position: int | None
-    """Runs that come before it while it is queued, those running included."""
-    stage: str | None
-    stage_index: int
-    """1 for the first stage; 0 before it."""
-    stage_count: int
-    stage_fraction: float
-    fraction: float
-    """Of the whole run, every stage counted alike."""
-    seconds_left: float | None
-    """Of this stage; null until it can be told."""
-    message: str
-    error: str | None
-    resumable: bool
-    created: float
-    started: float | None
-    finished: float | None
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 class Queue:
@@ -131,7 +101,7 @@ class Queue:
                 raise
             reason = f"{error} Until then finished runs can be looked at, and nothing can be started."
             log.error("%s", reason)
-            return ReadOnly(self._folders.runs, reason, title_of)
+            return ReadOnly(self._folders.runs, reason)
 
     # ---- what everybody may call --------------------------------------------------------------------------------
 
@@ -366,48 +336,10 @@ class Queue:
             )
 
     def _status(self, row: Row) -> Status:
-        event = (
-            jobs_files.last_event(self._folders.run(row.job_id) / "events.jsonl", row.events_offset, "stage")
-            if row.attempt
-            else {}
-        )
-        index, of = int(event.get("index", 0)), int(event.get("of", len(STAGES)))
-        within = float(event.get("fraction", 0.0))
-        done = row.state == "done"
-        return Status(
-            job_id=row.job_id,
-            title=row.title,
-            state=row.state,
-            position=self._record.ahead_of(row),
-            stage=event.get("stage"),
-            stage_index=of if done else index,
-            stage_count=of,
-            stage_fraction=1.0 if done else within,
-            fraction=1.0 if done else max(0.0, index - 1 + within) / of,
-            seconds_left=event.get("seconds_left") if row.state == "running" else None,
-            message=str(event.get("message", "")),
-            error=row.error,
-            resumable=row.state in ("failed", "cancelled"),
-            created=row.created,
-            started=row.started,
-            finished=row.finished,
-        )
+        return status_of(row, self._folders.run(row.job_id), self._record.ahead_of(row))
 
 
 def _listed(job_id: str, row: Row | None) -> Row:
     if row is None:
         raise RunError(f"There is no run with the id {job_id[:64]!r}. Check the link, or choose a run from the list.")
     return row
-
-
-def title_of(request: Request) -> str:
-    """A short name: the model, the data, and what is done to them."""
-    data = request.data if request.data in ("none", "fashion-mnist") else Path(request.data).name
-    done = []
-    if request.prunes:
-        done.append(f"{100 * request.sparsity:.0f} % pruned")
-    if request.quantizes:
-        done.append(f"{request.weight_bits} bits")
-    elif request.half_precision:
-        done.append("16 bits")
-    return f"{request.model} on {'no data' if data == 'none' else data}, {', '.join(done)}"
