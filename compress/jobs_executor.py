@@ -13,7 +13,7 @@ from pathlib import Path
 from subprocess import Popen
 
 from compress import processes
-from compress.processes import Child
+from compress.processes import Child, child_environment
 
 Command = Callable[[Path, bool], Sequence[str]]
 """(run folder, whether it is resumed) -> the words that start the child."""
@@ -33,14 +33,6 @@ def compress_command(folder: Path, resume: bool) -> list[str]:
         str(folder),
     ]
     return [*words, "--resume"] if resume else words
-
-
-def child_environment() -> dict[str, str]:
-    """What the process of a run sees: libraries and devices, this installation of Espalier, and no secret."""
-    return processes.environment(os.environ) | {
-        "PYTHONPATH": str(Path(__file__).resolve().parents[1]),
-        "PYTHONUNBUFFERED": "1",
-    }
 
 
 class Executor:

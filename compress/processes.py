@@ -59,11 +59,12 @@ class Child:
     birth: str
 
 
-def environment(source: Mapping[str, str]) -> dict[str, str]:
-    """The part of `source` that a child may see."""
-    return {
-        name: value for name, value in source.items() if name in ENVIRONMENT or name.startswith(ENVIRONMENT_PREFIXES)
+def child_environment() -> dict[str, str]:
+    """What a child sees: libraries and devices, this installation of Espalier, and no secret."""
+    passed = {
+        name: os.environ[name] for name in os.environ if name in ENVIRONMENT or name.startswith(ENVIRONMENT_PREFIXES)
     }
+    return passed | {"PYTHONPATH": str(Path(__file__).resolve().parents[1]), "PYTHONUNBUFFERED": "1"}
 
 
 def start(
