@@ -9,7 +9,6 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable
 
 from compress import jobs_files, retention, signing
 from compress.errors import CompressError, RunError
@@ -121,29 +120,28 @@ class Carrier:
         self._folders.put_away(job_id)
 
     def _tend(self) -> None:
-        while not self._stopping.wait(TICK_S):
-            try:
-                with self._record.leadership() as leads:
-                    self._lead(leads)
-            except (CompressError, OSError) as error:  # told by /healthz; tried again, as after a start
-                if str(error) != self._trouble:
-                    log.error("runs cannot be carried out: %s", error)
-                self._trouble = str(error)
+        with contextlib.ExitStack() as lock:  # held through every trouble: whoever got it might not see our children
+            leads, is_clean = None, False
+            while not self._stopping.wait(TICK_S):
+                try:
+                    leads = leads or lock.enter_context(self._record.leadership())
+                    if leads():
+                        if not is_clean:
+                            self._clean_up()
+                        is_clean = True
+                        self._tick()
+                    self._trouble = None
+                except (CompressError, OSError) as error:  # told by /healthz; tried again, as after a start
+                    is_clean = False
+                    if str(error) != self._trouble:
+                        log.error("runs cannot be carried out: %s", error)
+                    self._trouble = str(error)
 
-    def _lead(self, leads: Callable[[], bool]) -> None:
-        """Carries the runs out, from the moment when no other process does, until it is told to stop or cannot."""
-        while not leads():
-            self._trouble = None  # the other process tells its own
-            if self._stopping.wait(TICK_S):
-                return
+    def _clean_up(self) -> None:
+        """Ends and removes what a server left that was killed, or could not write the record."""
         for row in self._record.in_states(QUEUED):
             self._end_unrecorded(row)
         self._folders.empty_deleted(self._record.while_listed)
-        while True:
-            self._tick()
-            self._trouble = None
-            if self._stopping.wait(TICK_S):
-                return
 
     def _tick(self) -> None:
         self._part_with_cancelled()

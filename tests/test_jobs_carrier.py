@@ -354,6 +354,8 @@ def test_trouble_is_told_and_passes(queue: Queue, monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(queue._carrier, "_tick", full)
     assert wait_for_trouble(queue) == "The disk is full."
+    with queue._record.leadership() as leads:
+        assert not leads(), "a server that does not see our children would call them dead"
     monkeypatch.undo()
     wait(queue, queue.submit(Request(**QUICK)), "done")
     assert queue.trouble is None
