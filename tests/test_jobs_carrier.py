@@ -229,14 +229,6 @@ def test_only_one_server_carries_runs_out(data_dir: Path, queue: Queue) -> None:
     assert {status.state for status in queue.list()} == {"done"}
 
 
-def test_an_id_that_was_given_out_again_is_not_mistaken_for_the_child() -> None:
-    me = processes.identify(os.getpid())
-    assert me is not None and processes.alive(me)
-    stranger = processes.Child(me.pid, me.birth + "1")
-    assert not processes.alive(stranger)
-    assert processes.living(stranger) == []
-
-
 def test_the_next_start_ends_what_a_killed_server_was_deleting_and_touches_nothing_else(data_dir: Path) -> None:
     with Queue(data_dir, command=fake_command) as queue:
         listed = queue.submit(Request(**QUICK))
