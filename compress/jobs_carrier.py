@@ -6,6 +6,7 @@ One process at a time does this for a queue; see `compress.jobs_record.Record.le
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import threading
 import time
@@ -31,6 +32,11 @@ UNENDING = (
     "The run's process does not end, even when killed: it waits for the device or the disk. Try again in a minute."
 )
 DEAD = "Runs are not carried out any more because of a fault in Espalier, which the server's log shows: restart the server."
+SHORTAGES = (errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.ENOSPC, errno.EDQUOT)
+"""Of the machine, not of the run: every run that waits would fail of it."""
+SHORT = (
+    "No run can be started now ({}): free memory, disk space or processes; the runs that wait start by themselves then."
+)
 TICK_S = 0.2
 
 
@@ -168,13 +174,15 @@ class Carrier:
             self._settle(row, why=OVERDUE.format((self._max_seconds or 0) / 60))
 
     def _start_child(self, row: Row) -> Child | str:
-        """The started child, or the sentence why it could not be started."""
+        """The started child, or the sentence why it could not be started. Raises `RunError` when none can start now."""
         folder = self._folders.run(row.job_id)
         try:
             resume = row.attempt > 1 or jobs_files.has_begun(folder)
             return self._executor.start(folder, self._folders.console(row.job_id), resume=resume)
         except OSError as error:
             why = error.strerror or error
+            if error.errno in SHORTAGES:
+                raise RunError(SHORT.format(why)) from error
             return f"The run's process could not be started ({why}). Check the installation, then resume the run."
 
     def _is_overdue(self, row: Row, child: Child) -> bool:
