@@ -192,15 +192,16 @@ class Carrier:
     def _settle(self, row: Row, why: str | None = None) -> None:
         """Writes down how a run ended whose process is gone; `why` when it was ended from here."""
         assert row.child is not None, "a run is recorded as working together with its child"
-        returncode = self._executor.part(row.child)
+        returncode = self._executor.exit_code(row.child)
         console = jobs_files.tail(self._folders.console(row.job_id), 4096)
-        self._watch.forget(row.child)
 
         def ended(now: Row) -> tuple[str, str | None]:
             state, error = jobs_files.outcome(self._folders.run(row.job_id), now, returncode, console)
             return state, why if why and state == "failed" else error
 
         self._record.settle(row, ended)
+        self._executor.part(row.child)  # not before: when the record fails, the exit code is asked for again
+        self._watch.forget(row.child)
 
     def _part_with_cancelled(self) -> None:
         """Takes leave of children whose run another process cancelled, `compress jobs cancel` for example."""

@@ -97,6 +97,23 @@ def test_a_machine_that_is_short_of_something_fails_no_run(data_dir: Path) -> No
             wait(queue, job_id, "done")
 
 
+def test_how_a_run_ended_is_still_known_when_the_record_can_be_written_again(
+    data_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    queue = Queue(data_dir, command=fake_command)
+    job_id = queue.submit(Request(model="resnet101", learning_rate=0.001))
+    failing = iter([True])
+
+    def has_died() -> bool:
+        child = queue._row(job_id).child
+        return child is not None and not processes.alive(child)
+
+    fail_commits(monkeypatch, lambda: has_died() and next(failing, False))
+    with queue:
+        assert "Its process was killed (signal 9" in str(wait(queue, job_id, "failed").error)
+    assert next(failing, None) is None, "no COMMIT failed"
+
+
 def test_trouble_is_told_and_passes(queue: Queue, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> None:
         raise StorageError("The disk is full.")
