@@ -3,7 +3,7 @@
     <data>/queue.sqlite        the record: every run, its state, its process
     <data>/runs/<id>/          a run's folder (see compress.runs), with uploads/ and request.json put there at submit
     <data>/consoles/<id>.txt   what the run's process printed in its last attempt
-    <data>/deleted/            runs on their way out; emptied (beside runs/, where that is a link)
+    <data>/runs/.deleted/      runs on their way out
     <data>/kept/<id>           marks a run that is never removed to make room
 
 Any number of processes may open the same queue (the web app, `python -m compress jobs`); the one that called `start`
@@ -18,7 +18,7 @@ import re
 import shutil
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +28,11 @@ from compress.files import sha256, storage_error, write_text
 from compress.jobs_carrier import Carrier
 from compress.jobs_executor import Command, Executor, compress_command
 from compress.jobs_readonly import ReadOnly
-from compress.jobs_record import FINAL, DamagedRecord, Record, Row
+from compress.jobs_record import FINAL, RUN_ID, DamagedRecord, Record, Row
+from compress.jobs_status import Status, status_of, title_of
 from compress.jobs_watch import STALL_S
 from compress.request import Request
-from compress.runs import STAGES, manifest
+from compress.runs import manifest
 
 log = logging.getLogger("compress.jobs")
 
@@ -39,36 +40,6 @@ DATA_DIR = Path("app-data")
 """Folder of the queue where ESPALIER_DATA does not name one."""
 MIN_FREE_BYTES = 1 << 30
 MAX_TITLE = 120
-
-
-@dataclass(frozen=True)
-class Status:
-    """What is known of a run now. Times are seconds since 1970, UTC; fractions are 0..1."""
-
-    job_id: str
-    title: str
-    state: str
-    """queued, running, cancelling, done, failed or cancelled."""
-    position: int | None
-    """Runs that come before it while it is queued, those running included."""
-    stage: str | None
-    stage_index: int
-    """1 for the first stage; 0 before it."""
-    stage_count: int
-    stage_fraction: float
-    fraction: float
-    """Of the whole run, every stage counted alike."""
-    seconds_left: float | None
-    """Of this stage; null until it can be told."""
-    message: str
-    error: str | None
-    resumable: bool
-    created: float
-    started: float | None
-    finished: float | None
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 class Queue:
@@ -130,7 +101,7 @@ class Queue:
                 raise
             reason = f"{error} Until then finished runs can be looked at, and nothing can be started."
             log.error("%s", reason)
-            return ReadOnly(self._folders.runs, reason, title_of)
+            return ReadOnly(self._folders.runs, reason)
 
     # ---- what everybody may call --------------------------------------------------------------------------------
 
@@ -193,11 +164,10 @@ class Queue:
             gone = self._record.delete(row.job_id, lambda: self._folders.put_away(row.job_id))
         except OSError as error:
             raise storage_error(self._folders.run(row.job_id), error) from error
+        finally:
+            self._folders.empty_deleted(self._record.while_listed)
         if not gone:
             raise RunError(f"This run is {row.state}: only a run that is over can be deleted. Cancel it first.")
-        self._folders.console(job_id).unlink(missing_ok=True)
-        self._folders.kept(job_id).unlink(missing_ok=True)
-        self._folders.empty_deleted()
 
     def keep(self, job_id: str, kept: bool = True, *, share: float | None = None) -> None:
         """Keeps a run, because its link was shared, from being removed to make room; or no longer.
@@ -210,13 +180,18 @@ class Queue:
             StorageError: the mark cannot be written.
         """
         mark = self._folders.kept(self._row(job_id).job_id)
+        size = cache(lambda name: retention.folder_bytes(self._folders.run(name)))
+
+        def refuse() -> None:
+            if kept and share is not None and self.keeping.max_bytes is not None and not mark.exists():
+                wanted = sum(map(size, (job_id, *self._folders.all_kept())))
+                retention.refuse_to_keep(wanted, share * self.keeping.max_bytes)
 
         def put() -> None:
-            if kept and share is not None and not mark.exists():
-                folders = [self._folders.run(name) for name in (job_id, *self._folders.all_kept())]
-                retention.refuse_to_keep(folders, share, self.keeping)
+            refuse()  # again, for what was kept meanwhile
             mark.touch() if kept else mark.unlink(missing_ok=True)
 
+        refuse()  # no other process waits for the record while folders are walked here
         try:
             there = self._record.while_listed(job_id, put)
         except OSError as error:
@@ -241,12 +216,7 @@ class Queue:
         row = self._row(job_id)
         if row.state in FINAL:
             raise RunError(f"This run is {row.state} already, so there is nothing to cancel.")
-        row = self._record.ask_to_cancel(job_id)
-        if row.state == "cancelling" and row.child is not None and not self._carrier.end(row):
-            raise RunError(
-                "The run's process does not end, even when killed: it waits for the device or the disk. "
-                "Try again in a minute."
-            )
+        self._carrier.end(_listed(job_id, self._record.ask_to_cancel(job_id)))
         return self.status(job_id)
 
     def resume(self, job_id: str) -> Status:
@@ -349,12 +319,7 @@ class Queue:
     # ---- helpers ------------------------------------------------------------------------------------------------
 
     def _row(self, job_id: str) -> Row:
-        row = self._record.get(job_id) if re.fullmatch(r"[0-9a-f]{32}", job_id) else None
-        if row is None:
-            raise RunError(
-                f"There is no run with the id {job_id[:64]!r}. Check the link, or choose a run from the list."
-            )
-        return row
+        return _listed(job_id, self._record.get(job_id) if re.fullmatch(RUN_ID, job_id) else None)
 
     def _refuse_when_full(self) -> None:
         self._record.refuse_when_full(self._max_queued)
@@ -371,42 +336,10 @@ class Queue:
             )
 
     def _status(self, row: Row) -> Status:
-        event = (
-            jobs_files.last_event(self._folders.run(row.job_id) / "events.jsonl", row.events_offset, "stage")
-            if row.attempt
-            else {}
-        )
-        index, of = int(event.get("index", 0)), int(event.get("of", len(STAGES)))
-        within = float(event.get("fraction", 0.0))
-        done = row.state == "done"
-        return Status(
-            job_id=row.job_id,
-            title=row.title,
-            state=row.state,
-            position=self._record.ahead_of(row),
-            stage=event.get("stage"),
-            stage_index=of if done else index,
-            stage_count=of,
-            stage_fraction=1.0 if done else within,
-            fraction=1.0 if done else max(0.0, index - 1 + within) / of,
-            seconds_left=event.get("seconds_left") if row.state == "running" else None,
-            message=str(event.get("message", "")),
-            error=row.error,
-            resumable=row.state in ("failed", "cancelled"),
-            created=row.created,
-            started=row.started,
-            finished=row.finished,
-        )
+        return status_of(row, self._folders.run(row.job_id), self._record.ahead_of(row))
 
 
-def title_of(request: Request) -> str:
-    """A short name: the model, the data, and what is done to them."""
-    data = request.data if request.data in ("none", "fashion-mnist") else Path(request.data).name
-    done = []
-    if request.prunes:
-        done.append(f"{100 * request.sparsity:.0f} % pruned")
-    if request.quantizes:
-        done.append(f"{request.weight_bits} bits")
-    elif request.half_precision:
-        done.append("16 bits")
-    return f"{request.model} on {'no data' if data == 'none' else data}, {', '.join(done)}"
+def _listed(job_id: str, row: Row | None) -> Row:
+    if row is None:
+        raise RunError(f"There is no run with the id {job_id[:64]!r}. Check the link, or choose a run from the list.")
+    return row

@@ -6,12 +6,13 @@ One process at a time does this for a queue; see `compress.jobs_record.Record.le
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import threading
 import time
 
 from compress import jobs_files, retention, signing
-from compress.errors import CompressError
+from compress.errors import CompressError, RunError
 from compress.jobs_executor import Executor
 from compress.jobs_files import Folders
 from compress.jobs_readonly import ReadOnly
@@ -26,6 +27,15 @@ GRACE_S = 3.0
 OVERDUE = (
     "The run was ended because it worked for more than the {:g} minutes that this server allows. Resume it, which repeats no "
     "finished stage, or ask for fewer epochs."
+)
+UNENDING = (
+    "The run's process does not end, even when killed: it waits for the device or the disk. Try again in a minute."
+)
+DEAD = "Runs are not carried out any more because of a fault in Espalier, which the server's log shows: restart the server."
+SHORTAGES = (errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.ENOSPC, errno.EDQUOT)
+"""Of the machine, not of the run: every run that waits would fail of it."""
+SHORT = (
+    "No run can be started now ({}): free memory, disk space or processes; the runs that wait start by themselves then."
 )
 TICK_S = 0.2
 
@@ -54,12 +64,18 @@ class Carrier:
         self._folders, self._record, self._executor = folders, record, executor
         self._at_once, self._max_seconds = at_once, max_seconds
         self._watch, self._sweeper = Watch(stall_s), retention.Sweeper(keeping)
-        self.trouble: str | None = record.reason if isinstance(record, ReadOnly) else None
-        """Why runs cannot be carried out at the moment; None when all is well."""
+        self._trouble = record.reason if isinstance(record, ReadOnly) else None
         self.over_quota = False
         """The runs take more room than they may, even after all that may go has gone."""
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
+
+    @property
+    def trouble(self) -> str | None:
+        """Why runs cannot be carried out at the moment; None when all is well."""
+        if self._thread is not None and not self._thread.is_alive() and not self._stopping.is_set():
+            return DEAD
+        return self._trouble
 
     def start(self) -> None:
         """Starts the thread, unless another process carries the runs out; then it waits for its turn.
@@ -80,13 +96,14 @@ class Carrier:
             self._thread.join(timeout=10)
             self._thread = None
 
-    def end(self, row: Row) -> bool:
-        """Ends a run that works, for good. False when its process does not end."""
-        assert row.child is not None, "a run is recorded as working together with its child"
-        if not self._executor.end(row.child, GRACE_S):
-            return False
-        self._settle(row)
-        return True
+    def end(self, row: Row) -> None:
+        """Ends all processes of a run that was cancelled just now. Raises `RunError` when one does not end."""
+        if row.state == "cancelled":  # it waited
+            self._end_unrecorded(row)
+        elif row.state == "cancelling":
+            assert row.child is not None, "a run is recorded as working together with its child"
+            self._end(row.child)
+            self._settle(row)
 
     def make_room(self) -> None:
         """Removes the runs that have expired; see `compress.retention`."""
@@ -100,8 +117,7 @@ class Carrier:
             with contextlib.suppress(_Kept):
                 if self._record.delete(job_id, lambda job_id=job_id: self._put_away_unless_kept(job_id)):
                     log.info("run %s has expired and was removed", job_id[:8])
-                    self._folders.console(job_id).unlink(missing_ok=True)
-        self._folders.empty_deleted()
+        self._folders.empty_deleted(self._record.while_listed)
         self.over_quota = found.over
 
     def _put_away_unless_kept(self, job_id: str) -> None:
@@ -110,22 +126,28 @@ class Carrier:
         self._folders.put_away(job_id)
 
     def _tend(self) -> None:
-        with self._record.leadership() as leads:
-            checked = False
+        with contextlib.ExitStack() as lock:  # held through every trouble: whoever got it might not see our children
+            leads, is_clean = None, False
             while not self._stopping.wait(TICK_S):
                 try:
-                    if not leads():
-                        continue
-                    if not checked:
-                        self._end_unrecorded_children()
-                        self._folders.empty_deleted()
-                        checked = True
-                    self._tick()
-                    self.trouble = None
-                except (CompressError, OSError) as error:  # told by /healthz; the next tick tries again
-                    if str(error) != self.trouble:
+                    leads = leads or lock.enter_context(self._record.leadership())
+                    if leads():
+                        if not is_clean:
+                            self._clean_up()
+                        is_clean = True
+                        self._tick()
+                    self._trouble = None
+                except (CompressError, OSError) as error:  # told by /healthz; tried again, as after a start
+                    is_clean = False
+                    if str(error) != self._trouble:
                         log.error("runs cannot be carried out: %s", error)
-                    self.trouble = str(error)
+                    self._trouble = str(error)
+
+    def _clean_up(self) -> None:
+        """Ends and removes what a server left that was killed, or could not write the record."""
+        for row in self._record.in_states(QUEUED):
+            self._end_unrecorded(row)
+        self._folders.empty_deleted(self._record.while_listed)
 
     def _tick(self) -> None:
         self._part_with_cancelled()
@@ -152,13 +174,15 @@ class Carrier:
             self._settle(row, why=OVERDUE.format((self._max_seconds or 0) / 60))
 
     def _start_child(self, row: Row) -> Child | str:
-        """The started child, or the sentence why it could not be started."""
+        """The started child, or the sentence why it could not be started. Raises `RunError` when none can start now."""
         folder = self._folders.run(row.job_id)
         try:
             resume = row.attempt > 1 or jobs_files.has_begun(folder)
             return self._executor.start(folder, self._folders.console(row.job_id), resume=resume)
         except OSError as error:
             why = error.strerror or error
+            if error.errno in SHORTAGES:
+                raise RunError(SHORT.format(why)) from error
             return f"The run's process could not be started ({why}). Check the installation, then resume the run."
 
     def _is_overdue(self, row: Row, child: Child) -> bool:
@@ -168,13 +192,16 @@ class Carrier:
     def _settle(self, row: Row, why: str | None = None) -> None:
         """Writes down how a run ended whose process is gone; `why` when it was ended from here."""
         assert row.child is not None, "a run is recorded as working together with its child"
-        returncode = self._executor.part(row.child)
+        returncode = self._executor.exit_code(row.child)
         console = jobs_files.tail(self._folders.console(row.job_id), 4096)
-        state, error = jobs_files.outcome(self._folders.run(row.job_id), row, returncode, console)
+
+        def ended(now: Row) -> tuple[str, str | None]:
+            state, error = jobs_files.outcome(self._folders.run(row.job_id), now, returncode, console)
+            return state, why if why and state == "failed" else error
+
+        self._record.settle(row, ended)
+        self._executor.part(row.child)  # not before: when the record fails, the exit code is asked for again
         self._watch.forget(row.child)
-        if why and state != "done":
-            state, error = "failed", why
-        self._record.settle(row, state, error)
 
     def _part_with_cancelled(self) -> None:
         """Takes leave of children whose run another process cancelled, `compress jobs cancel` for example."""
@@ -184,11 +211,15 @@ class Carrier:
                 self._executor.part(child)
                 self._watch.forget(child)
 
-    def _end_unrecorded_children(self) -> None:
-        """Ends children that a server started and could not write down, because it was killed in that moment."""
-        for row in self._record.in_states(QUEUED):
-            for child in self._executor.strays(self._folders.run(row.job_id)):
-                self._executor.end(child, GRACE_S)
+    def _end_unrecorded(self, row: Row) -> None:
+        """Ends children that were started for a run and not written down: the server was killed in that moment, or the
+        record could not be written. Raises `RunError` when one does not end."""
+        for child in self._executor.strays(self._folders.run(row.job_id)):
+            self._end(child)
+
+    def _end(self, child: Child) -> None:
+        if not self._executor.end(child, GRACE_S):
+            raise RunError(UNENDING)
 
 
 class _Kept(Exception):

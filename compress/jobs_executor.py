@@ -13,7 +13,7 @@ from pathlib import Path
 from subprocess import Popen
 
 from compress import processes
-from compress.processes import Child
+from compress.processes import Child, child_environment
 
 Command = Callable[[Path, bool], Sequence[str]]
 """(run folder, whether it is resumed) -> the words that start the child."""
@@ -33,14 +33,6 @@ def compress_command(folder: Path, resume: bool) -> list[str]:
         str(folder),
     ]
     return [*words, "--resume"] if resume else words
-
-
-def child_environment() -> dict[str, str]:
-    """What the process of a run sees: libraries and devices, this installation of Espalier, and no secret."""
-    return processes.environment(os.environ) | {
-        "PYTHONPATH": str(Path(__file__).resolve().parents[1]),
-        "PYTHONUNBUFFERED": "1",
-    }
 
 
 class Executor:
@@ -77,12 +69,16 @@ class Executor:
         """Ends it, after `grace_s` seconds by force, and what it started. True when nothing of it lives any more."""
         return processes.stop(child, grace_s)
 
-    def part(self, child: Child) -> int | None:
-        """Takes leave of one that has ended. Its exit code; None when another process had started it."""
-        process = self._own.pop(child, None)
-        code = process.wait(timeout=5) if process else None
+    def exit_code(self, child: Child) -> int | None:
+        """Of one that has ended; None when another process had started it."""
+        process = self._own.get(child)
+        return process.wait(timeout=5) if process else None
+
+    def part(self, child: Child) -> None:
+        """Takes leave of one that has ended."""
+        self.exit_code(child)
+        self._own.pop(child, None)
         processes.reap(child.pid)
-        return code
 
     def ended(self) -> list[Child]:
         """Those started here that have ended and were not taken leave of."""

@@ -6,13 +6,14 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from compress.errors import RunError
 from compress.files import storage_error
-from compress.jobs_record import Row
+from compress.jobs_record import RUN_ID, Row
 from compress.runs import MANIFEST, MAY_PREEXIST
 
 UPLOAD_FIELDS = ("checkpoint", "data", "class_map")
@@ -32,7 +33,8 @@ class Folders:
 
     def __init__(self, data_dir: Path) -> None:
         self.runs = _made(data_dir / "runs").resolve()
-        self.deleted = _made(self.runs.with_name("deleted"))  # a run is moved there, so it lies on the same disk
+        self.deleted = _made(self.runs / ".deleted")  # on the same disk, and nobody else's, also where `runs` is a link
+        self._formerly_deleted = data_dir / "deleted"  # where versions before this one put runs away
         self._consoles, self._kept = _made(data_dir / "consoles"), _made(data_dir / "kept")
 
     def run(self, job_id: str) -> Path:
@@ -53,13 +55,26 @@ class Folders:
         return events.stat().st_size if events.exists() else 0
 
     def put_away(self, job_id: str) -> None:
-        """Takes the run's folder, where there is one, out of the list of runs. Raises OSError."""
-        if self.run(job_id).exists():
+        """Takes the run's folder out of the list of runs. Raises OSError."""
+        try:
             self.run(job_id).rename(self.deleted / job_id)
+        except FileNotFoundError:  # somebody removed it; the rest of the run goes as well
+            (self.deleted / job_id).mkdir()
 
-    def empty_deleted(self) -> None:
-        for folder in self.deleted.iterdir():
-            shutil.rmtree(folder, ignore_errors=True)  # what stays is tried again at the next start
+    def empty_deleted(self, while_listed: Callable[[str, Callable[[], object]], bool]) -> None:
+        """Removes all that is left of runs that were put away; one that is still listed, because the record could not be
+        written, comes back.
+
+        Args:
+            while_listed: of the record.
+        """
+        for folder in (*self.deleted.glob(RUN_ID), *self._formerly_deleted.glob(RUN_ID)):
+            if not while_listed(folder.name, partial(folder.rename, self.run(folder.name))):
+                self.console(folder.name).unlink(missing_ok=True)
+                self.kept(folder.name).unlink(missing_ok=True)
+                shutil.rmtree(folder, ignore_errors=True)  # what stays is tried again the next time
+        if self._formerly_deleted.is_dir() and not any(self._formerly_deleted.iterdir()):
+            self._formerly_deleted.rmdir()
 
 
 def _made(folder: Path) -> Path:

@@ -13,7 +13,8 @@ from typing import Any, NoReturn
 from compress import processes
 from compress.errors import CompressError, RunError, StorageError
 from compress.files import storage_error
-from compress.jobs_record import Record, Row
+from compress.jobs_record import RUN_ID, Record, Row
+from compress.jobs_status import title_of
 from compress.request import Request
 from compress.runs import MANIFEST
 
@@ -25,13 +26,12 @@ UNKNOWN = (
 class ReadOnly:
     """Stands in for `Record` as long as it is damaged; everything that would change something is refused."""
 
-    def __init__(self, runs: Path, reason: str, title_of: Callable[[Request], str]) -> None:
-        self._runs, self._title_of = runs, title_of
-        self.reason = reason
+    def __init__(self, runs: Path, reason: str) -> None:
+        self._runs, self.reason = runs, reason
 
     def get(self, job_id: str) -> Row | None:
         folder = self._runs / job_id
-        return self._row(folder) if re.fullmatch(r"[0-9a-f]{32}", job_id) and folder.is_dir() else None
+        return self._row(folder) if re.fullmatch(RUN_ID, job_id) and folder.is_dir() else None
 
     def newest(self, limit: int, words: Sequence[str] = ()) -> list[Row]:
         known = [row for entry in os.scandir(self._runs) if (row := self.get(entry.name)) is not None]
@@ -62,7 +62,7 @@ class ReadOnly:
     def _row(self, folder: Path) -> Row:
         saved = folder / "request.json"
         try:
-            title = self._title_of(Request.from_file(saved))
+            title = title_of(Request.from_file(saved))
         except CompressError:
             title = "a run whose request cannot be read"
         done = (folder / MANIFEST).is_file()
@@ -85,7 +85,7 @@ class ReadOnly:
         )
 
 
-def recover(data_dir: Path, title_of: Callable[[Request], str]) -> tuple[int, Path | None]:
+def recover(data_dir: Path) -> tuple[int, Path | None]:
     """Makes a new record from the folders of the runs, and keeps the damaged one beside it.
 
     Returns:
@@ -99,7 +99,7 @@ def recover(data_dir: Path, title_of: Callable[[Request], str]) -> tuple[int, Pa
     damaged = Record.damage(path)
     if damaged is None:
         raise RunError(f"The record of runs {path} is sound, so there is nothing to recover.")
-    found = ReadOnly(runs, damaged, title_of)
+    found = ReadOnly(runs, damaged)
     with Record.lock(path) as leads:
         if not leads() or found.in_states("running"):
             raise RunError("The server or a run still works. End them first, then recover the record.")

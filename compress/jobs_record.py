@@ -11,11 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from compress.errors import RunError, StorageError
+from compress.files import storage_error
 from compress.processes import Child
 
 QUEUED = "queued"
 ACTIVE = ("running", "cancelling")
 FINAL = ("done", "failed", "cancelled")
+RUN_ID = "[0-9a-f]" * 32
+"""The id of a run, which is the name of its folder, as a pattern of `re` and of `glob`."""
 VERSION = 2
 
 _SCHEMA = f"""
@@ -115,7 +118,7 @@ class Record:
         with self._change() as db:
             db.execute("UPDATE runs SET title = ? WHERE job_id = ?", (title, job_id))
 
-    def while_listed(self, job_id: str, act: Callable[[], None]) -> bool:
+    def while_listed(self, job_id: str, act: Callable[[], object]) -> bool:
         """Calls `act` while nobody else can change the record. False, and no call, when there is no such run."""
         with self._change() as db:
             there = db.execute("SELECT 1 FROM runs WHERE job_id = ?", (job_id,)).fetchone() is not None
@@ -143,8 +146,8 @@ class Record:
                 (QUEUED, _next_turn(db), job_id),
             )
 
-    def ask_to_cancel(self, job_id: str) -> Row:
-        """Cancels a waiting run, marks a working one; returns it as it is afterwards."""
+    def ask_to_cancel(self, job_id: str) -> Row | None:
+        """Cancels a waiting run, marks a working one; returns it as it is afterwards, None when it is gone."""
         now = time.time()
         with self._change() as db:
             db.execute(
@@ -155,7 +158,7 @@ class Record:
                 "UPDATE runs SET state = 'cancelling', cancel_asked = ? WHERE job_id = ? AND state = 'running'",
                 (now, job_id),
             )
-            return _row(db.execute("SELECT * FROM runs WHERE job_id = ?", (job_id,)).fetchone())
+            return _get(db, job_id)
 
     def start_next(self, start: Callable[[Row], Child | str], events_size: Callable[[str], int]) -> bool:
         """Starts the run whose turn it is, in one transaction with its record. False when none waits.
@@ -181,19 +184,26 @@ class Record:
                 )
             return True
 
-    def settle(self, row: Row, state: str, error: str | None) -> None:
-        """Ends the attempt that `row` shows; nothing happens when that was done already."""
+    def settle(self, row: Row, ended: Callable[[Row], tuple[str, str | None]]) -> None:
+        """Ends the attempt that `row` shows; nothing happens when that was done already.
+
+        `ended` gets the run as it is now, because somebody may have cancelled it meanwhile, and returns its final state and
+        the sentence why.
+        """
         with self._change() as db:
-            db.execute(
-                "UPDATE runs SET state = ?, error = ?, finished = ? "
-                "WHERE job_id = ? AND attempt = ? AND state IN (?, ?)",
-                (state, error, time.time(), row.job_id, row.attempt, *ACTIVE),
-            )
+            found = db.execute(
+                "SELECT * FROM runs WHERE job_id = ? AND attempt = ? AND state IN (?, ?)",
+                (row.job_id, row.attempt, *ACTIVE),
+            ).fetchone()
+            if found is not None:
+                db.execute(
+                    "UPDATE runs SET state = ?, error = ?, finished = ? WHERE job_id = ?",
+                    (*ended(_row(found)), time.time(), row.job_id),
+                )
 
     def get(self, job_id: str) -> Row | None:
         with self._open() as db:
-            found = db.execute("SELECT * FROM runs WHERE job_id = ?", (job_id,)).fetchone()
-        return None if found is None else _row(found)
+            return _get(db, job_id)
 
     def newest(self, limit: int, words: Sequence[str] = ()) -> list[Row]:
         """The latest runs that have all of `words` in their title, state or id, newest first."""
@@ -256,7 +266,12 @@ class Record:
     @contextmanager
     def lock(path: Path) -> Iterator[Callable[[], bool]]:
         """See `leadership`; also where the record at `path` is damaged."""
-        with path.with_name("queue.lock").open("a") as lock:
+        held = path.with_name("queue.lock")
+        try:
+            lock = held.open("a")
+        except OSError as error:
+            raise storage_error(held, error) from error
+        with lock:
 
             def leads() -> bool:
                 try:
@@ -299,8 +314,7 @@ class Record:
 
 
 def _has_runs(path: Path) -> bool:
-    runs = path.with_name("runs")
-    return runs.is_dir() and any(runs.iterdir())
+    return any(path.with_name("runs").glob(RUN_ID))
 
 
 def _refuse_when_full(db: sqlite3.Connection, max_queued: int) -> None:
@@ -328,6 +342,11 @@ def _refuse_greed(db: sqlite3.Connection, owner: str, limit: int | None) -> None
 
 def _next_turn(db: sqlite3.Connection) -> int:
     return db.execute("SELECT coalesce(max(turn), 0) + 1 FROM runs").fetchone()[0]
+
+
+def _get(db: sqlite3.Connection, job_id: str) -> Row | None:
+    found = db.execute("SELECT * FROM runs WHERE job_id = ?", (job_id,)).fetchone()
+    return None if found is None else _row(found)
 
 
 def _row(found: sqlite3.Row) -> Row:

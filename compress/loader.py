@@ -9,7 +9,6 @@ The process starts in 1 to 3 s, which is why everything that can be told without
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import threading
@@ -43,14 +42,13 @@ class Loader:
     """One process, and in it a confined child for every file; use it in a `with` block, from one thread."""
 
     def __init__(self) -> None:
-        root = str(Path(__file__).resolve().parents[1])
         one_thread = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
         self._process = subprocess.Popen(  # noqa: S603  (our own words, no shell)
             [sys.executable, "-P", "-m", "compress.unpacking"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            env=processes.environment(os.environ) | one_thread | {"PYTHONPATH": root, "CUDA_VISIBLE_DEVICES": ""},
+            env=processes.child_environment() | one_thread | {"CUDA_VISIBLE_DEVICES": ""},
         )
 
     def __enter__(self) -> Loader:

@@ -59,11 +59,12 @@ class Child:
     birth: str
 
 
-def environment(source: Mapping[str, str]) -> dict[str, str]:
-    """The part of `source` that a child may see."""
-    return {
-        name: value for name, value in source.items() if name in ENVIRONMENT or name.startswith(ENVIRONMENT_PREFIXES)
+def child_environment() -> dict[str, str]:
+    """What a child sees: libraries and devices, this installation of Espalier, and no secret."""
+    passed = {
+        name: os.environ[name] for name in os.environ if name in ENVIRONMENT or name.startswith(ENVIRONMENT_PREFIXES)
     }
+    return passed | {"PYTHONPATH": str(Path(__file__).resolve().parents[1]), "PYTHONUNBUFFERED": "1"}
 
 
 def start(
@@ -98,7 +99,7 @@ def identify(pid: int) -> Child | None:
 def alive(child: Child) -> bool:
     """A zombie is not alive."""
     fields = _stat(child.pid)
-    return fields is not None and fields[0] not in DEAD and child.birth == f"{_boot_id()}:{fields[19]}"
+    return fields is not None and _lives(fields) and child.birth == f"{_boot_id()}:{fields[19]}"
 
 
 def living(child: Child) -> list[int]:
@@ -106,9 +107,7 @@ def living(child: Child) -> list[int]:
     if identify(child.pid) not in (child, None) or not child.birth.startswith(_boot_id()):
         return []
     return [
-        pid
-        for pid in _pids()
-        if (fields := _stat(pid)) is not None and fields[0] not in DEAD and int(fields[2]) == child.pid
+        pid for pid in _pids() if (fields := _stat(pid)) is not None and _lives(fields) and int(fields[2]) == child.pid
     ]
 
 
@@ -162,8 +161,14 @@ def _pids() -> Iterator[int]:
     return (int(entry) for entry in os.listdir(PROC) if entry.isdigit())
 
 
+def _lives(fields: Sequence[str]) -> bool:
+    """A process whose first thread has ended is called a zombie while others, the device's for example, still end."""
+    return fields[0] not in DEAD or int(fields[17]) > 1
+
+
 def _stat(pid: int) -> list[str] | None:
-    """Fields of /proc/<pid>/stat from `state` (index 0) on: 2 is the process group, 19 the start in clock ticks."""
+    """Fields of /proc/<pid>/stat from `state` (index 0) on: 2 is the process group, 17 the
+    number of threads, 19 the start in clock ticks."""
     try:
         text = (PROC / str(pid) / "stat").read_text(encoding="utf-8", errors="replace")
     except (FileNotFoundError, ProcessLookupError):

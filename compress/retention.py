@@ -5,6 +5,8 @@ A run that waits or works, or that somebody keeps because its link was shared, i
 
 from __future__ import annotations
 
+import contextlib
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -95,11 +97,8 @@ class Sweeper:
         return self._clock() if self._steady() >= self._trusted_from else None
 
 
-def refuse_to_keep(folders: Sequence[Path], share: float, limits: Limits) -> None:
-    """Raises `RunError` when these runs together take more than `share`, 0..1, of the room for all runs."""
-    if limits.max_bytes is None:
-        return
-    wanted, room = sum(map(folder_bytes, folders)), share * limits.max_bytes
+def refuse_to_keep(wanted: int, room: float) -> None:
+    """Raises `RunError` when the runs that are kept would take more than their room; both in bytes."""
     if wanted > room:
         raise RunError(
             f"This run cannot be kept: with it the runs that are kept would take {wanted / 1e9:.1f} GB, and this server "
@@ -108,11 +107,10 @@ def refuse_to_keep(folders: Sequence[Path], share: float, limits: Limits) -> Non
 
 
 def folder_bytes(folder: Path) -> int:
-    """Of all files in it; one that goes away meanwhile counts nothing."""
+    """Of all files in it; what goes away meanwhile counts nothing."""
     total = 0
-    for path in folder.rglob("*"):
-        try:
-            total += path.lstat().st_size
-        except FileNotFoundError:
-            continue
+    for parent, _, files in os.walk(folder):
+        for name in files:
+            with contextlib.suppress(FileNotFoundError):
+                total += os.lstat(os.path.join(parent, name)).st_size
     return total

@@ -104,10 +104,9 @@ def jobs_keep(
 @jobs_cli.command("recover")
 def jobs_recover() -> None:
     """Make a new record of runs from their folders, where the record is damaged or gone."""
-    from compress.jobs import title_of
     from compress.jobs_readonly import recover
 
-    count, aside = recover(_data_dir().resolve(), title_of)
+    count, aside = recover(_data_dir().resolve())
     kept = f" The damaged one is kept as {aside}." if aside else ""
     typer.echo(f"A new record lists {count} runs.{kept}")
 

@@ -15,11 +15,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT)]
 
+import chromium  # noqa: E402
 from app_server import AppServer  # noqa: E402
 from playwright.sync_api import Browser, Page, expect, sync_playwright  # noqa: E402
 from test_app_browser import choose_model, compress  # noqa: E402
 
-CHROMIUM = Path("/usr/bin/chromium")
 SOON = 60_000
 """Milliseconds."""
 LOOKS = (
@@ -147,8 +147,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as data, sync_playwright() as playwright:
         os.environ["ESPALIER_SIGNING_KEY"] = str(Path(data) / "signing.key")  # of its own, as in the tests
         server = AppServer(Path(data), ESPALIER_KEEP_DAYS="30", ESPALIER_MAX_QUEUED="100", ESPALIER_RUNS_AT_ONCE="40")
-        named = os.environ.get("ESPALIER_CHROMIUM") or (str(CHROMIUM) if CHROMIUM.exists() else None)
-        browser = playwright.chromium.launch(executable_path=named, args=["--no-sandbox", "--disable-gpu"])
+        browser = chromium.launch(playwright)
         try:
             for state in wanted:
                 print(f"{state.__name__}: {take(browser, server.url, state, options.folder) or 'fine'}")

@@ -2,8 +2,8 @@
 
 import os
 from collections.abc import Iterator
-from pathlib import Path
 
+import chromium
 import gpu_double
 import pytest
 import torch
@@ -13,19 +13,14 @@ from queues import data_dir, queue  # noqa: F401  (fixtures)
 torch.set_num_threads(min(2, torch.get_num_threads()))
 
 
-DEBIAN_CHROMIUM = Path("/usr/bin/chromium")
-
-
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    """Chromium: of ESPALIER_CHROMIUM, of Debian, or Playwright's own; without any the test is skipped, or fails where
-    ESPALIER_NEEDS_BROWSER is set."""
-    named = os.environ.get("ESPALIER_CHROMIUM") or (str(DEBIAN_CHROMIUM) if DEBIAN_CHROMIUM.exists() else None)
+    """Without Chromium the test is skipped, or fails where ESPALIER_NEEDS_BROWSER is set."""
     with sync_playwright() as playwright:
         try:
-            browser = playwright.chromium.launch(executable_path=named, args=["--no-sandbox", "--disable-gpu"])
+            browser = chromium.launch(playwright)
         except Error as error:
-            told = f"{named or 'Chromium'} cannot be started: install it, or name one in ESPALIER_CHROMIUM ({error})"
+            told = f"Chromium cannot be started: install it, or name one in ESPALIER_CHROMIUM ({error})"
             (pytest.fail if os.environ.get("ESPALIER_NEEDS_BROWSER") else pytest.skip)(told.splitlines()[0])
         yield browser
         browser.close()

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
+import sqlite3
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -77,7 +78,28 @@ def wait_for_file(path: Path) -> None:
         time.sleep(0.02)
 
 
+def wait_for_trouble(queue: Queue) -> str:
+    deadline = time.monotonic() + 15
+    while (trouble := queue.trouble) is None:
+        assert time.monotonic() < deadline, "no trouble was told"
+        time.sleep(0.02)
+    return trouble
+
+
 def child_of(queue: Queue, job_id: str) -> processes.Child:
     child = queue._row(job_id).child
     assert child is not None
     return child
+
+
+def fail_commits(monkeypatch: pytest.MonkeyPatch, when: Callable[[], bool]) -> None:
+    """From here on SQLite finds the disk full at every COMMIT for which `when` says so."""
+
+    class Connection(sqlite3.Connection):
+        def execute(self, words: str, *values: object) -> sqlite3.Cursor:
+            if words == "COMMIT" and when():
+                raise sqlite3.OperationalError("database or disk is full")
+            return super().execute(words, *values)
+
+    connect = sqlite3.connect
+    monkeypatch.setattr(sqlite3, "connect", lambda *args, **named: connect(*args, **named, factory=Connection))

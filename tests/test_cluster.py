@@ -64,6 +64,8 @@ def test_only_the_child_that_submits_gets_the_token(data_dir: Path, monkeypatch:
 def test_runs_may_lie_on_another_disk_than_their_record(data_dir: Path, tmp_path: Path) -> None:
     shared = tmp_path / "shared" / "runs"
     shared.mkdir(parents=True)
+    stranger = tmp_path / "shared" / "deleted" / ("0" * 32)
+    stranger.mkdir(parents=True)
     data_dir.mkdir()
     (data_dir / "runs").symlink_to(shared)
     with Queue(data_dir, command=fake_command) as queue:
@@ -71,7 +73,7 @@ def test_runs_may_lie_on_another_disk_than_their_record(data_dir: Path, tmp_path
         wait(queue, job_id, "done")
         assert queue.artifact(job_id, "report.json") == shared / job_id / "report.json"
         queue.delete(job_id)
-    assert list(shared.iterdir()) == list((tmp_path / "shared" / "deleted").iterdir()) == []
+    assert list(shared.rglob("*")) == [shared / ".deleted"] and stranger.is_dir()
 
 
 def test_without_ray_the_remedy_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sqlite3
 import threading
 from pathlib import Path
 
 import pytest
-from queues import ENDLESS, QUICK, fake_command, wait, wait_for_stage
+from queues import ENDLESS, QUICK, fail_commits, fake_command, wait, wait_for_stage
 
 from compress import signing
 from compress.errors import RequestError, RunError, StorageError
 from compress.files import sha256
 from compress.jobs import Queue
+from compress.jobs_record import RUN_ID
 from compress.request import Request
 
 
@@ -96,7 +98,7 @@ def test_uploads_are_kept_with_the_run_under_a_harmless_name(queue: Queue, tmp_p
         queue.submit(Request(**QUICK), files={"data": tmp_path / "gone.zip"})
     with pytest.raises(RunError, match="No file can be given for 'model'"):
         queue.submit(Request(**QUICK), files={"model": kept})
-    assert len(list((queue.data_dir / "runs").iterdir())) == 1, "a refused submit left files behind"
+    assert len(list((queue.data_dir / "runs").glob(RUN_ID))) == 1, "a refused submit left files behind"
 
 
 def test_a_full_queue_and_a_full_disk_are_refused(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -177,9 +179,9 @@ def test_a_run_is_found_renamed_and_deleted_with_its_files(queue: Queue, data_di
     for name in ("", " \n", "x" * 121, "bell \a"):
         with pytest.raises(RequestError, match="name: got .* expected 1 to 120 characters"):
             queue.rename(first, name)
+    queue.keep(first)
     queue.delete(first)
-    for leftover in ("runs", "consoles", "deleted"):
-        assert [entry.name for entry in (data_dir / leftover).iterdir() if first in entry.name] == []
+    assert [entry for entry in data_dir.rglob("*") if first in entry.name] == []
     with pytest.raises(RunError, match="There is no run with the id"):
         queue.status(first)
     assert queue.status(second).state == "done" and weights.exists()
@@ -206,6 +208,39 @@ def test_a_folder_that_cannot_be_moved_keeps_its_run(queue: Queue, monkeypatch: 
         queue.delete(job_id)
     monkeypatch.undo()
     assert queue.status(job_id).state == "done" and "report.json" in queue.artifacts(job_id)
+
+
+def test_a_run_that_could_not_be_forgotten_stays_whole(queue: Queue, monkeypatch: pytest.MonkeyPatch) -> None:
+    job_id = queue.submit(Request(**QUICK))
+    wait(queue, job_id, "done")
+    queue.keep(job_id)
+    put_away = queue._folders.deleted / job_id
+    fail_commits(monkeypatch, put_away.exists)
+    with pytest.raises(StorageError, match="cannot be used now .database or disk is full."):
+        queue.delete(job_id)
+    assert queue.status(job_id).state == "done" and queue.artifact(job_id, "report.json").is_file()
+    assert queue.is_kept(job_id) and "report: done" in queue.log_tail(job_id)
+
+
+def test_a_run_that_is_deleted_while_it_is_cancelled_is_told_to_be_gone(
+    data_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    queue = Queue(data_dir, command=fake_command)
+    job_id = queue.submit(Request(**QUICK))
+    waiting = queue._row(job_id)
+    queue.cancel(job_id)
+    queue.delete(job_id)
+    monkeypatch.setattr(queue._record, "get", lambda _: waiting)
+    with pytest.raises(RunError, match="There is no run with the id .* Check the link, or choose a run from the list."):
+        queue.cancel(job_id)
+
+
+def test_a_run_whose_folder_was_removed_can_be_deleted(queue: Queue, data_dir: Path) -> None:
+    job_id = queue.submit(Request(**QUICK))
+    wait(queue, job_id, "done")
+    shutil.rmtree(queue.folder(job_id))
+    queue.delete(job_id)
+    assert queue.list() == [] and [entry for entry in data_dir.rglob("*") if job_id in entry.name] == []
 
 
 def test_one_visitor_cannot_fill_the_queue(data_dir: Path) -> None:

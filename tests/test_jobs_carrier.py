@@ -12,10 +12,10 @@ import time
 from pathlib import Path
 
 import pytest
-from queues import ENDLESS, FAKE, QUICK, child_of, fake_command, wait, wait_for_file, wait_for_stage
+from queues import ENDLESS, FAKE, QUICK, child_of, fake_command, wait, wait_for_stage
 
 from compress import processes
-from compress.errors import RunError, StorageError
+from compress.errors import RunError
 from compress.jobs import Queue, compress_command
 from compress.jobs_watch import Watch
 from compress.request import Request
@@ -148,19 +148,6 @@ def test_a_run_that_died_with_its_server_is_interrupted(data_dir: Path) -> None:
     assert status.resumable
 
 
-def test_a_child_that_was_started_but_not_recorded_is_ended_before_its_run_starts(data_dir: Path) -> None:
-    client = Queue(data_dir, command=fake_command)
-    job_id = client.submit(Request(**ENDLESS))
-    folder = client.folder(job_id)
-    stray = processes.start(
-        fake_command(folder, False), folder=folder, console=folder / "console.txt", env=dict(os.environ)
-    )
-    wait_for_file(folder / "environ.json")
-    with Queue(data_dir, command=fake_command):
-        assert stray.wait(timeout=10) != 0
-        wait(client, job_id, "done")  # resnet34 is done only with --resume: what the stray child left is gone on with
-
-
 def test_only_one_server_carries_runs_out(data_dir: Path, queue: Queue) -> None:
     wait(queue, queue.submit(Request(**QUICK)), "done")  # by now it leads
     with Queue(data_dir, command=lambda folder, resume: ["/bin/false"]):
@@ -169,20 +156,18 @@ def test_only_one_server_carries_runs_out(data_dir: Path, queue: Queue) -> None:
     assert {status.state for status in queue.list()} == {"done"}
 
 
-def test_an_id_that_was_given_out_again_is_not_mistaken_for_the_child() -> None:
-    me = processes.identify(os.getpid())
-    assert me is not None and processes.alive(me)
-    stranger = processes.Child(me.pid, me.birth + "1")
-    assert not processes.alive(stranger)
-    assert processes.living(stranger) == []
-
-
-def test_what_a_killed_server_was_deleting_is_gone_after_the_next_start(data_dir: Path) -> None:
-    Queue(data_dir)
-    (data_dir / "deleted" / "half" / "artifacts").mkdir(parents=True)
+def test_the_next_start_ends_what_a_killed_server_was_deleting_and_touches_nothing_else(data_dir: Path) -> None:
+    with Queue(data_dir, command=fake_command) as queue:
+        listed = queue.submit(Request(**QUICK))
+        wait(queue, listed, "done")
+    put_away, formerly = data_dir / "runs" / ".deleted", data_dir / "deleted"
+    (data_dir / "runs" / listed).rename(put_away / listed)  # the server was killed before it could write that down
+    for folder in (put_away / ("0" * 32), formerly / ("1" * 32), put_away / "not ours"):
+        (folder / "artifacts").mkdir(parents=True)
     with Queue(data_dir, command=fake_command) as queue:
         wait(queue, queue.submit(Request(**QUICK)), "done")
-    assert list((data_dir / "deleted").iterdir()) == []
+        assert queue.artifact(listed, "report.json").is_file()
+    assert [folder.name for folder in put_away.iterdir()] == ["not ours"] and not formerly.exists()
 
 
 def test_a_run_that_works_too_long_is_ended_and_can_be_resumed(data_dir: Path) -> None:
@@ -267,18 +252,19 @@ def test_a_clock_that_is_put_back_does_not_keep_a_cancelled_run_alive(
     wait(queue, job_id, "cancelled", seconds=5)
 
 
-def test_trouble_is_told_and_passes(queue: Queue, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: object) -> None:
-        raise StorageError("The disk is full.")
-
-    monkeypatch.setattr(queue._carrier, "_tick", full)
-    deadline = time.monotonic() + 5
-    while queue.trouble is None and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert queue.trouble == "The disk is full."
-    monkeypatch.undo()
-    wait(queue, queue.submit(Request(**QUICK)), "done")
-    assert queue.trouble is None
+@pytest.mark.parametrize("why", [None, "The run hangs."])
+def test_a_run_that_is_cancelled_while_it_ends_is_cancelled(data_dir: Path, why: str | None) -> None:
+    queue = Queue(data_dir, command=fake_command)
+    job_id = queue.submit(Request(**ENDLESS))
+    queue._carrier._tick()
+    wait_for_stage(queue, job_id, "finetune")
+    before = queue._row(job_id)
+    assert before.state == "running" and before.child is not None
+    queue._record.ask_to_cancel(job_id)
+    processes.stop(before.child, grace_s=3.0)
+    queue._carrier._settle(before, why)
+    status = queue.status(job_id)
+    assert (status.state, status.error) == ("cancelled", None)
 
 
 def test_the_child_is_the_shell_command_of_the_same_run(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from compress.__main__ import cli
 from compress.errors import RunError, StorageError
 from compress.jobs import Queue
 from compress.jobs_readonly import UNKNOWN
+from compress.jobs_record import RUN_ID
 from compress.request import Request
 
 JUNK = b"not a database, but as long as one" * 500
@@ -64,7 +65,7 @@ def test_read_only_shows_finished_runs_and_refuses_every_change(data_dir: Path) 
         with pytest.raises(RunError, match="There is no run with the id"):
             queue.status("../../etc")
     assert (data_dir / "queue.sqlite").read_bytes() == JUNK
-    assert {path.name for path in (data_dir / "runs").iterdir()} == {good, bad}
+    assert {path.name for path in (data_dir / "runs").glob(RUN_ID)} == {good, bad}
 
 
 def test_a_record_that_is_gone_is_not_made_anew_beside_runs(data_dir: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from queues import ENDLESS, QUICK, fake_command, wait, wait_for_stage
 from compress.errors import RunError, StorageError
 from compress.jobs import Queue
 from compress.jobs_carrier import _Kept
-from compress.jobs_record import Row
+from compress.jobs_record import RUN_ID, Row
 from compress.request import Request
 from compress.retention import AFTER_JUMP_S, AFTER_START_S, DAY_S, KEPT_SHARE, LOOK_S, Limits, Sweeper, folder_bytes
 
@@ -101,7 +102,7 @@ def test_a_queue_over_its_room_keeps_what_is_shared_and_refuses_the_rest(data_di
     tight.make_room()
     assert {status.job_id: status.state for status in tight.list()} == {shared: "done", working: "running"}
     assert tight.artifact(shared, "report.json").is_file() and not (data_dir / "runs" / old).exists()
-    assert list((data_dir / "deleted").iterdir()) == []
+    assert list((data_dir / "runs" / ".deleted").iterdir()) == []
     with pytest.raises(StorageError, match="take all the room that this server gives to runs"):
         tight.submit(Request(**QUICK))
     with pytest.raises(RunError, match="There is no run with the id"):
@@ -109,7 +110,7 @@ def test_a_queue_over_its_room_keeps_what_is_shared_and_refuses_the_rest(data_di
     tight.cancel(working)
     tight.keep(shared, False)
     tight.make_room()
-    assert tight.list() == [] and list((data_dir / "runs").iterdir()) == []
+    assert tight.list() == [] and list((data_dir / "runs").glob(RUN_ID)) == []
 
 
 def test_a_run_that_is_kept_while_it_is_removed_stays(data_dir: Path) -> None:
@@ -120,6 +121,38 @@ def test_a_run_that_is_kept_while_it_is_removed_stays(data_dir: Path) -> None:
     with pytest.raises(_Kept):
         queue._record.delete(job_id, lambda: queue._carrier._put_away_unless_kept(job_id))
     assert queue.artifact(job_id, "report.json").is_file()
+
+
+def test_nobody_waits_for_the_record_while_folders_are_walked(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    queue = Queue(data_dir, command=fake_command, keeping=Limits(max_bytes=1_000_000_000))
+    job_id = queue.submit(Request(**QUICK))
+    walks = []
+
+    def walk(folder: Path) -> int:
+        queue.rename(job_id, "somebody writes")
+        walks.append(folder.name)
+        return 1
+
+    monkeypatch.setattr("compress.retention.folder_bytes", walk)
+    queue.keep(job_id, share=KEPT_SHARE)
+    assert walks == [job_id] and queue.is_kept(job_id)
+
+
+def test_a_folder_that_goes_away_while_it_is_walked_counts_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("goes", "stays"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_bytes(b"12345")
+    scandir = os.scandir
+
+    def vanishing(path: str | Path) -> object:
+        if Path(path).name == "goes":
+            raise FileNotFoundError(path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", vanishing)
+    assert folder_bytes(tmp_path) == 5
 
 
 def test_visitors_keep_half_of_the_room_at_most_and_the_shell_any(data_dir: Path) -> None:  # noqa: F811

@@ -6,7 +6,6 @@ The server never opens an untrusted checkpoint, and stays small because it never
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -88,10 +87,9 @@ def models(cache: Path) -> tuple[Offer, ...]:
 
 def ask(*words: str, limit_s: float) -> Any:
     """The JSON that `python -m compress WORDS --json` prints; see `check` for what is raised."""
-    env = processes.environment(os.environ) | {"PYTHONPATH": str(Path(__file__).resolve().parents[2])}
     process = subprocess.Popen(  # noqa: S603
         [sys.executable, "-P", "-m", "compress", *words, "--json"],
-        env=env,
+        env=processes.child_environment(),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -109,6 +107,7 @@ def ask(*words: str, limit_s: float) -> Any:
     finally:
         processes.stop(child, grace_s=1.0)
         process.wait()
+        processes.reap(child.pid)  # what it started, where this process is the first one of a container
     return _answer(words[0], output, printed, process.returncode)
 
 

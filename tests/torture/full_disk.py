@@ -17,6 +17,7 @@ from compress.errors import CompressError, StorageError
 from compress.files import PARTIAL, write_tensors
 from compress.jobs import Queue
 from compress.jobs_files import last_event
+from compress.jobs_record import RUN_ID
 from compress.request import Request
 from torture.failing_writes import Ended, Fault, carry_out
 from torture.rows import Outcome, Row
@@ -134,7 +135,7 @@ def _submit_wrong(place: Path, fault: Fault, ended: Ended) -> list[str]:
         sound = db.execute("PRAGMA integrity_check").fetchone()[0]
     db.close()
     wrong = [] if sound == "ok" else [f"the record: {sound}"]
-    folders = [path.name for path in (data / "runs").iterdir()]
+    folders = [path.name for path in (data / "runs").glob(RUN_ID)]
     if ended.status == 0:
         whole = json.loads((data / "runs" / said / "request.json").read_text())["checkpoint"]
         return wrong + (
