@@ -17,7 +17,7 @@ class RequestError(CompressError):
 
     def __init__(self, field: str, got: object, allowed: str) -> None:
         super().__init__(f"{field}: got {got!r}, expected {allowed}.")
-        self.field = field
+        self.field, self.got, self.allowed = field, got, allowed
 
 
 class CheckpointError(CompressError):

@@ -28,7 +28,7 @@ from compress.files import sha256, storage_error, write_text
 from compress.jobs_carrier import Carrier
 from compress.jobs_executor import Command, Executor, compress_command
 from compress.jobs_readonly import ReadOnly
-from compress.jobs_record import FINAL, RUN_ID, DamagedRecord, Record, Row
+from compress.jobs_record import ACTIVE, FINAL, RUN_ID, DamagedRecord, Record, Row
 from compress.jobs_status import Status, status_of, title_of
 from compress.jobs_watch import STALL_S
 from compress.request import Request
@@ -143,6 +143,10 @@ class Queue:
     def list(self, limit: int = 50, search: str = "") -> list[Status]:
         """The latest runs whose title, state or id has every word of `search`, newest first."""
         return [self._status(row) for row in self._record.newest(limit, search.split())]
+
+    def working(self) -> list[Status]:
+        """The runs that work now."""
+        return [self._status(row) for row in self._record.in_states(*ACTIVE)]
 
     def rename(self, job_id: str, title: str) -> None:
         """Raises `RunError` when there is no such run, and `RequestError` for a name that is empty or too long."""

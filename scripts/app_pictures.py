@@ -6,6 +6,7 @@ To be looked at as a newcomer would. The runs train nothing (see tests/fake_run.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
 import tempfile
@@ -146,14 +147,18 @@ def main() -> None:
     wanted = [state for state in STATES if not options.states or state.__name__ in options.states]
     with tempfile.TemporaryDirectory() as data, sync_playwright() as playwright:
         os.environ["ESPALIER_SIGNING_KEY"] = str(Path(data) / "signing.key")  # of its own, as in the tests
-        server = AppServer(Path(data), ESPALIER_KEEP_DAYS="30", ESPALIER_MAX_QUEUED="100", ESPALIER_RUNS_AT_ONCE="40")
-        browser = chromium.launch(playwright)
-        try:
+        troubles = []
+        with (
+            contextlib.closing(chromium.launch(playwright)) as browser,
+            contextlib.closing(
+                AppServer(Path(data), ESPALIER_KEEP_DAYS="30", ESPALIER_MAX_QUEUED="100", ESPALIER_RUNS_AT_ONCE="40")
+            ) as server,
+        ):
             for state in wanted:
-                print(f"{state.__name__}: {take(browser, server.url, state, options.folder) or 'fine'}")
-        finally:
-            browser.close()
-            server.close()
+                found = take(browser, server.url, state, options.folder)
+                print(f"{state.__name__}: {found or 'fine'}")
+                troubles += found
+    raise SystemExit(1 if troubles else 0)
 
 
 if __name__ == "__main__":

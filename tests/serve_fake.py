@@ -79,10 +79,9 @@ def fake_count(structure: Structure) -> dict[str, object]:
 def main() -> None:
     settings = Settings.from_environment({**os.environ, "ESPALIER_DATA": sys.argv[1], "ESPALIER_PORT": sys.argv[2]})
     prepare_environment(os.environ, settings)
-    import uvicorn
     from example_report import example_report
 
-    from compress.ui.server import build_app
+    from compress.ui.server import build_app, listen
 
     with Queue(settings.data_dir, command=fake_command, read_only_when_damaged=True, **settings.queue_limits) as queue:
         (queue.data_dir / "example-report.json").write_text(example_report().to_json())
@@ -94,7 +93,7 @@ def main() -> None:
             count=fake_count,
             models=[Offer(name, 11_689_512) for name in MODELS],
         )
-        uvicorn.run(app, host=settings.host, port=settings.port, log_level="warning", timeout_graceful_shutdown=1)
+        listen(app, settings)
 
 
 if __name__ == "__main__":

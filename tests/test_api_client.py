@@ -13,12 +13,16 @@ from typing import Any
 
 import httpx
 import pytest
+import uvicorn
 from app_server import REAL, AppServer
+from fastapi import FastAPI
 from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
 
 from compress import snippets
 from compress.request import Request
+from compress.ui.server import listen
+from compress.ui.settings import Settings
 
 QUICK: dict[str, Any] = {"model": "resnet18", "learning_rate": 0.001}
 ENDLESS: dict[str, Any] = {"model": "resnet34", "learning_rate": 0.001}
@@ -213,6 +217,51 @@ def test_other_names_and_other_sites_are_refused(server: AppServer) -> None:
         )
         assert answer.status_code == status
     assert httpx.get(f"{server.url}/healthz", headers={"host": f"localhost:{server.port}"}).json() == {"status": "ok"}
+
+
+@pytest.mark.parametrize(
+    ("origin", "status"),
+    [("http://attacker.example", 403), ("null", 403), ("http://127.0.0.1:1", 403), ("", 200), (None, 200)],
+)
+def test_by_plain_http_a_page_is_known_by_its_origin(server: AppServer, origin: str | None, status: int) -> None:
+    headers = {"origin": origin or server.url} if origin is not None else {}
+    answer = httpx.post(f"{server.url}/gradio_api/call/v2/status", json={"job_id": "x"}, headers=headers)
+    assert answer.status_code == status
+
+
+def test_a_proxy_that_the_settings_do_not_name_is_refused(server: AppServer) -> None:
+    for header in ("x-forwarded-for", "forwarded", "X-Forwarded-Host"):
+        answer = httpx.get(server.url, headers={header: "203.0.113.7"})
+        assert answer.status_code == 403 and "put the name under which the proxy serves it into" in answer.text
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "file=https://example.com/x",
+        "file=HTTP%3A//example.com",
+        "file/https://example.com",
+        "proxy=https://a.hf.space/x",
+    ],
+)
+def test_nothing_is_fetched_from_other_addresses(server: AppServer, path: str) -> None:
+    answer = httpx.get(f"{server.url}/gradio_api/{path}")
+    assert (answer.status_code, answer.text) == (
+        403,
+        "This server fetches nothing from other addresses: upload the file.",
+    )
+
+
+def test_an_address_in_a_header_counts_only_where_the_settings_say_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = []
+    monkeypatch.setattr(uvicorn, "run", lambda app, **options: given.append(options["proxy_headers"]))
+    monkeypatch.delenv("FORWARDED_ALLOW_IPS", raising=False)
+    listen(FastAPI(), Settings(data=tmp_path))
+    monkeypatch.setenv("FORWARDED_ALLOW_IPS", "10.0.0.1")
+    listen(FastAPI(), Settings(data=tmp_path))
+    assert given == [False, True]
 
 
 def test_a_wrong_setting_ends_the_app_with_one_sentence(tmp_path: Path) -> None:

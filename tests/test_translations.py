@@ -24,8 +24,6 @@ from compress.ui.shell import Offer
 
 MARK = re.compile(r"__i18n__(\{[^}]*\})")
 OTHERS = sorted(path.stem for path in words.FOLDER.glob("*.json") if path.stem != words.ENGLISH)
-SAID_BY_THE_PAGE = {"delete_sure", "keep_button", "release_button"}
-"""Keys that page.js and a handler use."""
 NO_WORDS = re.compile(r"[\W\d]*|owner/name|0\.5, 0\.5, 0\.5")
 """Texts that are the same in every language."""
 
@@ -66,7 +64,14 @@ def used(config: dict[str, Any]) -> set[str]:
     marks = (mark for text in strings(config) for mark in MARK.findall(text))
     marked = {json.loads(mark)["key"].removeprefix(words.PREFIX) for mark in marks}
     fields = {key for name in marked & set(words.MARKUP) for key in re.findall(r"\{(\w+)\}", words.MARKUP[name])}
-    return (marked - set(words.MARKUP)) | fields | SAID_BY_THE_PAGE
+    return (marked - set(words.MARKUP)) | fields | said_later()
+
+
+def said_later() -> set[str]:
+    """Keys that page.js and the handlers use when something happens."""
+    folder = Path(words.__file__).parent
+    sources = "".join((folder / name).read_text(encoding="utf-8") for name in ("page.js", "handlers.py"))
+    return {key for call in re.findall(r"\bword\(([^)]*)\)", sources) for key in re.findall(r'"(\w+)"', call)}
 
 
 def own(language: str) -> dict[str, str]:

@@ -1,7 +1,7 @@
 """What the page's controls do: form values to a `Request`, the state of a run to what is shown of it.
 
-A handler returns updates by component name; what it does not name stays as it is. None of them takes longer than a
-look at the disk: runs are carried out by the queue.
+A handler returns updates by component name; what it does not name stays as it is. Runs are carried out by the queue, so
+most handlers take a look at the disk; those that check a request or classify an image wait seconds for a process of its own.
 """
 
 from __future__ import annotations
@@ -285,7 +285,7 @@ class App:
         try:
             if not path:
                 raise CompressError("No image was chosen: upload one first.")
-            if any(run.state == "running" and run.stage == "measure" for run in self.queue.list(MAX_LISTED, "running")):
+            if any(run.stage == "measure" for run in self.queue.working()):
                 raise RunError("A run is being measured now, and this would disturb it: try again in a minute.")
             self.queue.artifacts(job_id)  # raises for a run that is not done
             return {"tried": views_results.answers(self.classify(self.queue.folder(job_id), self.uploaded(path)))}

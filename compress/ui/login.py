@@ -37,7 +37,7 @@ class Login:
         """Address and digest of those let in: they are not shut out by wrong passwords of others at their address."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "lifespan" or (scope["type"] == "http" and scope["path"] == HEALTH):
+        if scope["type"] == "lifespan" or _asks_for_health(scope):
             await self.app(scope, receive, send)  # type: ignore[operator]
             return
         if scope["type"] != "http":
@@ -67,6 +67,10 @@ class Login:
 def login_name(request: Request) -> str | None:
     """Whose request it is that was let in; None where no login is asked for."""
     return request.scope.get(NAME)
+
+
+def _asks_for_health(scope: Scope) -> bool:
+    return scope["type"] == "http" and scope["path"] == HEALTH and scope["method"] in ("GET", "HEAD")
 
 
 def _ask() -> PlainTextResponse:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Awaitable, Callable, MutableMapping, Sequence
-from typing import Any
+import os
+from collections.abc import Sequence
 
 import gradio as gr
 import uvicorn
@@ -17,42 +16,16 @@ from compress.jobs import Queue
 from compress.runs import MANIFEST
 from compress.ui import shell, views_results
 from compress.ui.estimates import Count
+from compress.ui.guard import Guard
 from compress.ui.handlers import App, Check, Classify
 from compress.ui.limits import Limits, sweep
-from compress.ui.login import Login, login_name
+from compress.ui.login import HEALTH, Login, login_name
 from compress.ui.page import build_page
 from compress.ui.settings import Settings
 from compress.ui.theme import STYLE, EspalierTheme, head
 from compress.ui.words import texts, translations
 
-CONTENT_SECURITY_POLICY = "; ".join(
-    (
-        "default-src 'self'",
-        # Gradio's page starts from inline scripts and evaluates the `js=` of its events
-        "script-src 'self' 'unsafe-inline' 'unsafe-eval'",
-        "style-src 'self' 'unsafe-inline'",
-        "img-src 'self' data: blob:",
-        "font-src 'self' data:",
-        "connect-src 'self'",
-        "worker-src 'self' blob:",
-        "object-src 'none'",
-        "base-uri 'self'",
-        "form-action 'self'",
-        "frame-ancestors 'self' https://huggingface.co https://*.hf.space",  # a Space shows the app in a frame
-    )
-)
-HEADERS = {
-    "content-security-policy": CONTENT_SECURITY_POLICY,
-    "x-content-type-options": "nosniff",
-    "referrer-policy": "no-referrer",  # the address of a run is the key to it
-    "permissions-policy": "camera=(), microphone=(), geolocation=()",
-    "cross-origin-resource-policy": "same-origin",
-}
 CACHE_AGE_S = 24 * 3600
-
-Scope = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
-Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 
 def build_app(
@@ -78,7 +51,7 @@ def build_app(
     settings.uploads.mkdir(parents=True, exist_ok=True)
     sweep(settings.uploads, CACHE_AGE_S)
     app = FastAPI(title="Espalier", docs_url=None, redoc_url=None, openapi_url=None)
-    _add_routes(app, queue)
+    _add_routes(app, queue, tells_why=not settings.accounts)
     page = build_page(App(queue, check, settings, models, classify, count), cache_age_s=CACHE_AGE_S)
     gr.mount_gradio_app(
         app,
@@ -110,18 +83,20 @@ def build_app(
     )
     if settings.accounts:
         app.add_middleware(Login, accounts=settings.accounts)
-    app.add_middleware(Guard, hosts=settings.hosts)
+    app.add_middleware(Guard, hosts=settings.hosts, local=settings.trusts_visitors)
     if page.mcp_error:  # Gradio would go on without
         raise RunError(f"The tools of ESPALIER_MCP cannot be offered ({page.mcp_error}). Unset it, or mend that first.")
     return app
 
 
-def _add_routes(app: FastAPI, queue: Queue) -> None:
-    @app.get("/healthz")
+def _add_routes(app: FastAPI, queue: Queue, *, tells_why: bool) -> None:
+    """`tells_why`: whether everybody who asks how the server is may read the reason, which can name folders."""
+
+    @app.api_route(HEALTH, methods=["GET", "HEAD"])
     def health() -> Response:
-        if queue.trouble is not None:
-            return JSONResponse({"status": "trouble", "reason": queue.trouble}, status_code=503)
-        return JSONResponse({"status": "ok"})
+        if (trouble := queue.trouble) is None:
+            return JSONResponse({"status": "ok"})
+        return JSONResponse({"status": "trouble"} | ({"reason": trouble} if tells_why else {}), status_code=503)
 
     @app.api_route("/runs/{job_id}/files/{name:path}", methods=["GET", "HEAD"])
     def file(job_id: str, name: str) -> Response:
@@ -160,43 +135,18 @@ def _add_routes(app: FastAPI, queue: Queue) -> None:
         return StreamingResponse(pieces, media_type="application/zip", headers=headers)
 
 
-class Guard:
-    """Security headers on every answer; refuses foreign Host names and requests that another site's page sends."""
-
-    def __init__(self, app: Any, hosts: Sequence[str]) -> None:
-        self.app = app
-        self.hosts = frozenset(hosts)
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-
-        async def send_with_headers(message: MutableMapping[str, Any]) -> None:
-            if message["type"] == "http.response.start":
-                present = {name.lower() for name, _ in message["headers"]}
-                extra = [
-                    (name.encode(), value.encode()) for name, value in HEADERS.items() if name.encode() not in present
-                ]
-                message = {**message, "headers": [*message["headers"], *extra]}
-            await send(message)
-
-        refusal = self._refusal(scope)
-        answer = self.app if refusal is None else PlainTextResponse(refusal, status_code=403)
-        await answer(scope, receive, send_with_headers)
-
-    def _refusal(self, scope: Scope) -> str | None:
-        headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
-        host = headers.get("host", "").rpartition(":")[0] or headers.get("host", "")
-        if self.hosts and host.strip("[]").lower() not in self.hosts:
-            name = json.dumps(host[:100])
-            return f"This server does not answer to the name {name}; ESPALIER_ALLOWED_HOSTS lists those it answers to."
-        if scope["method"] not in ("GET", "HEAD", "OPTIONS") and headers.get("sec-fetch-site", "none") not in (
-            "same-origin",
-            "none",
-        ):
-            return "Another site's page may not act on this server."
-        return None
+def listen(app: FastAPI, settings: Settings) -> None:
+    """Answers until the process is told to stop."""
+    uvicorn.run(
+        app,
+        host=settings.host,
+        port=settings.port,
+        log_level="warning",
+        timeout_graceful_shutdown=3,
+        server_header=False,
+        # uvicorn itself would believe whatever this machine's programs say of their address
+        proxy_headers="FORWARDED_ALLOW_IPS" in os.environ,
+    )
 
 
 def serve(settings: Settings) -> None:
@@ -214,11 +164,4 @@ def serve(settings: Settings) -> None:
             count=shell.estimate,
             models=shell.models(settings.data_dir / "models.json"),
         )
-        uvicorn.run(
-            app,
-            host=settings.host,
-            port=settings.port,
-            log_level="warning",
-            timeout_graceful_shutdown=3,
-            server_header=False,
-        )
+        listen(app, settings)

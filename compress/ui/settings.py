@@ -74,7 +74,12 @@ class Settings:
         """The limits of the queue and where its runs work, as arguments of `compress.jobs.Queue`."""
         where = {}
         if self.cluster is not None:
-            cluster = Cluster(self.cluster, self.cluster_cpus, self.cluster_gpus)
+            try:
+                cluster = Cluster(self.cluster, self.cluster_cpus, self.cluster_gpus)
+            except RequestError as error:
+                raise RequestError(
+                    f"ESPALIER_{error.field.upper().replace('-', '_')}", error.got, error.allowed
+                ) from None
             where = {"command": cluster_command(cluster), "passes": ENVIRONMENT}
         return where | {
             "at_once": self.at_once,

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import gradio as gr
+from starlette.requests import Request
 
 from compress.ui.login import login_name
 
@@ -22,10 +23,11 @@ class Visit:
     """Login name; empty where nobody logs in."""
 
     @classmethod
-    def of(cls, request: gr.Request) -> Visit:
-        client = request.client.host if request.client else ""
-        name = login_name(request.request) or request.username or ""
-        return cls(name or client, str(request.request.base_url), name)
+    def of(cls, request: gr.Request | Request) -> Visit:
+        inner = getattr(request, "request", request)  # a tool's call comes as Starlette's own request
+        name = login_name(inner) or getattr(request, "username", None) or ""
+        client = inner.client.host if inner.client else ""
+        return cls(name or client, str(inner.base_url), name)
 
 
 @dataclass(frozen=True)
