@@ -37,11 +37,11 @@ PATH_FIELDS = ("checkpoint", "data", "class_map")
 KEYWORDS = ("auto", "published", "random", "none", "fashion-mnist")
 """What may stand in such a field for no path, even where a file has that name."""
 RETRIES = 2
-"""After the death of a worker or node; a run that fails by itself is not repeated."""
+"""After the death of a worker or node, and as often where the node ran out of memory; a run that fails by itself is not repeated."""
 POLL_S = 0.2
 CONNECT_S = 5.0
-END_S = 10.0
-"""Within which a cancelled run is gone; then this process does not wait for it any longer."""
+END_S = 2.5
+"""A cancelled run is waited for so long: within the grace of a queue. One that lives on is ended by its leash all the same."""
 
 
 @dataclass(frozen=True)
@@ -125,10 +125,10 @@ class Connection:
         where = self._where
         nodes = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
         if not any(node.get("CPU", 0) >= where.cpus and node.get("GPU", 0) >= where.gpus for node in nodes):
-            have = "; ".join(sorted({f"{node.get('CPU', 0):g} and {node.get('GPU', 0):g}" for node in nodes}))
+            have = "; ".join(sorted({_room(node.get("CPU", 0), node.get("GPU", 0)) for node in nodes}))
             raise RunError(
-                f"No node of the cluster {where.address} has {where.cpus} CPUs and {where.gpus:g} GPUs for a run (its nodes "
-                f"have: {have}). Ask for less, or add such a node."
+                f"No node of the cluster {where.address} has {_room(where.cpus, where.gpus)} for a run (its nodes have: {have}). "
+                "Ask for less, or add such a node."
             )
 
 
@@ -154,6 +154,11 @@ class Attempt:
                 f"Espalier does not work on a node of the cluster ({_first_line(error.cause)}). Install the same version, with "
                 "its requirements, on every node."
             ) from error
+        except self._ray.exceptions.OutOfMemoryError as error:
+            raise RunError(
+                f"The run was ended {RETRIES + 1} times because its node ran out of memory. Ask for more CPUs for a run "
+                "(cluster-cpus), so that fewer share a node, then resume it: finished stages are not repeated."
+            ) from error
         except self._ray.exceptions.RayError as error:
             raise RunError(
                 f"The run was interrupted: its worker on the cluster died {RETRIES + 1} times, or the cluster was lost "
@@ -161,14 +166,15 @@ class Attempt:
             ) from error
 
     def cancel(self) -> None:
-        """Ends the run; when this returns, no process of it lives, unless it cannot be ended within 10 s."""
+        """Ends the run; when this returns, no process of it lives, unless that takes longer than `END_S`."""
+        deadline = time.monotonic() + END_S
         self._ray.cancel(self._task, force=True)
         self._ray.wait([self._task], timeout=END_S)
-        deadline = time.monotonic() + END_S
-        while (lock := leash.hold(self._folder / "events.jsonl")) is None and time.monotonic() < deadline:
-            time.sleep(POLL_S)
-        if lock is not None:
-            lock.close()
+        with contextlib.suppress(OSError):  # a folder that is lost cannot be waited for
+            while (lock := leash.hold(self._folder / "events.jsonl")) is None and time.monotonic() < deadline:
+                time.sleep(POLL_S)
+            if lock is not None:
+                lock.close()
 
 
 @contextlib.contextmanager
@@ -208,6 +214,7 @@ def connected(where: Cluster) -> Iterator[Connection]:
 
 def _ray() -> Any:
     os.environ["RAY_AUTH_MODE"] = "token"  # read when Ray is imported
+    os.environ["RAY_task_oom_retries"] = str(RETRIES)  # its own default is without end
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     try:
         import ray
@@ -252,6 +259,10 @@ def _refuse_unless_done(ended: Ended, folder: Path) -> None:
         raise RunError(last.removeprefix(jobs_files.REFUSAL))
     sys.stderr.write(f"{ended.console}\n")
     raise RunError(jobs_files.interrupted(ended.returncode))
+
+
+def _room(cpus: float, gpus: float) -> str:
+    return f"{cpus:g} CPU{'s' * (cpus != 1)} and {gpus:g} GPU{'s' * (gpus != 1)}"
 
 
 def _first_line(error: BaseException) -> str:

@@ -57,23 +57,23 @@ def carry_out(words: Sequence[str], lock: IO[str], leash: IO[bytes], stall_s: fl
         leash: what ends the run when its other end is closed.
 
     Returns:
-        The exit status as `subprocess` reports it: negative for the signal that ended the process.
+        The exit status as `subprocess` reports it: negative for the signal that ended the process; `STOPPED` when it was let go.
     """
     lock.write(json.dumps({"time": time.time(), "state": "started", "node": platform.node()}) + "\n")
     lock.flush()
     process = processes.start(words, folder=Path.cwd(), console=None, env=os.environ, keep=(lock.fileno(),))
     child = processes.identify(process.pid)
     assert child is not None, "a child that was not waited for is at least a zombie"
-    watch, hangs = Watch(stall_s), False
+    watch, hangs, unwanted = Watch(stall_s), False, False
     try:
-        while process.poll() is None and not hangs and not _let_go(leash, TICK_S):
+        while process.poll() is None and not hangs and not (unwanted := _let_go(leash, TICK_S)):
             hangs = watch.idle(child, os.fstat(lock.fileno()).st_size)
     finally:
         processes.stop(child, GRACE_S)  # also what it left behind
     if hangs:
         sys.stdout.write(f"Error: {watch.sentence}\n")
         return 1
-    return process.wait()
+    return STOPPED if unwanted else process.wait()
 
 
 def wait_for_lock(events: Path, leash: IO[bytes]) -> IO[str] | None:
@@ -107,8 +107,16 @@ def _work(events: Path, words: Sequence[str]) -> int:
     _end(code)  # while `lock` is held: whoever gets it finds nothing of this attempt any more
 
 
+def _drop(leash: IO[bytes]) -> None:
+    """Being told to stop is being let go: nothing is raised in the middle of a start or an end, however often it is told."""
+    end = os.open(os.devnull, os.O_RDONLY)
+    signal.signal(signal.SIGTERM, lambda *_: os.dup2(end, leash.fileno()))
+
+
 def _relay(child: int) -> NoReturn:
     signal.signal(signal.SIGTERM, lambda *_: os.kill(child, signal.SIGTERM))
+    os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # from here on the id may belong to another process
     _end(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 
 
@@ -126,7 +134,7 @@ def main() -> None:
     """Two processes: Ray kills the children of a worker that it ends, so the one that holds the leash is none of them."""
     if child := os.fork():
         _relay(child)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(STOPPED))
+    _drop(sys.stdin.buffer)
     _end(_work(Path(sys.argv[1]), sys.argv[2:]))
 
 

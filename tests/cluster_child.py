@@ -1,5 +1,5 @@
-"""What a queue starts when its runs work on a cluster, with runs that train nothing: `python cluster_child.py ADDRESS GPUS
-COMMAND FOLDER [--resume]`, where COMMAND is the function of queues.py that the node gets its words from."""
+"""What a queue starts when its runs work on a cluster, with runs that train nothing: `python cluster_child.py ADDRESS CPUS
+GPUS COMMAND FOLDER [--resume]`, where COMMAND is the function of queues.py that the node gets its words from."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ def stop(*_: object) -> NoReturn:
 
 def main() -> None:
     signal.signal(signal.SIGTERM, stop)
-    address, gpus, command, folder = sys.argv[1:5]
+    address, cpus, gpus, command, folder = sys.argv[1:6]
     request = Request.from_file(Path(folder) / "request.json")
     try:
         run_on(
-            Cluster(address, gpus=float(gpus)),
+            Cluster(address, int(cpus), float(gpus)),
             request,
             out=Path(folder),
             resume="--resume" in sys.argv,

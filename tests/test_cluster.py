@@ -6,6 +6,7 @@ import dataclasses
 import platform
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from queues import QUICK, fake_command, wait
@@ -13,7 +14,7 @@ from typer.testing import CliRunner
 
 from compress import __version__, cluster, cluster_node, signing
 from compress.__main__ import cli
-from compress.cluster import Cluster, cluster_command
+from compress.cluster import Attempt, Cluster, cluster_command
 from compress.cluster_node import Order
 from compress.errors import RequestError, RunError
 from compress.jobs import Queue
@@ -143,3 +144,10 @@ def test_a_node_carries_the_order_out_and_tells_how_it_ended(order: Order, tmp_p
     ended = cluster_node.carry_out(dataclasses.replace(order, folder=str(folder), request=text))
     assert ended.returncode == 1
     assert ended.console.endswith("Error: The runtime tensorrt is not installed here: choose another.\n")
+
+
+def test_a_folder_that_is_lost_does_not_hold_up_a_cancellation(tmp_path: Path) -> None:
+    cancelled = []
+    ray = SimpleNamespace(cancel=lambda task, force: cancelled.append((task, force)), wait=lambda *_, **__: ([], []))
+    Attempt(ray, "task", tmp_path / "lost").cancel()
+    assert cancelled == [("task", True)]

@@ -52,9 +52,9 @@ class OnRay:
     def __init__(self, ray_cluster: Any) -> None:
         self.ray_cluster = ray_cluster
 
-    def options(self, command: Command, gpus: float = 0.0) -> dict[str, Any]:
+    def options(self, command: Command, cpus: int = 1, gpus: float = 0.0) -> dict[str, Any]:
         def child(folder: Path, resume: bool) -> list[str]:
-            words = [sys.executable, str(TESTS / "cluster_child.py"), self.ray_cluster.address, str(gpus)]
+            words = [sys.executable, str(TESTS / "cluster_child.py"), self.ray_cluster.address, str(cpus), str(gpus)]
             return [*words, command.__name__, str(folder), str(folder / "request.json"), *["--resume"] * resume]
 
         return {"command": child, "passes": (*cluster.ENVIRONMENT, "PYTHONPATH", LOOPBACK)}
@@ -238,9 +238,11 @@ def test_a_node_that_dies_costs_one_stage_at_most(on_ray: OnRay, data_dir: Path)
         until(lambda: pids_of(queue.folder(job_id)) == [], "its processes end", 10)
 
 
-def test_a_run_ends_when_the_process_that_submitted_it_is_killed(on_ray: OnRay, data_dir: Path) -> None:
+@pytest.mark.parametrize("model", ["resnet34", "mobilenet_v2"])
+def test_a_run_ends_when_the_process_that_submitted_it_is_killed(on_ray: OnRay, data_dir: Path, model: str) -> None:
+    """As a queue does with one that has not cancelled its run in time."""
     with Queue(data_dir, **on_ray.options(fake_command)) as queue:
-        job_id = queue.submit(Request(**ENDLESS))
+        job_id = queue.submit(Request(model=model, learning_rate=0.001))
         works(queue, job_id)
         os.kill(child_of(queue, job_id).pid, signal.SIGKILL)
         assert "interrupted" in str(wait(queue, job_id, "failed").error)
@@ -253,8 +255,8 @@ def test_a_run_that_no_node_could_carry_out_is_refused(on_ray: OnRay, data_dir: 
     with Queue(data_dir, **on_ray.options(fake_command, gpus=1)) as queue:
         status = wait(queue, queue.submit(Request(**QUICK)), "failed", "done", seconds=PATIENCE_S)
     assert status.error == (
-        f"No node of the cluster {on_ray.ray_cluster.address} has 1 CPUs and 1 GPUs for a run (its nodes have: 0 and 0; "
-        "1 and 0). Ask for less, or add such a node."
+        f"No node of the cluster {on_ray.ray_cluster.address} has 1 CPU and 1 GPU for a run (its nodes have: "
+        "0 CPUs and 0 GPUs; 1 CPU and 0 GPUs). Ask for less, or add such a node."
     )
 
 
@@ -265,3 +267,15 @@ def test_nobody_gets_in_without_the_token(on_ray: OnRay, data_dir: Path, monkeyp
     told = str(status.error)
     assert told.startswith(f"The cluster {on_ray.ray_cluster.address} cannot be joined from here (ConnectionError: ")
     assert "Either its token is another one (RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH), or this machine" in told
+
+
+def test_a_run_whose_node_has_no_memory_left_is_not_begun_for_ever(on_ray: OnRay, data_dir: Path) -> None:
+    """Ray itself would begin it again without end."""
+    scarce = {"RAY_memory_usage_threshold": "0.0", "RAY_memory_monitor_refresh_ms": "100"}
+    on_ray.ray_cluster.add_node(**NODE | {"num_cpus": 2}, env_vars=scarce)
+    with Queue(data_dir, **on_ray.options(fake_command, cpus=2)) as queue:
+        status = wait(queue, queue.submit(Request(**ENDLESS)), "failed", "done", seconds=120)
+    assert status.error == (
+        "The run was ended 3 times because its node ran out of memory. Ask for more CPUs for a run (cluster-cpus), so that fewer "
+        "share a node, then resume it: finished stages are not repeated."
+    )

@@ -104,14 +104,27 @@ def test_a_run_ends_with_all_that_it_started_when_its_holder_dies(folder: Path) 
     begin = time.monotonic()
     wait_until(lambda: not any(map(lives, pids)), "the run and its child end")
     assert time.monotonic() - begin < 3
-    assert process.wait(timeout=5) == -9 and is_free(folder)
+    assert process.wait(timeout=5) == leash.STOPPED and is_free(folder)
 
 
 def test_the_leash_itself_may_be_told_to_stop(folder: Path) -> None:
     process = start(folder, STUBBORN)
     pids = pids_of(folder)
     process.terminate()
-    assert process.wait(timeout=5) == 143
+    assert process.wait(timeout=5) == leash.STOPPED
+    assert not any(map(lives, pids)) and is_free(folder)
+
+
+def test_the_leash_itself_may_be_told_to_stop_while_it_ends_the_run(folder: Path) -> None:
+    process = start(folder, STUBBORN)
+    pids = pids_of(folder)
+
+    def told_again() -> bool:
+        os.killpg(process.pid, signal.SIGTERM)  # both of its processes
+        return process.poll() is not None
+
+    wait_until(told_again, "it ends")
+    assert process.returncode == leash.STOPPED
     assert not any(map(lives, pids)) and is_free(folder)
 
 
