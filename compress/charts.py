@@ -94,7 +94,7 @@ def _latency(report: Report) -> go.Figure | None:
 def _accuracy(report: Report) -> go.Figure | None:
     if not report.ledger:
         return None
-    names = [f"{_in_lines(hop.name)}<br><sub>{hop.through}</sub>" for hop in report.ledger]
+    names = [f"{_in_lines(hop.name)}<br><i>{hop.through}</i>" for hop in report.ledger]
     values = [100 * hop.accuracy for hop in report.ledger]
     high = [100 * hop.accuracy_ci95[1] - v for hop, v in zip(report.ledger, values, strict=True)]
     low = [v - 100 * hop.accuracy_ci95[0] for hop, v in zip(report.ledger, values, strict=True)]
@@ -224,7 +224,7 @@ def _training(report: Report) -> go.Figure | None:
             )
     figure.update_xaxes(title="epoch", dtick=1)
     figure.update_yaxes(title="loss", secondary_y=False)
-    figure.update_yaxes(title="accuracy on held-out training images, %", secondary_y=True, showgrid=False)
+    figure.update_yaxes(title="held-out accuracy, %", tickformat=".1f", secondary_y=True, showgrid=False)
     return figure.update_layout(height=340, legend={"orientation": "h", "y": 1.25, "x": 0})
 
 

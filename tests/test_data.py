@@ -51,7 +51,9 @@ def test_a_folder_of_idx_files_is_read_and_resized(idx_folder):
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"no gzip", gzip.compress(b"\0\0\x08\x03\0\0"), gzip.compress(b"\0\0\x08\x01\0\0\0\x09abc")]
+    "content",
+    [b"", b"no gzip", gzip.compress(b"\0\0\x08\x03\0\0"), gzip.compress(b"\0\0\x08\x01\0\0\0\x09abc")],
+    ids=["empty", "no gzip", "cut off", "fewer than it says"],  # gzip writes the time into its bytes
 )
 def test_damaged_idx_files_are_named(idx_folder, content):
     (idx_folder / "train-images-idx3-ubyte.gz").write_bytes(content)
