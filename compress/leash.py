@@ -103,7 +103,10 @@ def _work(events: Path, words: Sequence[str]) -> int:
             return 1
         code = carry_out(words, lock, leash)
     except OSError as error:
-        sys.stdout.write(f"Error: The run could not be started in {events.parent} ({error.strerror or error}).\n")
+        sys.stdout.write(
+            f"Error: The node {platform.node()} could not start the run in {events.parent} ({error.strerror or error}). Put that "
+            "right, then resume the run.\n"
+        )
         return 1
     _end(code)  # while `lock` is held: whoever gets it finds nothing of this attempt any more
 

@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import sys
+import tempfile
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +19,7 @@ from typer.testing import CliRunner
 from compress import __version__, cluster, cluster_node, processes, signing
 from compress.__main__ import cli
 from compress.cluster import Attempt, Cluster, cluster_command
-from compress.cluster_node import Order
+from compress.cluster_node import Ended, Order
 from compress.errors import RequestError, RunError
 from compress.jobs import Queue
 from compress.jobs_executor import Executor
@@ -146,6 +147,12 @@ def test_a_node_carries_the_order_out_and_tells_how_it_ended(order: Order, tmp_p
     ended = cluster_node.carry_out(dataclasses.replace(order, folder=str(folder), request=text))
     assert ended.returncode == 1
     assert ended.console.endswith("Error: The runtime tensorrt is not installed here: choose another.\n")
+
+
+def test_a_node_needs_no_temporary_folder(order: Order, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", "/nowhere")
+    ended = cluster_node.carry_out(dataclasses.replace(order, command=lambda folder, resume: ["echo", "hello"]))
+    assert ended == Ended(0, "hello\n")
 
 
 def test_a_folder_that_is_lost_does_not_hold_up_a_cancellation(tmp_path: Path) -> None:
