@@ -25,7 +25,7 @@ from compress import __version__, jobs_files, leash, runs, signing
 from compress.cluster_node import Ended, Order, carry_out
 from compress.errors import RequestError, RunError
 from compress.files import storage_error, write_text
-from compress.jobs_executor import Command, compress_command
+from compress.jobs_executor import SUBMITTED, Command, compress_command
 from compress.request import Request
 
 ENVIRONMENT = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_TLS_SERVER_CERT", "RAY_TLS_SERVER_KEY", "RAY_TLS_CA_CERT",
@@ -94,6 +94,7 @@ def run_on(
     runs.claim(out, request, resume=resume)
     write_text(out / "request.json", request.to_json())
     events = _Events(out / "events.jsonl")
+    events.add({"time": time.time(), "state": SUBMITTED})
     with connected(where) as connection:
         attempt = connection.submit(out, command)
         try:
@@ -275,6 +276,14 @@ class _Events:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._offset = path.stat().st_size if path.exists() else 0
+
+    def add(self, event: dict[str, Any]) -> None:
+        """Raises `StorageError`."""
+        try:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(event) + "\n")
+        except OSError as error:
+            raise storage_error(self._path, error) from error
 
     def pass_on(self, notify: Callable[[dict[str, Any]], None]) -> None:
         """Raises `StorageError` when the file cannot be read."""

@@ -9,7 +9,6 @@ import os
 import platform
 import subprocess
 import sys
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,7 +52,7 @@ def carry_out(order: Order) -> Ended:
     folder = Path(order.folder)
     words = order.command(folder, jobs_files.has_begun(folder))
     leash = [sys.executable, "-P", "-m", "compress.leash", str(folder / "events.jsonl"), *words]
-    with tempfile.TemporaryFile() as console:  # it has no name, so nothing of it stays when this process is killed
+    with open(os.memfd_create("console"), "w+b") as console:  # needs no disk, and goes with this process
         process = subprocess.Popen(  # noqa: S603  (a list of our own words, no shell)
             leash,
             cwd=folder,

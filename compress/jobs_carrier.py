@@ -186,8 +186,10 @@ class Carrier:
             return f"The run's process could not be started ({why}). Check the installation, then resume the run."
 
     def _is_overdue(self, row: Row, child: Child) -> bool:
-        limit = self._max_seconds
-        return limit is not None and row.state == "running" and self._executor.age_s(child) > limit
+        if self._max_seconds is None or row.state != "running":
+            return False
+        events = self._folders.run(row.job_id) / "events.jsonl"
+        return self._executor.worked_s(child, events, row.events_offset) > self._max_seconds
 
     def _settle(self, row: Row, why: str | None = None) -> None:
         """Writes down how a run ended whose process is gone; `why` when it was ended from here."""

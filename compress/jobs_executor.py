@@ -6,14 +6,23 @@ An attempt is a child process of this machine. It outlives the server that start
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from subprocess import Popen
+from typing import Any
 
 from compress import processes
 from compress.processes import Child, child_environment
+
+SUBMITTED, STARTED = "submitted", "started"
+"""States in the events of a run on a cluster: it waits for a node; a node has begun with it."""
+HEAD_BYTES = 4096
+"""An attempt's events begin with these two."""
 
 Command = Callable[[Path, bool], Sequence[str]]
 """(run folder, whether it is resumed) -> the words that start the child."""
@@ -33,6 +42,21 @@ def compress_command(folder: Path, resume: bool) -> list[str]:
         str(folder),
     ]
     return [*words, "--resume"] if resume else words
+
+
+def _first_events(events: Path, offset: int) -> list[dict[str, Any]]:
+    """Those whole within `HEAD_BYTES`; none without a file."""
+    try:
+        with events.open("rb") as file:
+            file.seek(offset)
+            head = file.read(HEAD_BYTES)
+    except FileNotFoundError:
+        return []
+    found = []
+    for line in head.splitlines():
+        with contextlib.suppress(ValueError):
+            found.append(json.loads(line))
+    return [event for event in found if isinstance(event, dict)]
 
 
 class Executor:
@@ -61,9 +85,17 @@ class Executor:
     def alive(self, child: Child) -> bool:
         return processes.alive(child)
 
-    def age_s(self, child: Child) -> float:
-        """Seconds since it was started."""
-        return processes.age_s(child)
+    def worked_s(self, child: Child, events: Path, offset: int) -> float:
+        """Seconds since it was started, without those that it waited for a node of a cluster.
+
+        Args:
+            offset: where its own events begin in the file `events`, in bytes.
+        """
+        age_s = processes.age_s(child)
+        states = {event["state"]: event for event in _first_events(events, offset) if "state" in event}
+        if STARTED in states:
+            return min(age_s, time.time() - states[STARTED]["time"])
+        return 0.0 if SUBMITTED in states else age_s
 
     def end(self, child: Child, grace_s: float = 0.0) -> bool:
         """Ends it, after `grace_s` seconds by force, and what it started. True when nothing of it lives any more."""

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import IO, NoReturn
 
 from compress import processes
+from compress.jobs_executor import STARTED
 from compress.jobs_watch import STALL_S, Watch
 
 GRACE_S = 1.5
@@ -59,7 +60,7 @@ def carry_out(words: Sequence[str], lock: IO[str], leash: IO[bytes], stall_s: fl
     Returns:
         The exit status as `subprocess` reports it: negative for the signal that ended the process; `STOPPED` when it was let go.
     """
-    lock.write(json.dumps({"time": time.time(), "state": "started", "node": platform.node()}) + "\n")
+    lock.write(json.dumps({"time": time.time(), "state": STARTED, "node": platform.node()}) + "\n")
     lock.flush()
     process = processes.start(words, folder=Path.cwd(), console=None, env=os.environ, keep=(lock.fileno(),))
     child = processes.identify(process.pid)
@@ -102,7 +103,10 @@ def _work(events: Path, words: Sequence[str]) -> int:
             return 1
         code = carry_out(words, lock, leash)
     except OSError as error:
-        sys.stdout.write(f"Error: The run could not be started in {events.parent} ({error.strerror or error}).\n")
+        sys.stdout.write(
+            f"Error: The node {platform.node()} could not start the run in {events.parent} ({error.strerror or error}). Put that "
+            "right, then resume the run.\n"
+        )
         return 1
     _end(code)  # while `lock` is held: whoever gets it finds nothing of this attempt any more
 

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import os
 import platform
 import sys
+import tempfile
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,12 +16,13 @@ import pytest
 from queues import QUICK, fake_command, wait
 from typer.testing import CliRunner
 
-from compress import __version__, cluster, cluster_node, signing
+from compress import __version__, cluster, cluster_node, processes, signing
 from compress.__main__ import cli
 from compress.cluster import Attempt, Cluster, cluster_command
-from compress.cluster_node import Order
+from compress.cluster_node import Ended, Order
 from compress.errors import RequestError, RunError
 from compress.jobs import Queue
+from compress.jobs_executor import Executor
 from compress.request import Request
 from compress.ui.settings import Settings
 
@@ -146,8 +151,36 @@ def test_a_node_carries_the_order_out_and_tells_how_it_ended(order: Order, tmp_p
     assert ended.console.endswith("Error: The runtime tensorrt is not installed here: choose another.\n")
 
 
+def test_a_node_needs_no_temporary_folder(order: Order, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", "/nowhere")
+    ended = cluster_node.carry_out(dataclasses.replace(order, command=lambda folder, resume: ["echo", "hello"]))
+    assert ended == Ended(0, "hello\n")
+
+
 def test_a_folder_that_is_lost_does_not_hold_up_a_cancellation(tmp_path: Path) -> None:
     cancelled = []
     ray = SimpleNamespace(cancel=lambda task, force: cancelled.append((task, force)), wait=lambda *_, **__: ([], []))
     Attempt(ray, "task", tmp_path / "lost").cancel()
     assert cancelled == [("task", True)]
+
+
+@pytest.mark.parametrize(
+    ("events", "working"),
+    [
+        ([], True),
+        ([{"stage": "baseline"}], True),
+        ([{"state": "submitted", "time": 0.0}], False),
+        ([{"state": "submitted", "time": 0.0}, {"state": "started", "time": 1.0}], True),
+    ],
+)
+def test_an_attempt_works_from_its_start_unless_it_waits_for_a_node(
+    tmp_path: Path, events: list[dict[str, object]], working: bool
+) -> None:
+    path, before = tmp_path / "events.jsonl", b'{"state": "submitted", "time": 0.0}\n'
+    path.write_bytes(before + b"".join(json.dumps(event).encode() + b"\n" for event in events) + b'{"half')
+    me = processes.identify(os.getpid())
+    assert me is not None
+    worked_s = Executor().worked_s(me, path, len(before))
+    assert worked_s == pytest.approx(processes.age_s(me) if working else 0.0, abs=0.5)
+    path.write_text(json.dumps({"state": "started", "time": time.time()}))
+    assert Executor().worked_s(me, path, 0) < 0.5 < Executor().worked_s(me, tmp_path / "none", 0)

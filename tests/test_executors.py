@@ -251,6 +251,22 @@ def test_a_run_ends_when_the_process_that_submitted_it_is_killed(on_ray: OnRay, 
         assert wait(queue, job_id, "done", "failed", seconds=PATIENCE_S).error is None
 
 
+def test_waiting_for_a_node_is_not_working(on_ray: OnRay, data_dir: Path, tmp_path: Path) -> None:
+    limited = on_ray.options(fake_command) | {"max_seconds": 5}
+    with Queue(data_dir, **on_ray.options(fake_command)) as other, Queue(tmp_path / "limited", **limited) as queue:
+        first = other.submit(Request(**ENDLESS))
+        works(other, first)
+        job_id = queue.submit(Request(**ENDLESS))
+        wait(queue, job_id, "running")
+        until(lambda: processes.age_s(child_of(queue, job_id)) > 7, "it has waited longer than it may work")
+        assert queue.status(job_id).state == "running"
+        other.cancel(first)
+        works(queue, job_id)
+        assert str(wait(queue, job_id, "failed", seconds=PATIENCE_S).error).startswith(
+            "The run was ended because it worked for more than the 0.0833333 minutes that this server allows."
+        )
+
+
 def test_a_run_that_no_node_could_carry_out_is_refused(on_ray: OnRay, data_dir: Path) -> None:
     with Queue(data_dir, **on_ray.options(fake_command, gpus=1)) as queue:
         status = wait(queue, queue.submit(Request(**QUICK)), "failed", "done", seconds=PATIENCE_S)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -156,6 +157,16 @@ def test_an_attempt_that_waits_too_long_for_the_other_says_so(
     other.close()
     assert capfd.readouterr().out == (
         f"Error: Another process still works on this run in {folder}. Resume the run when it has ended.\n"
+    )
+
+
+def test_a_full_disk_is_told_by_name(folder: Path) -> None:
+    (folder / "events.jsonl").symlink_to("/dev/full")
+    process = start(folder, "open('started', 'w')")
+    assert process.wait(timeout=15) == 1 and not (folder / "started").exists()
+    assert process.stdout is not None and process.stdout.read() == (
+        f"Error: The node {platform.node()} could not start the run in {folder} (No space left on device). Put that right, then "
+        "resume the run.\n"
     )
 
 
