@@ -26,16 +26,13 @@ from compress.cluster_node import Ended, Order, carry_out
 from compress.errors import RequestError, RunError
 from compress.files import storage_error, write_text
 from compress.jobs_executor import SUBMITTED, Command, compress_command
-from compress.request import Request
+from compress.request import CHECKPOINT_SOURCES, DATA_SOURCES, Request
 
 ENVIRONMENT = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_TLS_SERVER_CERT", "RAY_TLS_SERVER_KEY", "RAY_TLS_CA_CERT",
                "RAY_USE_TLS")  # fmt: skip
 """What the process that submits a run needs of the server's environment; the process of the run gets none of it."""
 INSTALLATION = Path(__file__).resolve().parents[1]
 ADDRESS = re.compile(r"([A-Za-z0-9.-]+|\[[0-9A-Fa-f:]+\]):[0-9]{1,5}")
-PATH_FIELDS = ("checkpoint", "data", "class_map")
-KEYWORDS = ("auto", "published", "random", "none", "fashion-mnist")
-"""What may stand in such a field for no path, even where a file has that name."""
 RETRIES = 2
 """After the death of a worker or node, and as often where the node ran out of memory; a run that fails by itself is not repeated."""
 POLL_S = 0.2
@@ -52,15 +49,15 @@ class Cluster:
     """HOST:PORT of the head's control service (GCS), 6379 unless it was given another."""
     cpus: int = 1
     gpus: float = 0.0
-    """Of one GPU: 0.5 lets two runs share it. No run uses more than one."""
+    """0.5 lets two runs share a GPU; a run uses as many as it has training processes, all of one node."""
 
     def __post_init__(self) -> None:
         if not ADDRESS.fullmatch(self.address):
             raise RequestError("cluster", self.address, "HOST:PORT of a running cluster's head, such as 10.0.0.1:6379")
         if not 1 <= self.cpus <= 1024:
             raise RequestError("cluster-cpus", self.cpus, "a whole number from 1 to 1024")
-        if not 0 <= self.gpus <= 1:
-            raise RequestError("cluster-gpus", self.gpus, "a number from 0 to 1, because a run uses one GPU at most")
+        if not (0 <= self.gpus <= 1 or self.gpus in range(2, 65)):
+            raise RequestError("cluster-gpus", self.gpus, "a number from 0 to 1, or a whole number up to 64")
 
 
 def cluster_command(where: Cluster) -> Command:
@@ -239,7 +236,7 @@ def _refuse_unless_heard(address: str) -> None:
 
 def _with_absolute_paths(request: Request) -> Request:
     """Files that the user named relative to this process's folder: on the node that is another one."""
-    given = {field: getattr(request, field) for field in PATH_FIELDS}
+    given = {field: getattr(request, field) for field in jobs_files.UPLOAD_FIELDS}
     return request.model_copy(
         update={field: str(Path(path).resolve()) for field, path in given.items() if path and _is_relative_file(path)}
     )
@@ -247,7 +244,7 @@ def _with_absolute_paths(request: Request) -> Request:
 
 def _is_relative_file(text: str) -> bool:
     path = Path(text)
-    return not path.is_absolute() and path.exists() and text not in KEYWORDS
+    return not path.is_absolute() and path.exists() and text not in (*CHECKPOINT_SOURCES, *DATA_SOURCES)
 
 
 def _refuse_unless_done(ended: Ended, folder: Path) -> None:

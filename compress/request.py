@@ -36,6 +36,9 @@ from compress.request_values import (
     RuntimeName,
 )
 
+CHECKPOINT_SOURCES = ("auto", "published", "random")
+DATA_SOURCES = ("fashion-mnist", "none")
+"""What these two fields may say for no path, even where a file has that name."""
 SEARCHING_PRUNERS = ("simulated-annealing", "auto-compress", "amc")
 
 

@@ -18,7 +18,7 @@ ClusterAddress = Annotated[
     typer.Option("--cluster", help="HOST:PORT of a Ray cluster that carries the run out; see docs/cluster.md."),
 ]
 ClusterCpus = Annotated[int, typer.Option(help="CPUs of the cluster's node that the run gets.")]
-ClusterGpus = Annotated[float, typer.Option(help="GPU that the run gets: 0, 1, or a share of one.")]
+ClusterGpus = Annotated[float, typer.Option(help="GPUs that the run gets: a share of one, or a whole number.")]
 FAILED = 1
 """Exit status of a command that answers no."""
 

@@ -36,8 +36,8 @@ def measured(candidate: Candidate) -> Outcome:
 
 def search(name: str, problem: Problem) -> list[tuple[Candidate, Outcome]]:
     strategy, history = STRATEGIES[name](problem), []
-    for _ in range(problem.trials):
-        candidate = strategy.propose(history)
+    for left in range(problem.trials, 0, -1):
+        candidate = strategy.propose(history, left)
         history.append((candidate, measured(candidate)))
     return history
 

@@ -40,10 +40,10 @@ def test_what_no_run_can_use_is_refused() -> None:
     with pytest.raises(RequestError, match="cluster-cpus: got 0, expected a whole number from 1 to 1024"):
         Cluster(ADDRESS, cpus=0)
     with pytest.raises(
-        RequestError, match="cluster-gpus: got 2, expected a number from 0 to 1, because a run uses one"
+        RequestError, match="cluster-gpus: got 1.5, expected a number from 0 to 1, or a whole number up to 64"
     ):
-        Cluster(ADDRESS, gpus=2)
-    assert Cluster("[fd00::1]:6379", gpus=0.5).gpus == 0.5
+        Cluster(ADDRESS, gpus=1.5)
+    assert Cluster("[fd00::1]:6379", gpus=0.5).gpus == 0.5 and Cluster(ADDRESS, gpus=4.0).gpus == 4
 
 
 def test_the_queue_starts_the_shell_command_of_the_same_run(tmp_path: Path) -> None:

@@ -50,8 +50,8 @@ def test_the_agent_learns_which_group_to_spare(amc, problem):
     strategy, rewards = amc.Amc(problem), []
     before = strategy._episode(amc.random.Random(0), 0.0)
     history = []
-    for _ in range(problem.trials):
-        candidate = strategy.propose(history)
+    for left in range(problem.trials, 0, -1):
+        candidate = strategy.propose(history, left)
         history.append((candidate, outcome(0.9 - 0.5 * dict(candidate.ratios)["b"], measured(candidate).latency_ms)))
         rewards.append(problem.target.score(history[-1][1], problem.dense))
     after = strategy._episode(amc.random.Random(0), 0.0)
@@ -76,7 +76,7 @@ def test_noise_stays_and_then_falls_by_one_factor(amc, problem):
 def test_an_interrupted_search_goes_on_as_if_it_had_not_been(amc, problem):
     history = search("amc", replace(problem, trials=5))
     again = amc.Amc(replace(problem, trials=5))
-    assert [again.propose(history[:n]) for n in (4, 2, 3)] == [history[n][0] for n in (4, 2, 3)]
+    assert [again.propose(history[:n], 5 - n) for n in (4, 2, 3)] == [history[n][0] for n in (4, 2, 3)]
 
 
 def test_nobody_elses_random_numbers_are_touched(amc, problem):

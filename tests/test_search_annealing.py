@@ -7,11 +7,14 @@ from dataclasses import replace
 
 import pytest
 import search_formulas
-from search_formulas import HARM, TRIALS, best, outcome, search
+from search_formulas import HARM, TRIALS, best, measured, outcome, search
 
+from compress.errors import PruningError
 from compress.search import annealing
 from compress.search.forecast import Forecast
+from compress.search.strategies import proposal
 from compress.search.target import Target
+from compress.search.trials import Trials
 
 
 @pytest.fixture
@@ -111,6 +114,20 @@ def test_auto_compress_comes_nearer_in_rounds_and_ends_with_admm(problem):
             assert all(ratio >= before[name] for name, ratio in one.ratios)
     assert history[-1][0] == replace(annealing._best(problem, history[:-1]), pruner="admm")
     assert all(one.pruner == "l1-norm" for one, _ in history[:-1])
+
+
+def test_auto_compress_ends_with_admm_although_some_candidates_cannot_be_made(problem, tmp_path):
+    strategy, trials = annealing.AutoCompress(problem), Trials(tmp_path)
+
+    def made(candidate):
+        if len(trials.all) in (2, 7):
+            raise PruningError("Too much of a.")
+        return measured(candidate)
+
+    for _ in range(TRIALS):
+        trials.measure(proposal(strategy, problem, trials), made)
+    assert [trial.number for trial in trials.all if trial.refused] == [3, 8]
+    assert [trial.number for trial in trials.all if trial.candidate.pruner == "admm"] == [TRIALS]
 
 
 @pytest.mark.parametrize("trials", [1, 2, 3, 5])

@@ -276,7 +276,7 @@ def test_uniform_halves_its_way_to_the_smallest_ratio_that_is_fast_enough(space,
     strategy = STRATEGIES["uniform"](Problem(space, Target(min_speedup=2.0), dense, 6))
     history, tried = [], []
     for _ in range(4):
-        one = strategy.propose(history)
+        one = strategy.propose(history, 6 - len(history))
         ratio = dict(one.ratios)["5"]
         tried.append((ratio, one.pruner))
         history.append((one, replace(dense, latency_ms=1 - ratio)))
@@ -287,8 +287,8 @@ def test_uniform_does_not_take_a_stand_in_for_the_share_that_could_not_be_made(s
     dense = replace(oneshot.dense, latency_ms=1.0)
     strategy = STRATEGIES["uniform"](Problem(space, Target(min_speedup=2.0), dense, 6))
     stand_in = space.candidate({"0": 0.5})
-    assert strategy.propose([]) != stand_in
-    slow = strategy.propose([(stand_in, dense)])
+    assert strategy.propose([], 6) != stand_in
+    slow = strategy.propose([(stand_in, dense)], 5)
     assert slow == space.uniform(0.225) != space.uniform(0.675)
 
 
@@ -298,8 +298,8 @@ def test_a_strategy_is_a_function_of_its_history(name, space, oneshot):
         pytest.importorskip("stable_baselines3", reason="pip install -r requirements-search.txt")
     problem = Problem(space, Target(min_speedup=2.0), oneshot.dense, 20, seed=3)
     history = []
-    for _ in range(12):
-        one = STRATEGIES[name](problem).propose(history)
-        assert one == STRATEGIES[name](problem).propose(history)
+    for left in range(20, 8, -1):
+        one = STRATEGIES[name](problem).propose(history, left)
+        assert one == STRATEGIES[name](problem).propose(history, left)
         assert all(ratio in space.choices(g) for (_, ratio), g in zip(one.ratios, space.groups, strict=True))
         history.append((one, oneshot.dense))

@@ -290,7 +290,7 @@ def test_settings_come_from_the_environment() -> None:
     for variable, text, allowed in (
         ("ESPALIER_PORT", "0", "a whole number from 1 to 65535"),
         ("ESPALIER_LIST_RUNS", "yes", "0 or 1"),
-        ("ESPALIER_CLUSTER_GPUS", "2", "a number from 0 to 1"),
+        ("ESPALIER_CLUSTER_GPUS", "1.5", "a number from 0 to 1, or a whole number"),
     ):
         with pytest.raises(RequestError, match=f"{variable}: got '{text}', expected {allowed}"):
             Settings.from_environment({variable: text})

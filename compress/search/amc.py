@@ -49,7 +49,7 @@ class Amc:
         self.problem = problem
         self._start()
 
-    def propose(self, history: History) -> Candidate:
+    def propose(self, history: History, left: int) -> Candidate:
         if list(history[: len(self._learned)]) != self._learned:
             self._start()
         for candidate, outcome in history[len(self._learned) :]:

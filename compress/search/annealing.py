@@ -37,7 +37,7 @@ class SimulatedAnnealing:
 
     problem: Problem
 
-    def propose(self, history: History) -> Candidate:
+    def propose(self, history: History, left: int) -> Candidate:
         start = self.problem.space.candidate({})
         return _Walk(self.problem, start, history, self.problem.trials).next(history)
 
@@ -54,11 +54,11 @@ class AutoCompress:
 
     problem: Problem
 
-    def propose(self, history: History) -> Candidate:
+    def propose(self, history: History, left: int) -> Candidate:
         problem = self.problem
         if not history:
             return problem.space.candidate({})
-        if len(history) >= problem.trials - 1:
+        if left == 1:
             return replace(_best(problem, history), pruner="admm")
         length = max(1, (problem.trials - 2) // ROUNDS)
         number = min(ROUNDS - 1, (len(history) - 1) // length)

@@ -38,5 +38,9 @@ class Problem:
 class Strategy(Protocol):
     """Chooses what to measure next."""
 
-    def propose(self, history: History) -> Candidate:
-        """The next candidate; one that was measured already is not measured again, and its outcome is repeated."""
+    def propose(self, history: History, left: int) -> Candidate:
+        """The next candidate; one that was measured already is not measured again, and its outcome is repeated.
+
+        Args:
+            left: trials that are left, with this one. Those that could not be made are spent, too, and not in `history`.
+        """

@@ -1,7 +1,7 @@
 """How the next candidate is chosen, by name.
 
-A strategy is a function of the problem and of what was measured so far, and of nothing else: with the same seed and the
-same history it proposes the same candidate. So a search that was interrupted goes on as if it had not been.
+A strategy is a function of the problem, of what was measured so far and of how much is left: with the same seed and the
+same history and as many trials left it proposes the same candidate. So a search that was interrupted goes on as if it had not been.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Random:
 
     problem: Problem
 
-    def propose(self, history: History) -> Candidate:
+    def propose(self, history: History, left: int) -> Candidate:
         return random_candidate(self.problem.space, f"{self.problem.seed} {len(history)}")
 
 
@@ -43,7 +43,7 @@ def random_candidate(space: Space, seed: str) -> Candidate:
 
 def proposal(strategy: Strategy, problem: Problem, trials: Trials) -> Candidate:
     """Of the strategy; it does not see what could not be made, so a random one stands in when it proposes that again."""
-    candidate = strategy.propose(trials.history)
+    candidate = strategy.propose(trials.history, problem.trials - len(trials.all))
     known = trials.of(candidate)
     if known is not None and known.refused:
         return random_candidate(problem.space, f"{problem.seed} stands in {len(trials.all)}")

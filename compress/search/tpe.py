@@ -24,9 +24,9 @@ class Tpe:
 
     problem: Problem
 
-    def propose(self, history: History) -> Candidate:
+    def propose(self, history: History, left: int) -> Candidate:
         if len(history) < min(STARTS, self.problem.trials // 2):
-            return Uniform(self.problem).propose(history)
+            return Uniform(self.problem).propose(history, left)
         import optuna
 
         optuna.logging.set_verbosity(optuna.logging.ERROR)

@@ -17,7 +17,7 @@ class Uniform:
 
     problem: Problem
 
-    def propose(self, history: History) -> Candidate:
+    def propose(self, history: History, left: int) -> Candidate:
         space = self.problem.space
         widest = max(len(space.choices(group)) for group in space.groups)
         rounds = max(2, widest.bit_length())

@@ -18,7 +18,7 @@ from gradio.components import Component
 from compress.errors import CompressError
 from compress.hub import SCHEME as HUB_SCHEME
 from compress.quantizers import QUANTIZERS
-from compress.request import Request
+from compress.request import CHECKPOINT_SOURCES, DATA_SOURCES, Request
 from compress.request_rules import FULL_PRECISION, HALF_PRECISION, QUANTIZED_BITS
 from compress.ui.words import word
 
@@ -68,8 +68,6 @@ SECTIONS = {
 """Fields that are folded away, by heading."""
 SET_BY_MAIN_FIELDS = ("model", "checkpoint", "data", "sparsity", "weight_bits")
 SAME = "same"
-CHECKPOINT_SOURCES = ("auto", "published", "random")
-DATA_SOURCES = ("fashion-mnist", "none")
 PLACEHOLDERS = {
     "layer_sparsity": "layer1.0.conv1=0.3",
     "engine_targets": "SM86 SM89",

@@ -56,7 +56,7 @@ class Settings:
     cluster_cpus: int = 1
     """ESPALIER_CLUSTER_CPUS: of a node, for each run."""
     cluster_gpus: float = 0.0
-    """ESPALIER_CLUSTER_GPUS: 0, 1 or a share of one, for each run."""
+    """ESPALIER_CLUSTER_GPUS: a share of one or a whole number, for each run."""
     allowed_hosts: tuple[str, ...] = ()
     """ESPALIER_ALLOWED_HOSTS: names, separated by commas, under which a proxy serves the app.
     On a loopback address all other Host headers are refused; elsewhere any is accepted when this is empty."""
@@ -188,8 +188,8 @@ def _number(low: int, high: int) -> Any:
 
 
 def _share(variable: str, text: str) -> float:
-    if not re.fullmatch(r"[01]|0?\.[0-9]+|1\.0", text):
-        raise RequestError(variable, text, "a number from 0 to 1")
+    if not re.fullmatch(r"[0-9]+|0?\.[0-9]+|1\.0", text):
+        raise RequestError(variable, text, "a number from 0 to 1, or a whole number")
     return float(text)
 
 
