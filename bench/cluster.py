@@ -23,13 +23,10 @@ ROUNDS = 5
 CHILD = """
 import sys
 from pathlib import Path
-from bench.cluster import nothing
+from bench.cluster import over
 from compress import cluster
-folder = Path(sys.argv[2])
 with cluster.connected(cluster.Cluster(sys.argv[1])) as connection:
-    attempt = connection.submit(folder, nothing)
-    while attempt.ended() is None:
-        pass
+    over(connection, Path(sys.argv[2]))
 """
 
 
