@@ -63,11 +63,11 @@ def main() -> None:
     os.dup2(2, 1)  # what the library prints is no part of the answer
     order = json.load(sys.stdin)
     spec = BuildSpec(**order["spec"] | {"targets": tuple(order["spec"]["targets"])})
-    runtime = RUNTIMES[order["runtime"]]
-    assert isinstance(runtime, TensorRTRuntime), "no other runtime compiles"
+    edition = RUNTIMES[order["runtime"]]
+    assert isinstance(edition, TensorRTRuntime), "no other runtime compiles"
     with answer:
         try:
-            layers = runtime.compile(Path(order["onnx"]), Path(order["plan"]), spec)
+            layers = edition.compile(Path(order["onnx"]), Path(order["plan"]), spec)
             json.dump({"layers": [asdict(layer) for layer in layers]}, answer)
         except HandoffError as error:
             json.dump({"refused": str(error)}, answer)
