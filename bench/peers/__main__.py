@@ -54,7 +54,9 @@ def main() -> None:
                 "large": study.LARGE,
                 "budget": options.images,
                 "n_test": len(dataset.test),
-                "results": found,
+                "results": [
+                    {key: value for key, value in one.items() if key != "job"} for one in found
+                ],  # paths of here
                 "deployed": study.deployed(found, folder, dataset.test),
             }
         )
