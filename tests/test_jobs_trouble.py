@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -15,14 +16,20 @@ from compress.jobs import Queue
 from compress.request import Request
 
 
+def unrecorded_child(folder: Path) -> subprocess.Popen[bytes]:
+    """As a server leaves it that was killed between starting it and writing it down."""
+    child = processes.start(
+        fake_command(folder, False), folder=folder, console=folder / "console.txt", env=dict(os.environ)
+    )
+    wait_for_file(folder / "environ.json")
+    return child
+
+
 def test_a_child_that_was_started_but_not_recorded_is_ended_before_its_run_starts(data_dir: Path) -> None:
     client = Queue(data_dir, command=fake_command)
     job_id = client.submit(Request(**ENDLESS))
     folder = client.folder(job_id)
-    stray = processes.start(
-        fake_command(folder, False), folder=folder, console=folder / "console.txt", env=dict(os.environ)
-    )
-    wait_for_file(folder / "environ.json")
+    stray = unrecorded_child(folder)
     with Queue(data_dir, command=fake_command):
         assert stray.wait(timeout=10) != 0
         wait(client, job_id, "done")  # resnet34 is done only with --resume: what the stray child left is gone on with
@@ -52,10 +59,7 @@ def test_cancelling_a_waiting_run_ends_a_child_that_was_not_recorded(data_dir: P
     queue = Queue(data_dir, command=fake_command)
     job_id = queue.submit(Request(**ENDLESS))
     folder = queue.folder(job_id)
-    stray = processes.start(
-        fake_command(folder, False), folder=folder, console=folder / "console.txt", env=dict(os.environ)
-    )
-    wait_for_file(folder / "environ.json")
+    stray = unrecorded_child(folder)
     assert queue.cancel(job_id).state == "cancelled"
     assert processes.find(str(folder / "request.json")) == []
     stray.wait()
