@@ -141,7 +141,7 @@ class Queue:
         return self._status(self._row(job_id))
 
     def list(self, limit: int = 50, search: str = "") -> list[Status]:
-        """The latest runs whose title, state or id has every word of `search`, newest first."""
+        """The latest runs that have each word of `search` in their title or state, or at the start of their id, newest first."""
         return [self._status(row) for row in self._record.newest(limit, search.split())]
 
     def working(self) -> list[Status]:

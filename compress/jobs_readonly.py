@@ -38,7 +38,7 @@ class ReadOnly:
         rows = [
             row
             for row in known
-            if all(word.lower() in f"{row.title} {row.state} {row.job_id}".lower() for word in words)
+            if all(w in f"{row.title} {row.state}".lower() or row.job_id.startswith(w) for w in map(str.lower, words))
         ]
         return sorted(rows, key=lambda row: row.created, reverse=True)[:limit]
 

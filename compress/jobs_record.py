@@ -206,14 +206,16 @@ class Record:
             return _get(db, job_id)
 
     def newest(self, limit: int, words: Sequence[str] = ()) -> list[Row]:
-        """The latest runs that have all of `words` in their title, state or id, newest first."""
-        has = " AND ".join(["instr(lower(title || ' ' || state || ' ' || job_id), lower(?)) > 0"] * len(words))
+        """The latest runs that have each of `words` in their title or state, or at the start of their id, newest first."""
+        one = "(instr(lower(title || ' ' || state), lower(?)) > 0 OR instr(job_id, lower(?)) = 1)"
+        has = " AND ".join([one] * len(words))
         where = f"WHERE {has}" if words else ""
         with self._open() as db:
             return [
                 _row(found)
                 for found in db.execute(
-                    f"SELECT * FROM runs {where} ORDER BY created DESC, turn DESC LIMIT ?", (*words, limit)
+                    f"SELECT * FROM runs {where} ORDER BY created DESC, turn DESC LIMIT ?",
+                    (*(word for word in words for _ in range(2)), limit),
                 )
             ]
 

@@ -172,9 +172,10 @@ def test_a_run_is_found_renamed_and_deleted_with_its_files(queue: Queue, data_di
     queue.rename(first, "  the <first>\n try, 100%_ ")
     assert queue.status(first).title == "the <first> try, 100%_"
     assert [status.job_id for status in queue.list(search="FIRST done")] == [first]
-    assert [status.job_id for status in queue.list(search="30 %")] == [second]
+    assert [status.job_id for status in queue.list(search="30 % pruned")] == [second]
     assert [status.job_id for status in queue.list(search="%_")] == [first], "a search is no pattern"
     assert [status.job_id for status in queue.list(search=second[:9])] == [second]
+    assert queue.list(search=second[1:10]) == [], "two digits are somewhere in one id of nine"
     assert queue.list(search="failed") == []
     for name in ("", " \n", "x" * 121, "bell \a"):
         with pytest.raises(RequestError, match="name: got .* expected 1 to 120 characters"):
