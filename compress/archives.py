@@ -15,6 +15,7 @@ import zipfile
 from pathlib import Path
 from typing import Protocol
 
+from compress import naming
 from compress.containers import Refused, read_directory
 from compress.errors import DataError
 from compress.images import MAX_FILE_BYTES, Unreadable
@@ -27,7 +28,7 @@ MAX_RATIO = 200
 MAX_DEPTH, MAX_NAME_BYTES = 6, 255
 _ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".7z", ".rar", ".zst")
 _BY_SYSTEMS = ("__macosx", "thumbs.db", "desktop.ini")
-_UNSAFE_NAME = re.compile(r"^/|^[A-Za-z]:|\\|(^|/)\.\.(/|$)|[\x00-\x1f]")
+_UNSAFE_NAME = re.compile(r"^/|^[A-Za-z]:|\\|(^|/)\.\.(/|$)")
 
 
 class Files(Protocol):
@@ -66,6 +67,9 @@ class Folder:
                 raise DataError(
                     f"{root} is nested more than {MAX_DEPTH} folders deep: give the one that holds the class folders."
                 )
+            for name in [*folders, *names]:
+                if not _is_litter(name) and (flaw := naming.flaw(name)):
+                    raise DataError(f"{root} holds {naming.shown(name)}, whose name holds {flaw}: rename it.")
             found += [Path(folder, name).relative_to(root).as_posix() for name in names if not _is_litter(name)]
         self.names = tuple(sorted(found))
 
@@ -114,10 +118,7 @@ def _accepted(entries: tuple[zipfile.ZipInfo, ...]) -> dict[str, zipfile.ZipInfo
     if sum(entry.file_size for entry in entries) > MAX_UNPACKED_BYTES:
         raise Refused("it would unpack to more than 4 GiB")
     for entry in entries:
-        if _UNSAFE_NAME.search(entry.orig_filename):
-            raise Refused("an entry's name leads out of the folder")
-        if len(entry.filename.encode()) > MAX_NAME_BYTES or entry.filename.rstrip("/").count("/") > MAX_DEPTH:
-            raise Refused(f"an entry's name is longer than {MAX_NAME_BYTES} bytes or deeper than {MAX_DEPTH} folders")
+        _check_name(entry)
         if stat.S_ISLNK(entry.external_attr >> 16):
             raise Refused("it holds a symbolic link")
         if entry.is_dir() or any(_is_litter(part) for part in entry.filename.split("/")):
@@ -132,6 +133,15 @@ def _accepted(entries: tuple[zipfile.ZipInfo, ...]) -> dict[str, zipfile.ZipInfo
         seen.add(key)
         accepted[entry.filename] = entry
     return accepted
+
+
+def _check_name(entry: zipfile.ZipInfo) -> None:
+    if _UNSAFE_NAME.search(entry.orig_filename):
+        raise Refused("an entry's name leads out of the folder")
+    if flaw := naming.flaw(entry.orig_filename) or naming.flaw(entry.filename):
+        raise Refused(f"the name of an entry holds {flaw}")
+    if len(entry.filename.encode()) > MAX_NAME_BYTES or entry.filename.rstrip("/").count("/") > MAX_DEPTH:
+        raise Refused(f"an entry's name is longer than {MAX_NAME_BYTES} bytes or deeper than {MAX_DEPTH} folders")
 
 
 def _common_root(names: list[str]) -> str:

@@ -9,7 +9,6 @@ There is no other way in and no second try: what does not pass is refused.
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -19,17 +18,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 from torch import Tensor
 
-from compress import containers, files, signing
-from compress.errors import CheckpointError, RequestError, StorageError
+from compress import containers, facts, files, signing
+from compress.errors import CheckpointError, StorageError
 from compress.inspection import Inspected, inspect
 from compress.loader import Loader
 from compress.models import Preprocessing
 
-MAX_CLASS_NAME = 200
 PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.", "net.")
 """What DataParallel, torch.compile, Lightning and similar wrappers put before every name."""
-FACTS = ("preprocessing", "class_names")
-"""The metadata that is taken over; anything else that somebody wrote there is left behind."""
 ACCEPTED, RECORD = "accepted.safetensors", "accepted.json"
 RECORD_KIND = "accepted checkpoint"
 
@@ -97,13 +93,13 @@ def read_own(path: Path, *, names: Collection[str] | None = None) -> Checkpoint:
         tensors = load_safetensors(path.read_bytes())
     except (containers.Refused, OSError, SafetensorError) as error:
         raise CheckpointError(f"{path} cannot be read: give the checkpoint again.") from error
-    return Checkpoint(_without_prefixes(tensors, names), *_facts(path, header.metadata))
+    told = facts.read(path.name, header.metadata)
+    return Checkpoint(_without_prefixes(tensors, names), told.preprocessing, told.class_names)
 
 
 def _accept(path: Path, inspected: Inspected, target: Path, loader: Loader | None) -> None:
     """Writes the checked tensors of `path` to `target`, a safetensors file of our own."""
-    _facts(path, inspected.metadata)
-    metadata = {key: inspected.metadata[key] for key in FACTS if key in inspected.metadata}
+    metadata = facts.read(path.name, inspected.metadata).as_metadata()
     if loader is not None:
         loader.unpack(path, inspected, target, metadata)
         return
@@ -127,19 +123,3 @@ def _without_prefixes(tensors: Mapping[str, Tensor], names: Collection[str] | No
             break
         stripped = {name.removeprefix(prefix): tensor for name, tensor in stripped.items()}
     return stripped if names is None or set(stripped) == set(names) else dict(tensors)
-
-
-def _facts(path: Path, metadata: Mapping[str, str]) -> tuple[Preprocessing | None, tuple[str, ...] | None]:
-    """Preprocessing and class names from safetensors metadata; other people's metadata without them is fine."""
-    try:
-        recipe = json.loads(metadata["preprocessing"]) if "preprocessing" in metadata else None
-        names = json.loads(metadata["class_names"]) if "class_names" in metadata else None
-        preprocessing = None if recipe is None else Preprocessing.from_dict(recipe)
-        if names is not None and not all(isinstance(name, str) and 0 < len(name) <= MAX_CLASS_NAME for name in names):
-            raise ValueError("class names")
-    except (ValueError, TypeError, KeyError, RecursionError, RequestError) as error:
-        raise CheckpointError(
-            f"{path.name}: its metadata `preprocessing` or `class_names` is not the JSON that this tool writes: save "
-            "the file without metadata."
-        ) from error
-    return preprocessing, None if names is None else tuple(names)

@@ -277,6 +277,7 @@ def _scan(files: Files, names: tuple[str, ...], preprocessing: Preprocessing, so
     def look(position: int) -> bytes | Unreadable:
         try:
             image = images.decode(files.read(names[position]))
+            images.refuse_unfit(image.size, preprocessing)
         except Unreadable as reason:
             return reason
         if pixels is not None:

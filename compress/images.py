@@ -18,6 +18,11 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
 """Decoders that may run; Pillow's others (EPS, PSD, FITS, ...) have had the memory errors of recent years."""
 MAX_PIXELS = 25_000_000
 MAX_FILE_BYTES = 20 * 2**20
+MAX_ASPECT = 100
+"""Longer over shorter side. Resizing keeps it, so a strip of 14 x 990,000 pixels would become one of gigabytes."""
+MAX_INPUT, MAX_RESIZE = 2048, 4096
+"""Pixels of a side: of a model's input, and of the shorter side before the crop."""
+INTERPOLATIONS = ("bilinear", "bicubic")
 THUMBNAIL = 32
 """Largest side, in pixels, of an image that is padded instead of cropped; see `Preprocessing`."""
 CROP_RATIO = 256 / 224
@@ -57,17 +62,22 @@ class Preprocessing:
     """`bilinear` or `bicubic`, Pillow's names."""
 
     def __post_init__(self) -> None:
-        if not 1 <= self.input_size <= 2048:
-            raise RequestError("input_size", self.input_size, "a number of pixels from 1 to 2048")
+        if type(self.input_size) is not int or not 1 <= self.input_size <= MAX_INPUT:
+            raise RequestError("input_size", self.input_size, f"a whole number of pixels from 1 to {MAX_INPUT}")
         for name in ("mean", "std"):
             if len(getattr(self, name)) != 3 or not all(math.isfinite(value) for value in getattr(self, name)):
                 raise RequestError(name, getattr(self, name), "three finite numbers, one per RGB channel")
         if min(self.std) <= 0:
             raise RequestError("std", self.std, "three numbers above 0")
-        if self.resize_size is not None and self.resize_size < self.input_size:
-            raise RequestError("resize_size", self.resize_size, f"at least the input size, {self.input_size}")
-        if self.interpolation not in ("bilinear", "bicubic"):
-            raise RequestError("interpolation", self.interpolation, "bilinear or bicubic")
+        if self.resize_size is not None and (
+            type(self.resize_size) is not int or not self.input_size <= self.resize_size <= MAX_RESIZE
+        ):
+            allowed = (
+                f"a whole number of pixels of at least the input size, {self.input_size}, and at most {MAX_RESIZE}"
+            )
+            raise RequestError("resize_size", self.resize_size, allowed)
+        if self.interpolation not in INTERPOLATIONS:
+            raise RequestError("interpolation", self.interpolation, " or ".join(INTERPOLATIONS))
 
     @property
     def shorter_side(self) -> int:
@@ -87,7 +97,7 @@ class Preprocessing:
         """Raises TypeError on unknown or missing keys and RequestError on values out of range."""
         made = cls(**values)
         return cls(
-            int(made.input_size),
+            made.input_size,
             tuple(map(float, made.mean)),
             tuple(map(float, made.std)),
             made.resize_size,
@@ -99,7 +109,8 @@ def decode(data: bytes) -> Image.Image:
     """The pixels of an image file, upright, RGB, 8 bits per channel.
 
     Raises:
-        Unreadable: not JPEG, PNG, WebP or BMP, damaged, animated, 16 bits per channel, or over 25 million pixels.
+        Unreadable: not JPEG, PNG, WebP or BMP, damaged, animated, 16 bits per channel, over 25 million pixels, or over
+            100 times as long as wide.
     """
     if len(data) > MAX_FILE_BYTES:
         raise Unreadable(f"larger than {MAX_FILE_BYTES >> 20} MiB")
@@ -122,6 +133,8 @@ def _refuse_unsuitable(image: Image.Image) -> None:
     """By the header alone, before any pixel is decoded."""
     if image.width * image.height > MAX_PIXELS:
         raise Unreadable(f"more than {MAX_PIXELS // 10**6} million pixels")
+    if max(image.size) > MAX_ASPECT * min(image.size):
+        raise Unreadable(f"one side is over {MAX_ASPECT} times the other")
     if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":  # a JPEG with a preview behind it, as phones write
         raise Unreadable("animated")
     if image.mode not in _EIGHT_BIT_MODES:
@@ -136,7 +149,10 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def fit(image: Image.Image, preprocessing: Preprocessing) -> Image.Image:
-    """The image at `input_size` x `input_size`, by rule 2 of `Preprocessing`; L stays L and RGB stays RGB."""
+    """The image at `input_size` x `input_size`, by rule 2 of `Preprocessing`; L stays L and RGB stays RGB.
+
+    Raises Unreadable, before anything is allocated, as `refuse_unfit` does.
+    """
     size = preprocessing.input_size
     resample = Image.Resampling[preprocessing.interpolation.upper()]
     if image.size == (size, size):
@@ -145,10 +161,30 @@ def fit(image: Image.Image, preprocessing: Preprocessing) -> Image.Image:
         canvas = Image.new(image.mode, (THUMBNAIL, THUMBNAIL))
         canvas.paste(image, ((THUMBNAIL - image.width) // 2, (THUMBNAIL - image.height) // 2))
         return canvas if size == THUMBNAIL else canvas.resize((size, size), resample)
-    shorter, side = min(image.size), preprocessing.shorter_side
-    width, height = (side if length == shorter else int(side * length / shorter) for length in image.size)
+    refuse_unfit(image.size, preprocessing)
+    width, height = _resized(image.size, preprocessing)
     left, top = round((width - size) / 2), round((height - size) / 2)
     return image.resize((width, height), resample).crop((left, top, left + size, top + size))
+
+
+def refuse_unfit(size: tuple[int, int], preprocessing: Preprocessing) -> None:
+    """Raises Unreadable when an image of `size` (width, height) would have over 25 million pixels before the crop.
+
+    Pillow's intermediate image is no larger than the larger of what goes in and what comes out.
+    """
+    width, height = _resized(size, preprocessing)
+    if max(size) > THUMBNAIL and size != (preprocessing.input_size,) * 2 and width * height > MAX_PIXELS:
+        raise Unreadable(
+            f"{width:,} x {height:,} pixels once its shorter side has {preprocessing.shorter_side}, more than "
+            f"{MAX_PIXELS // 10**6} million"
+        )
+
+
+def _resized(size: tuple[int, int], preprocessing: Preprocessing) -> tuple[int, int]:
+    """Width and height before the centre crop."""
+    shorter, side = min(size), preprocessing.shorter_side
+    width, height = (side if length == shorter else int(side * length / shorter) for length in size)
+    return width, height
 
 
 def to_pixels(image: Image.Image) -> np.ndarray:

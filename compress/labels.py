@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from compress import naming
 from compress.errors import DataError
 from compress.images import SUFFIXES
 
@@ -162,7 +163,7 @@ def _from_map(folders: Sequence[str], num_classes: int, class_map: Mapping[str, 
     )
     if wrong is not None:
         raise DataError(
-            f"The class map gives {wrong} the output {class_map[wrong]!r}, but the model's outputs are 0 to "
+            f"The class map gives {wrong} the output {naming.shown(repr(class_map[wrong]))}, but the model's outputs are 0 to "
             f"{num_classes - 1}."
         )
     if len({class_map[folder] for folder in folders}) < 2:

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compress import architectures, archives, catalog, checkpoints, data, fashion_mnist, hub
+from compress import architectures, archives, catalog, checkpoints, data, fashion_mnist, hub, naming
 from compress.architectures import Architecture
-from compress.errors import DataError, RequestError
+from compress.errors import CheckpointError, DataError, RequestError
 from compress.images import Preprocessing
 from compress.request import Request
 
@@ -124,6 +124,11 @@ def _torchvision_model(request: Request, kept: Path | None) -> _Loaded:
         read = _read_checkpoint(path, kept)
         tensors, names, recipe = dict(read.tensors), read.class_names, read.preprocessing or published.preprocessing
     architecture = architectures.recognise(tensors, expected=name)
+    if names is not None and len(names) != architecture.num_classes:
+        raise CheckpointError(
+            f"{weights}: its metadata names {len(names)} classes, but the model has {architecture.num_classes} outputs: "
+            "correct `class_names`, or save the file without this metadata."
+        )
     return _Loaded(architectures.load(architecture, tensors), architecture, weights, recipe, names)
 
 
@@ -185,12 +190,15 @@ def _class_map(path: str | None) -> Mapping[str, int] | None:
     example = 'a JSON object such as {"cat": 0, "dog": 1}'
     try:
         mapping = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"The class map {path} cannot be read ({_first_line(error)}). Give {example}.") from error
     if not isinstance(mapping, dict) or not all(
         isinstance(index, int) and not isinstance(index, bool) for index in mapping.values()
     ):
         raise DataError(f"The class map {path} is not {example}: folder names to output numbers.")
+    for name in mapping:
+        if flaw := naming.flaw(name):
+            raise DataError(f"The class map {path} names {naming.shown(name)}, which holds {flaw}: correct that name.")
     return mapping
 
 

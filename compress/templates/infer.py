@@ -33,7 +33,7 @@ FILES = {
 }
 """What a runtime takes by itself: the first of these that is there."""
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
-MAX_PIXELS = 25_000_000
+MAX_PIXELS, MAX_ASPECT = 25_000_000, 100
 THUMBNAIL = 32
 
 
@@ -42,6 +42,8 @@ def preprocess(path, recipe):
     with Image.open(path, formats=FORMATS) as image:
         if image.width * image.height > MAX_PIXELS:
             raise ValueError(f"more than {MAX_PIXELS // 10**6} million pixels")
+        if max(image.size) > MAX_ASPECT * min(image.size):
+            raise ValueError(f"one side is over {MAX_ASPECT} times the other")
         image.load()
         image = fit(to_rgb(ImageOps.exif_transpose(image)), recipe)
     pixels = np.asarray(image, dtype=np.float32) / np.float32(255)
@@ -69,6 +71,8 @@ def fit(image, recipe):
         return canvas if size == THUMBNAIL else canvas.resize((size, size), resample)
     shorter, side = min(image.size), recipe["resize_size"] or round(size * 256 / 224)
     width, height = (side if length == shorter else int(side * length / shorter) for length in image.size)
+    if width * height > MAX_PIXELS:
+        raise ValueError(f"{width} x {height} pixels once resized, more than {MAX_PIXELS // 10**6} million")
     left, top = round((width - size) / 2), round((height - size) / 2)
     return image.resize((width, height), resample).crop((left, top, left + size, top + size))
 

@@ -110,6 +110,11 @@ def _huge_header() -> bytes:
     return bytes(data)
 
 
+def _strip() -> bytes:
+    """14 x 990,000 pixels, fewer than 25 million: by its shorter side it would grow to 11 GB."""
+    return encoded(Image.new("1", (14, 990_000)))
+
+
 def _turned() -> bytes:
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -177,7 +182,11 @@ CASES: dict[str, Case] = {
     "an absolute name": Case(_entry("/etc/evil.png"), REFUSED, "leads out of the folder"),
     "a drive letter": Case(_entry("C:evil.png"), REFUSED, "leads out of the folder"),
     "backslashes": Case(_entry("cat\\..\\evil.png"), REFUSED, "leads out of the folder"),
-    "a control character in a name": Case(_entry("cat/a\nb.png"), REFUSED, "leads out of the folder"),
+    "a control character in a name": Case(_entry("cat/a\nb.png"), REFUSED, "a control character (U+000A)"),
+    "a control character of Latin-1 in a name": Case(_entry("cat/a\x9bb.png"), REFUSED, "a control character (U+009B)"),
+    "a name that is read from right to left": Case(
+        _entry("cat/a\u202egpj.png"), REFUSED, "turns the direction of text"
+    ),
     "a symbolic link": Case(_with_link, REFUSED, "symbolic link"),
     "entries that overlap": Case(_patched(_overlap), REFUSED, "entries overlap"),
     "two names that differ in case only": Case(_entry("CAT/0.PNG"), REFUSED, "the same name"),
@@ -213,6 +222,7 @@ CASES: dict[str, Case] = {
         _with(cat__c_dot_jpg=lambda: encoded(photo(8), "JPEG")[:-300]), SKIPPED, "damaged or cut off", ALL
     ),
     "over 25 million pixels": Case(_with(cat__h_dot_png=_huge_header), SKIPPED, "more than 25 million", ALL),
+    "one side over 100 times the other": Case(_with(cat__s_dot_png=_strip), SKIPPED, "over 100 times the other", ALL),
     "over 5 % of unusable images": Case(
         _plain(pets() | {f"cat/bad{n}.png": b"x" for n in range(4)}), REFUSED, "4 of 52 images"
     ),
