@@ -22,7 +22,10 @@ MAX_HEADER_BYTES = 4 * 2**20
 MAX_TENSORS = 5_000
 MAX_DIMENSIONS = 8
 
-_END_OF_DIRECTORY, _END_OF_DIRECTORY_64 = b"PK\x05\x06", b"PK\x06\x06"
+_DIRECTORY_ENTRY, _END_OF_DIRECTORY = b"PK\x01\x02", b"PK\x05\x06"
+_END_OF_DIRECTORY_64, _LOCATOR_64 = b"PK\x06\x06", b"PK\x06\x07"
+_LONGEST_END = 22 + 2**16 + 20 + 56
+"""Bytes of the records at the end of a zip file with the longest comment."""
 _SIMPLE_NAME = re.compile(r"[A-Za-z0-9_.]{1,80}")
 
 _DTYPES = {
@@ -104,20 +107,41 @@ def read_directory(path: Path, max_entries: int) -> tuple[zipfile.ZipInfo, ...]:
 
 
 def _check_entry_count(path: Path, max_entries: int) -> None:
-    """Refuse by the end record: opening a directory of 100,000 entries takes seconds."""
+    """Refuse by the directory's own bytes: to open one of 100,000 entries takes seconds and hundreds of megabytes."""
+    directory = _directory(path, max_entries)
+    at = count = 0
+    while at < len(directory):
+        if directory[at : at + 4] != _DIRECTORY_ENTRY or at + 46 > len(directory):
+            raise Refused("its zip directory is damaged")
+        at += 46 + sum(struct.unpack_from("<HHH", directory, at + 28))
+        count += 1
+        if count > max_entries:
+            raise Refused(f"it holds more than {max_entries} entries")
+
+
+def _directory(path: Path, max_entries: int) -> bytes:
+    """The directory as `zipfile` will read it, which goes by its size and place alone and not by the number it states."""
     with path.open("rb") as file:
-        file.seek(0, io.SEEK_END)
-        file.seek(max(0, file.tell() - 70_000))
+        length = file.seek(0, io.SEEK_END)
+        start = file.seek(max(0, length - _LONGEST_END))
         tail = file.read()
-    at = tail.rfind(_END_OF_DIRECTORY)
-    if at < 0 or len(tail) < at + 22:
-        raise Refused("its zip directory is missing, as after an interrupted transfer")
-    count, size = struct.unpack_from("<HI", tail, at + 10)
-    at_64 = tail.rfind(_END_OF_DIRECTORY_64)
-    if 0 <= at_64 <= len(tail) - 56:
-        count, size = struct.unpack_from("<QQ", tail, at_64 + 32)
-    if count > max_entries or size > max_entries * MAX_DIRECTORY_BYTES_PER_ENTRY:
-        raise Refused(f"it holds more than {max_entries} entries")
+        at = tail.rfind(_END_OF_DIRECTORY)
+        if at < 0 or len(tail) < at + 22:
+            raise Refused("its zip directory is missing, as after an interrupted transfer")
+        count, size = struct.unpack_from("<HI", tail, at + 10)
+        # the larger record counts where its locator stands and points: the same letters in a comment are a comment
+        if tail[max(0, at - 20) : at].startswith(_LOCATOR_64):
+            at -= 20 + 56
+            offset = struct.unpack_from("<Q", tail, at + 56 + 8)[0] if at >= 0 else -1
+            if offset != start + at or not tail[at:].startswith(_END_OF_DIRECTORY_64):
+                raise Refused("its zip directory is damaged")
+            count, size = struct.unpack_from("<QQ", tail, at + 32)
+        if count > max_entries or size > max_entries * MAX_DIRECTORY_BYTES_PER_ENTRY:
+            raise Refused(f"it holds more than {max_entries} entries")
+        if size > start + at:
+            raise Refused("its zip directory is damaged")
+        file.seek(start + at - size)
+        return file.read(size)
 
 
 def checksum_failure(path: Path) -> str | None:
@@ -183,8 +207,10 @@ def _check_layout(header: dict[str, Any], data_bytes: int) -> dict[str, TensorEn
             )  # before they are multiplied: a product of a million numbers takes minutes
         except (TypeError, KeyError, ValueError) as error:
             raise Refused("its header is damaged") from error
-        if not isinstance(dtype, str) or dtype not in _DTYPES:
-            raise Refused(f"{printable(name)} has the number format {printable(str(dtype))}, which is not supported")
+        if not isinstance(dtype, str):
+            raise Refused("its header is damaged")
+        if dtype not in _DTYPES:
+            raise Refused(f"{printable(name)} has the number format {printable(dtype)}, which is not supported")
         tensors[name] = TensorEntry(_DTYPES[dtype], tuple(shape))
         if not whole or tensors[name].nbytes != stop - start:
             raise Refused(f"the size of {printable(name)} does not match its shape")

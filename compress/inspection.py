@@ -136,7 +136,8 @@ def _index_of_zip(path: Path) -> Any:
 def _interpreted(path: Path, root: str) -> pickles.Index:
     try:
         with zipfile.ZipFile(path) as file:
-            if f"{root}byteorder" in file.namelist() and file.read(f"{root}byteorder") != b"little":
+            order = file.NameToInfo.get(f"{root}byteorder")
+            if order is not None and (order.file_size != len(b"little") or file.read(order) != b"little"):
                 raise containers.Refused("it was written on a big-endian machine")
             if file.getinfo(f"{root}data.pkl").file_size > pickles.MAX_PICKLE_BYTES:
                 raise containers.Refused("its index of tensors is larger than 1 MiB")

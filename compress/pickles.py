@@ -21,6 +21,11 @@ from compress.containers import Refused
 
 MAX_PICKLE_BYTES = 2**20
 MAX_OPCODES = 300_000
+MAX_NUMBER_KEY = 2**20
+"""Numbers as keys count parameters in the state of an optimizer. Python's hash of a number is no secret: tens of thousands
+of larger ones, chosen to meet in one place of the table, took a minute."""
+MAX_LENGTH = 64
+"""Of a shape, and of the arguments of a call. One long tuple, named again by each of 50,000 calls, would be walked as often."""
 
 _REBUILD_TENSOR, _REBUILD_PARAMETER = "torch._utils _rebuild_tensor_v2", "torch._utils _rebuild_parameter"
 _STORAGES = {
@@ -168,6 +173,7 @@ class _Machine:
         self._stack.append(self._memo[index])
 
     def _put(self, index: Any) -> None:
+        _require(index < MAX_OPCODES)  # they are numbered in order; see MAX_NUMBER_KEY
         self._memo[index] = self._stack[-1]
 
     def _tuple(self, _: Any) -> None:
@@ -200,15 +206,14 @@ class _Machine:
     def _update(self, items: list[Any]) -> None:
         target = self._stack[-1]
         _require(type(target) in (dict, OrderedDict) and len(items) % 2 == 0)
-        for key, value in zip(items[::2], items[1::2], strict=True):
-            # hashing a tuple of tuples of tuples ... exhausts the C stack, so keys are single values
-            _require(type(key) in (str, int, float, bool, type(None)))
-            target[key] = value
+        for key in items[::2]:
+            _refuse_key(key)
+        target.update(zip(items[::2], items[1::2], strict=True))
 
     def _build(self, _: Any) -> None:
         """The attributes of an object. A state dict has `_metadata`; another name could hide a method."""
         state = self._stack.pop()
-        _require(type(self._stack[-1]) is OrderedDict and type(state) is dict and set(state) <= {"_metadata"})
+        _require(type(self._stack[-1]) is OrderedDict and type(state) is dict and state.keys() <= {"_metadata"})
 
     def _persistent(self, _: Any) -> None:
         """("storage", its class, the entry's name, the device it was on, how many numbers)"""
@@ -222,8 +227,17 @@ class _Machine:
 
     def _reduce(self, _: Any) -> None:
         arguments, function = self._stack.pop(), self._stack.pop()
-        _require(type(function) is Global and type(arguments) is tuple)
+        _require(type(function) is Global and type(arguments) is tuple and len(arguments) <= MAX_LENGTH)
         self._stack.append(_CALLS[function.name](*arguments))
+
+
+def _refuse_key(key: Any) -> None:
+    """Before it is hashed: Python hashes text with a secret, small numbers in order, and a tuple of tuples of tuples ... until
+    the C stack is exhausted."""
+    if type(key) is str or (type(key) is int and 0 <= key < MAX_NUMBER_KEY):
+        return
+    what = f"a number outside 0 to {MAX_NUMBER_KEY - 1:,}" if type(key) is int else "neither a text nor a whole number"
+    raise Refused(f"its index of tensors names an entry by {what}")
 
 
 def _ordered_dict() -> OrderedDict[Any, Any]:
@@ -231,7 +245,8 @@ def _ordered_dict() -> OrderedDict[Any, Any]:
 
 
 def _integers(values: Any) -> tuple[int, ...]:
-    _require(type(values) is tuple and all(type(value) is int and value >= 0 for value in values))
+    _require(type(values) is tuple and len(values) <= MAX_LENGTH)
+    _require(all(type(value) is int and value >= 0 for value in values))
     return values
 
 
