@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
@@ -43,37 +44,58 @@ class Timing:
         return float(np.percentile(self.samples_ms, q))
 
 
+@dataclass(frozen=True)
+class Pace:
+    """How long a burst is: `warm_calls` untimed calls, then calls for `burst_ms` or `max_calls`, whichever ends first, but
+    at least three."""
+
+    burst_ms: float = 120.0
+    warm_calls: int = 3
+    max_calls: int = 60
+
+
+class Contender(Protocol):
+    """Runs one batch again and again where it lives, in a process of its own for example."""
+
+    def burst(self, pace: Pace) -> list[float]:
+        """Milliseconds of each timed call."""
+
+
 def race(
-    contenders: Sequence[Callable[[], object]],
+    contenders: Sequence[Contender | Callable[[], object]],
     *,
     rounds: int = 8,
-    burst_ms: float = 120.0,
-    warm_calls: int = 3,
-    max_calls: int = 60,
+    burst_ms: float = Pace.burst_ms,
+    warm_calls: int = Pace.warm_calls,
+    max_calls: int = Pace.max_calls,
     clock: Callable[[], float] = time.perf_counter,
     progress: Callable[[float], None] = lambda fraction: None,
 ) -> list[Timing]:
-    """Times each contender (a call that runs one batch to its end) in `rounds` bursts, contenders in turn.
+    """Times each contender in `rounds` bursts of the same `Pace`, contenders in turn.
 
-    A burst starts with `warm_calls` untimed calls, then lasts `burst_ms` or `max_calls`, whichever is shorter, and
-    holds at least three timed calls. The order turns by one place each round, so nobody always follows the same neighbour.
+    The order turns by one place each round, so nobody always follows the same neighbour.
+
+    Args:
+        contenders: a plain call runs one batch to its end, here.
+        clock: seconds, for plain calls.
     """
+    pace = Pace(burst_ms, warm_calls, max_calls)
     samples: list[list[float]] = [[] for _ in contenders]
     for round_number in range(rounds):
         for place in range(len(contenders)):
             turn = (place + round_number) % len(contenders)
-            samples[turn] += _burst(contenders[turn], burst_ms, warm_calls, max_calls, clock)
+            contender = contenders[turn]
+            samples[turn] += contender.burst(pace) if hasattr(contender, "burst") else burst(contender, pace, clock)
             progress((round_number + (place + 1) / len(contenders)) / rounds)
     return [Timing(tuple(values)) for values in samples]
 
 
-def _burst(
-    call: Callable[[], object], burst_ms: float, warm_calls: int, max_calls: int, clock: Callable[[], float]
-) -> list[float]:
-    for _ in range(warm_calls):
+def burst(call: Callable[[], object], pace: Pace, clock: Callable[[], float] = time.perf_counter) -> list[float]:
+    """Milliseconds of each timed call of one burst."""
+    for _ in range(pace.warm_calls):
         call()
     samples: list[float] = []
-    while len(samples) < max_calls and (len(samples) < 3 or sum(samples) < burst_ms):
+    while len(samples) < pace.max_calls and (len(samples) < 3 or sum(samples) < pace.burst_ms):
         start = clock()
         call()
         samples.append((clock() - start) * 1000)

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from compress import evaluation, handoffs, ledger, onnx_export, quantization, stages
 from compress.engines import RUNTIMES, BuildSpec, Built, Precision, Runtime, Session
-from compress.engines.onnxruntime import recorder
-from compress.errors import HandoffError
+from compress.engines.remote import recording
+from compress.errors import EngineError, HandoffError
 from compress.files import atomic, write_text
 from compress.runs import Run
 from compress.sources import Source
@@ -95,7 +95,7 @@ def build_engines(work: Run, source: Source) -> Facts:
             try:
                 built, row, layers = _built(work, source, runtime, onnx_path, variant, expected, images)
             except HandoffError as error:
-                notes.append(_refused(work, runtime, error))
+                notes.append(left_out(work, runtime, error))
                 break
             if built.path:
                 files += [f"artifacts/{built.path.name}", f"artifacts/{built.path.name}.json"]
@@ -156,8 +156,8 @@ def _present(flavours: Sequence[quantization.Flavour]) -> tuple[list[Runtime], l
     return present, [f"Left out: {', '.join(names)}. {reason}" for reason, names in reasons.items()]
 
 
-def _refused(work: Run, runtime: Runtime, error: HandoffError) -> str:
-    """Ends the run when this runtime, or an engine for it, was asked for; otherwise a note."""
+def left_out(work: Run, runtime: Runtime, error: HandoffError) -> str:
+    """Ends the run when this runtime, or an engine for it, was asked for; otherwise a note for the report."""
     if work.request.runtime == runtime.name or (work.request.engine_targets and runtime.name == "tensorrt-rtx"):
         raise error
     return f"{runtime.name} was left out: {error}"
@@ -225,19 +225,25 @@ def _file_noise(
 ) -> list[quantization.LocalNoise]:
     """Where a quantized file leaves the model that it was made from, point by point."""
     nodes = {point: f"{point}.dequantize" for point in quantized.ranges.activations}
-    values = recorder(path, nodes, torch.get_num_threads())
+    with recording(RUNTIMES["onnxruntime"], path, nodes, torch.get_num_threads()) as values:
 
-    def record(batch: Tensor) -> dict[str, Tensor]:
-        return {point: torch.from_numpy(value) for point, value in values(batch.numpy()).items()}
+        def record(batch: Tensor) -> dict[str, Tensor]:
+            return {point: torch.from_numpy(value) for point, value in values(batch.numpy()).items()}
 
-    return quantization.file_noise(quantized, flavour, record, ledger.traced(torch.cat(list(images))))
+        return quantization.file_noise(quantized, flavour, record, ledger.traced(torch.cat(list(images))))
 
 
 def _compare_file(path: Path, source: Source, images: Sequence[Tensor]) -> np.ndarray:
     """Answers of an ONNX file through ONNX Runtime, which executes either flavour exactly."""
     spec = BuildSpec(source.preprocessing.input_size, static=False, threads=torch.get_num_threads())
-    with RUNTIMES["onnxruntime"].load(path, spec) as session:
-        return evaluation.logits(session.run, images)
+    try:
+        with RUNTIMES["onnxruntime"].load(path, spec) as session:
+            return evaluation.logits(session.run, images)
+    except EngineError as error:
+        raise HandoffError(
+            f"{path.name} cannot be proved equal to the model that it was made from: {error.what} The file is not handed on; "
+            "please report this model."
+        ) from error
 
 
 def _compare_running(
@@ -255,8 +261,20 @@ def _compare_running(
     with runtime.load(path, spec) as session:
         got = evaluation.logits(partial(padded, session, len(images[0])), images)
         layers = [{"precision": kernel.precision} for kernel in session.kernels()]
+    _require_logits(runtime, path, expected, got)
     row = handoffs.judge(variant, f"{path.name} on {runtime.name}", expected, got)
     return row, layers
+
+
+def _require_logits(runtime: Runtime, path: Path, expected: np.ndarray, got: np.ndarray) -> None:
+    """Raises `EngineError` when the answers are not even numbers for the classes that the model has."""
+    if got.shape == expected.shape and np.isfinite(got).all():
+        return
+    answers = "numbers that are not finite" if got.shape == expected.shape else f"{got.shape[1]} numbers"
+    raise EngineError(
+        runtime.name,
+        f"{runtime.title} answers an image with {answers} from {path.name}, where the model has {expected.shape[1]} logits.",
+    )
 
 
 def _disagreement(work: Run, runtime: Runtime, row: Facts) -> str:

@@ -48,6 +48,14 @@ class HandoffError(CompressError):
     """A model changed its answers on the way from one form to the next; carries both numbers."""
 
 
+class EngineError(HandoffError):
+    """A runtime refused a file, failed on it, or its process ended: its name, what happened, and what to do next."""
+
+    def __init__(self, runtime: str, what: str, advice: str = "Choose another runtime.") -> None:
+        super().__init__(f"{what} {advice}".strip())
+        self.runtime, self.what, self.advice = runtime, what, advice
+
+
 class RuntimeUnavailableError(CompressError):
     """The runtime asked for is not installed or has no device here."""
 

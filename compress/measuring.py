@@ -15,9 +15,9 @@ import numpy as np
 import torch
 
 from compress import benchmark, ledger, quantization, worth
-from compress.deployment import file_for, padded, spec_for
+from compress.deployment import file_for, left_out, padded, spec_for
 from compress.engines import RUNTIMES, BuildSpec, Precision, Runtime, Session
-from compress.errors import HandoffError
+from compress.errors import EngineError, HandoffError
 from compress.runs import Run
 from compress.sources import Source
 
@@ -28,17 +28,36 @@ FEWEST_ANSWERS, ANSWERED_PIXELS = 256, 2000 * 96 * 96
 
 
 def measure(work: Run, source: Source) -> Facts:
-    """Latency of every variant through every runtime that runs here, in turns; accuracy through the deployed files."""
+    """Latency of every variant through every runtime that runs here, in turns; accuracy through the deployed files.
+
+    When a runtime fails, at another batch size than it was built for perhaps, everything is measured again without it, so
+    that the contenders of all races are the same.
+
+    Raises:
+        EngineError: of the runtime that was asked for, or of the last one here.
+    """
+    notes: dict[str, str] = {}
+    while True:
+        try:
+            facts = _measured(work, source, without=notes)
+            return facts | {"notes": [*work.facts("build")["notes"], *notes.values()]}
+        except EngineError as error:
+            notes[error.runtime] = left_out(work, RUNTIMES[error.runtime], error)
+            if not _runtimes(work, without=notes):
+                raise
+
+
+def _measured(work: Run, source: Source, without: Collection[str]) -> Facts:
     rows: list[Facts] = []
-    hops = _file_hops(work, source)
+    hops = _file_hops(work, source) if "onnxruntime" not in without else []
     verdicts: list[Facts] = []
     sizes = sorted({1, work.request.batch_size})
     for number, batch_size in enumerate(sizes):
         with ExitStack() as stack:
-            running = _loaded(work, source, batch_size, stack)
+            running = _loaded(work, source, batch_size, stack, without)
             images = _timing_images(source, batch_size)
             timings = benchmark.race(
-                [partial(session.run, images) for _, session in running],
+                [session.timed(images) for _, session in running],
                 progress=lambda done, n=number: work.progress(
                     "measure", (n + done) / len(sizes) * 0.8, "latency, in turns"
                 ),
@@ -54,7 +73,6 @@ def measure(work: Run, source: Source) -> Facts:
         "ledger": hops,
         "worth": verdicts,
         "runtime": _chosen_runtime(work, rows),
-        "notes": work.facts("build")["notes"],
     }
 
 
@@ -72,11 +90,19 @@ class _Contender:
         return self.runtime.load(self.path, spec_for(work, source, batch_size, self.precision))
 
 
-def _contenders(work: Run) -> list[_Contender]:
-    """Every variant through every runtime that runs here and took the last variant."""
+def _runtimes(work: Run, without: Collection[str]) -> list[Runtime]:
+    """Those that run here and took the last variant, but for those of the names `without`."""
+    last = list(work.facts("export")["variants"])[-1]
+    built = {row["runtime"] for row in work.facts("build")["engines"] if row["variant"] == last}
+    names = [name for name in RUNTIMES if name in built and name not in without]
+    return [RUNTIMES[name] for name in names if RUNTIMES[name].runs_here]
+
+
+def _contenders(work: Run, without: Collection[str]) -> list[_Contender]:
+    """Every variant through every runtime of `_runtimes`."""
     variants = list(work.facts("export")["variants"])
     built = {(row["runtime"], row["variant"]): row["file"] for row in work.facts("build")["engines"]}
-    here = [r for r in RUNTIMES.values() if r.runs_here and (r.name, variants[-1]) in built]
+    here = _runtimes(work, without)
     found = []
     for variant in variants:
         precision: Precision = {"quantized": "int8", "half": "fp16"}.get(variant, "fp32")
@@ -92,10 +118,12 @@ def _contenders(work: Run) -> list[_Contender]:
     return found
 
 
-def _loaded(work: Run, source: Source, batch_size: int, stack: ExitStack) -> list[tuple[_Contender, Session]]:
+def _loaded(
+    work: Run, source: Source, batch_size: int, stack: ExitStack, without: Collection[str]
+) -> list[tuple[_Contender, Session]]:
     """Each contender with its session; one in 16-bit floats only where the runtime really computes in them."""
     found = []
-    for contender in _contenders(work):
+    for contender in _contenders(work, without):
         session = stack.enter_context(contender.load(work, source, batch_size))
         if contender.variant == "half" or contender.precision in ("fp32", "int8", session.precision):
             found.append((contender, session))
@@ -187,12 +215,17 @@ def _race_without(layers: Collection[str], contender: _Contender, session: Sessi
         path = Path(folder) / contender.onnx.name
         quantization.exclude_layers(contender.onnx, layers, contender.runtime.flavour, path)
         try:
-            built = contender.runtime.build(path, path.with_suffix(".engine"), spec)
-            with contender.runtime.load(built.path or path, spec) as changed:
-                before, after = benchmark.race([partial(session.run, images), partial(changed.run, images)])
+            with _tried(contender.runtime, path, spec) as changed:
+                before, after = benchmark.race([session.timed(images), changed.timed(images)])
         except HandoffError:
             return None
     return after.p50_ms / before.p50_ms
+
+
+def _tried(runtime: Runtime, path: Path, spec: BuildSpec) -> Session:
+    """A crash on this file costs none of the sessions that are raced."""
+    engine = runtime.build(path, path.with_suffix(".engine"), spec).path if runtime.ahead_of_time else None
+    return runtime.load(engine or path, spec, trial=True)
 
 
 def _measurement(

@@ -15,6 +15,7 @@ from typing import Any
 from torch import nn
 
 from compress import checkpoints, deployment, forecasts, measuring, preflight, stages, summary
+from compress.engines import remote
 from compress.files import storage_error
 from compress.forecasts import Front
 from compress.report import Report
@@ -97,6 +98,7 @@ def _opened(out: Path, request: Request, notify: Callable[[dict[str, Any]], None
         work.end(error)
         raise
     finally:
+        remote.release()
         log.removeHandler(handler)
         log.setLevel(level)
         handler.close()

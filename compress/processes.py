@@ -157,6 +157,12 @@ def cpu_ticks(child: Child) -> int:
     return sum(int(ticks) for pid in living(child) if (fields := _stat(pid)) is not None for ticks in fields[11:15])
 
 
+def own_ticks(pid: int) -> int:
+    """Processor time that one process has used, in clock ticks; 0 when it is gone."""
+    fields = _stat(pid)
+    return 0 if fields is None else int(fields[11]) + int(fields[12])
+
+
 def _pids() -> Iterator[int]:
     return (int(entry) for entry in os.listdir(PROC) if entry.isdigit())
 

@@ -9,8 +9,6 @@ import base64
 import io
 import json
 import statistics
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +16,15 @@ import numpy as np
 from PIL import Image
 
 from compress import runs
+from compress.benchmark import Pace
 from compress.engines import RUNTIMES, BuildSpec
 from compress.errors import DataError, RunError, StorageError
 from compress.files import sha256
 from compress.images import MAX_FILE_BYTES, Preprocessing, Unreadable, decode, fit, to_pixels
 from compress.report import Measurement, Report
 
-WARM_UP, REPEATS = 3, 15
-LONGEST_S = 2.0
-"""After which no further repeat begins."""
+REPEATS = 15
+PACE = Pace(burst_ms=2000.0, warm_calls=3, max_calls=REPEATS)
 TOP = 5
 
 
@@ -108,7 +106,7 @@ def _answers(artifacts: Path, row: Measurement, images: np.ndarray, names: list[
     spec = BuildSpec(row.input_size, threads=row.threads, precision=row.precision_requested)  # type: ignore[arg-type]
     with RUNTIMES[row.runtime].load(path, spec) as session:
         logits = np.asarray(session.run(images), np.float64)[0]
-        times = _times(lambda: session.run(images))
+        times = session.burst(images, PACE)
         precision = session.precision
     shares = np.exp(logits - logits.max())
     shares /= shares.sum()
@@ -123,19 +121,6 @@ def _answers(artifacts: Path, row: Measurement, images: np.ndarray, names: list[
             for index in np.argsort(-shares)[:TOP]
         ],
     }
-
-
-def _times(call: Callable[[], object]) -> list[float]:
-    """Milliseconds of single calls, after a warm-up."""
-    for _ in range(WARM_UP):
-        call()
-    times: list[float] = []
-    end = time.perf_counter() + LONGEST_S
-    while len(times) < REPEATS and (not times or time.perf_counter() < end):
-        start = time.perf_counter()
-        call()
-        times.append(1000 * (time.perf_counter() - start))
-    return times
 
 
 def _png(image: Image.Image) -> str:

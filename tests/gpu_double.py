@@ -196,6 +196,9 @@ def tensorrt_bindings(gpu: Gpu, release: str) -> types.ModuleType:  # noqa: C901
             pass
 
     class ParserError(Bound):
+        def node_name(self) -> str:
+            return "conv1"
+
         def desc(self) -> str:
             return "the example's reason"
 
@@ -378,7 +381,7 @@ def _module(name: str) -> types.ModuleType:
 
 def install(monkeypatch: Any, gpu: Gpu, release: str) -> types.ModuleType:
     """Puts the double in place of the packages, with a logger and a context of its own, until the test ends."""
-    from compress.engines import RUNTIMES, tensorrt, tensorrt_build, tensorrt_run
+    from compress.engines import tensorrt, tensorrt_build, tensorrt_run
 
     package, driver, bindings = _module("pycuda"), pycuda_driver(gpu), tensorrt_bindings(gpu, release)
     package.driver = driver
@@ -387,11 +390,12 @@ def install(monkeypatch: Any, gpu: Gpu, release: str) -> types.ModuleType:
     logger, real = tensorrt_build.logger_of.__wrapped__(bindings.__name__), tensorrt_build.logger_of
     monkeypatch.setattr(tensorrt, "logger_of", lambda module: logger if module == bindings.__name__ else real(module))
 
-    def compile_here(runtime: str, *rest: Any) -> Any:  # the double ends with this process
+    def compile_here(runtime: Any, *rest: Any) -> Any:  # the double ends with this process
         logger.messages.clear()
-        return RUNTIMES[runtime].compile(*rest)
+        return runtime.compile(*rest)
 
     monkeypatch.setattr(tensorrt, "compile_apart", compile_here)
+    monkeypatch.setattr(tensorrt, "load_apart", lambda runtime, path, spec, **_: runtime.open(path, spec))
     device = functools.cache(tensorrt_run.gpu.__wrapped__)
     for user in (tensorrt, tensorrt_run):
         monkeypatch.setattr(user, "gpu", device)

@@ -124,7 +124,7 @@ def test_openvino_is_compiled_for_one_batch_size_unless_asked_otherwise():
 def test_openvino_sends_and_stores_nothing(tmp_path):
     program = (
         "import sys; from pathlib import Path; from compress.engines import RUNTIMES, BuildSpec\n"
-        f"RUNTIMES['openvino'].load(Path({str(files()['fp32'])!r}), BuildSpec({SIZE})).close()\n"
+        f"RUNTIMES['openvino'].open(Path({str(files()['fp32'])!r}), BuildSpec({SIZE})).close()\n"
         "print(sorted(name for name in sys.modules if name.startswith('openvino_telemetry.')))"
     )
     done = subprocess.run(
@@ -176,7 +176,7 @@ def test_weights_of_seven_bits_need_no_care(name, tmp_path, monkeypatch):
         export_flavours(quantized, {RUNTIMES[name].flavour: path}, input_size=SIZE)
         for dot_product in (False, True):
             monkeypatch.setattr(machine, "has_int8_dot_product", lambda told=dot_product: told)
-            with RUNTIMES[name].load(path, BuildSpec(SIZE, batch_size=16)) as session:
+            with RUNTIMES[name].open(path, BuildSpec(SIZE, batch_size=16)) as session:
                 found[bits, dot_product] = session.notes, session.run(batch)
     assert found[7, False][0] == found[7, True][0] == found[8, True][0] == ()
     assert np.array_equal(found[7, False][1], found[7, True][1])
@@ -190,7 +190,7 @@ def test_openvino_for_throughput_answers_alike_and_says_how_it_runs():
     with RUNTIMES["openvino"].load(files()["fp32"], BuildSpec(SIZE, batch_size=5)) as session:
         expected = session.run(batch)
     spec = BuildSpec(SIZE, batch_size=5, threads=2, hint="throughput")
-    with RUNTIMES["openvino"].load(files()["fp32"], spec) as session:
+    with RUNTIMES["openvino"].open(files()["fp32"], spec) as session:
         assert str(session._compiled.get_property("PERFORMANCE_HINT")).endswith("THROUGHPUT")
         assert "request(s) of one image run side by side" in session.notes[0] and session.precision == "fp32"
         np.testing.assert_allclose(session.run(batch), expected, rtol=1e-5, atol=1e-6)
@@ -226,7 +226,7 @@ def test_a_silent_fall_back_to_the_cpu_is_refused(name, monkeypatch):
     with pytest.raises(
         HandoffError, match=f"asked for its {GPU_PROVIDERS[name]} and fell back to CPUExecutionProvider"
     ):
-        RUNTIMES[name].load(files()["fp32"], BuildSpec(SIZE))
+        RUNTIMES[name].open(files()["fp32"], BuildSpec(SIZE))
 
 
 def test_nodes_are_counted_by_the_provider_that_executes_them():

@@ -17,8 +17,8 @@ from tensorrt_files import LAYERS, SPEC, answers, batch, files, runtime_of
 from compress import signing
 from compress.engines import RUNTIMES, BuildSpec
 from compress.engines import passport as passports
+from compress.engines.remote import compile_apart
 from compress.engines.tensorrt_build import layers_of_build_log, layers_of_inspector
-from compress.engines.tensorrt_process import compile_apart
 from compress.errors import HandoffError, RequestError, RuntimeUnavailableError
 from compress.files import sha256
 
@@ -51,10 +51,15 @@ def test_a_float_engine_has_no_integer_layers(tmp_path):
     assert built.passport["integer_layers"] == 0 and built.passport["candidate_layers"] >= 8
 
 
-def test_the_wrong_flavour_is_refused_with_tensorrts_reason(tmp_path):
-    with pytest.raises(HandoffError, match="cannot read onnxruntime.onnx: .*"):
+def test_the_wrong_flavour_is_refused_by_the_layers_name_and_tensorrts_words_go_to_the_log(tmp_path, caplog):
+    caplog.set_level("INFO", "compress")
+    with pytest.raises(
+        HandoffError,
+        match=r"^tensorrt-rtx cannot read the layer \S+ \(\w+\) of onnxruntime.onnx. Choose another runtime.$",
+    ):
         RUNTIMES["tensorrt-rtx"].build(files()["onnxruntime"], tmp_path / "model.engine", BuildSpec(SIZE))
     assert list(tmp_path.iterdir()) == []
+    assert "zero point" in caplog.text
 
 
 def test_an_rtx_engine_is_for_the_architectures_asked_for(tmp_path):
@@ -68,7 +73,9 @@ def test_an_rtx_engine_is_for_the_architectures_asked_for(tmp_path):
         runtime.build(files()["tensorrt"], engine, BuildSpec(SIZE, targets=("SM86", "SM90")))
     with pytest.raises(RequestError, match="engine_targets: got 'SM86', expected each at most once"):
         runtime.check_targets(("SM86", "SM86"))
-    with pytest.raises(HandoffError, match="cannot build an engine from fp32.onnx: .*FP32 GEMM is not supported"):
+    with pytest.raises(
+        HandoffError, match="^tensorrt-rtx cannot build an engine for SM75 from .*fp32.onnx. Choose another"
+    ):
         runtime.build(files()["fp32"], tmp_path / "turing.engine", BuildSpec(SIZE, targets=("SM75",)))
     assert not (tmp_path / "turing.engine").exists()
 
@@ -88,7 +95,9 @@ def test_a_builder_that_dies_is_a_sentence_and_leaves_no_file(monkeypatch, tmp_p
     killed.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(killed))
     with pytest.raises(
-        HandoffError, match=r"from fp32.onnx ended without a result \(signal 9, often because the machine"
+        HandoffError,
+        match=r"^TensorRT for RTX was killed \(signal 9\) while it built an engine from fp32.onnx, as happens when the machine "
+        r"runs out of memory. End other programs on this machine, or choose another runtime.$",
     ):
         RUNTIMES["tensorrt-rtx"].build(files()["fp32"], tmp_path / "engines" / "model.engine", BuildSpec(SIZE))
     assert list((tmp_path / "engines").iterdir()) == []
@@ -96,7 +105,7 @@ def test_a_builder_that_dies_is_a_sentence_and_leaves_no_file(monkeypatch, tmp_p
 
 def test_an_engine_that_cannot_be_written_is_the_disks_fault(tmp_path):
     with pytest.raises(FileNotFoundError, match="No such file or directory"):
-        compile_apart("tensorrt-rtx", files()["fp32"], tmp_path / "missing" / "model.engine", BuildSpec(SIZE))
+        compile_apart(RUNTIMES["tensorrt-rtx"], files()["fp32"], tmp_path / "missing" / "model.engine", BuildSpec(SIZE))
 
 
 # ---- on a GPU that is not there -----------------------------------------------------------------------------------
@@ -199,9 +208,9 @@ def test_an_engine_of_another_version_is_refused_with_the_command_that_builds_it
 
 
 @pytest.mark.parametrize("failing", ["parse_from_file", "build_serialized_network"])
-def test_tensorrts_refusal_is_handed_on(failing, device, tmp_path):
+def test_tensorrts_refusal_is_a_sentence_of_ours(failing, device, tmp_path):
     device("tensorrt 10.16.1.11").failing.add(failing)
-    with pytest.raises(HandoffError, match="tensorrt cannot .*fp32.onnx: .*the example's"):
+    with pytest.raises(HandoffError, match="^tensorrt cannot .*fp32.onnx. Choose another runtime.$"):
         RUNTIMES["tensorrt"].build(files()["fp32"], tmp_path / "model.engine", SPEC)
     assert list(tmp_path.iterdir()) == []
 

@@ -118,7 +118,7 @@ def test_a_runtime_that_refuses_the_changed_file_has_no_figure(tmp_path):
     export_flavours(calibrated(), {"onnxruntime": path}, input_size=SIZE)
 
     class Refusing(type(RUNTIMES["onnxruntime"])):
-        def build(self, *_: object) -> None:
+        def load(self, *_: object, **options: object) -> None:
             raise HandoffError("It takes no such file.")
 
     contender = measuring._Contender("quantized", Refusing(), path, path, "int8", is_last=True)

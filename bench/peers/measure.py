@@ -61,7 +61,7 @@ def accuracy(deployed: Deployed, test: data.Split, threads: int) -> Facts:
 
 
 def latencies(contenders: Sequence[Deployed], input_size: int, threads: int = 1) -> dict[Key, Facts]:
-    """One image a call, all contenders in turn in this process: key -> facts, with `error` where a file does not run."""
+    """One image a call, all contenders in turn, in their runtimes' processes: key -> facts, with `error` where a file does not run."""
     found: dict[Key, Facts] = {}
     images = np.random.default_rng(0).standard_normal((1, 3, input_size, input_size)).astype(np.float32)
     with ExitStack() as stack:
@@ -78,7 +78,7 @@ def latencies(contenders: Sequence[Deployed], input_size: int, threads: int = 1)
                 running.append((deployed, session))
             except Exception as error:  # noqa: BLE001 - foreign files
                 found[deployed.key] = {"error": refusal(error)}
-        timings = benchmark.race([partial(session.run, images) for _, session in running])
+        timings = benchmark.race([session.timed(images) for _, session in running])
         for (deployed, _), timing in zip(running, timings, strict=True):
             found[deployed.key] |= {"p50_ms": timing.p50_ms, "p90_ms": timing.p90_ms, "noisy": timing.noisy}
     return found

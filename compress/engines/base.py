@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
 
 import numpy as np
+import onnx
 
+from compress import benchmark
 from compress.errors import HandoffError, RuntimeUnavailableError
 
 Precision = Literal["fp32", "bf16", "fp16", "int8"]
@@ -78,12 +82,22 @@ class Session(ABC):
     """Read back from the runtime: `int8` when any layer runs on integers, else the precision of the layers."""
     conversions: int | None = None
     """Operations on activations that only turn floats into integers or back; None where it cannot be read back."""
+    usable: bool = True
+    """False when its process is gone."""
     notes: tuple[str, ...] = ()
     """What was changed to get right answers on this machine, and anything else that a reader of timings must know."""
 
     @abstractmethod
     def run(self, images: np.ndarray) -> np.ndarray:
         """Images float32 [N, 3, H, W], normalised -> logits float32 [N, classes]; raises `HandoffError`."""
+
+    def burst(self, images: np.ndarray, pace: benchmark.Pace) -> list[float]:
+        """Milliseconds of single calls of `run`, timed in the process that the file is loaded in."""
+        return benchmark.burst(partial(self.run, images), pace)
+
+    def timed(self, images: np.ndarray) -> Timed:
+        """This session with `images`, for `benchmark.race`."""
+        return Timed(self, images)
 
     @abstractmethod
     def kernels(self) -> tuple[Kernel, ...]:
@@ -102,8 +116,23 @@ class Session(ABC):
         self.close()
 
 
+@dataclass(frozen=True)
+class Timed:
+    """A session and the batch that it is timed with."""
+
+    session: Session
+    images: np.ndarray
+
+    def burst(self, pace: benchmark.Pace) -> list[float]:
+        return self.session.burst(self.images, pace)
+
+
 class Runtime(ABC):
-    """Something that executes models. Methods raise `RuntimeUnavailableError` with `missing()` when it is not there."""
+    """Something that executes models. Methods raise `RuntimeUnavailableError` with `missing()` when it is not there.
+
+    `build` and `load` let the runtime compile and execute in a process of its own (see `engines.remote`), which makes the
+    class anew: it takes no arguments, and its module can be imported.
+    """
 
     name: str
     title: str
@@ -128,11 +157,23 @@ class Runtime(ABC):
 
     @abstractmethod
     def build(self, onnx_path: Path, engine_path: Path, spec: BuildSpec) -> Built:
-        """Make what the runtime loads. Raises `HandoffError` with the runtime's reason when it refuses the file."""
+        """Make what the runtime loads. Raises `EngineError` when it refuses the file, crashes or hangs."""
 
     @abstractmethod
-    def load(self, path: Path, spec: BuildSpec) -> Session:
-        """Load an ONNX file, or the engine that `build` made of it."""
+    def load(self, path: Path, spec: BuildSpec, *, trial: bool = False) -> Session:
+        """Load an ONNX file, or the engine that `build` made of it, in the runtime's process.
+
+        Args:
+            trial: in its second process, so that a file on which the runtime crashes takes no session along but others of
+                its kind.
+
+        Raises:
+            EngineError: it refuses the file, crashes or hangs; so do the session's methods.
+        """
+
+    @abstractmethod
+    def open(self, path: Path, spec: BuildSpec) -> Session:
+        """The same in this process, which ends where the runtime crashes. Raises `HandoffError`."""
 
     def check_targets(self, targets: tuple[str, ...]) -> None:  # noqa: B027 - most runtimes have nothing to check
         """Raises `RequestError` for a GPU architecture that it cannot compile for ahead of time, listing what it offers."""
@@ -161,14 +202,12 @@ class OnnxLoader(Runtime):
         with self.load(onnx_path, spec):
             return Built(path=None, ran=True, text=f"{self.title} loads {onnx_path.name} {self.how_loaded}.")
 
-    def load(self, path: Path, spec: BuildSpec) -> Session:
+    def load(self, path: Path, spec: BuildSpec, *, trial: bool = False) -> Session:
+        from compress.engines import remote  # which needs this module
+
         if reason := self.missing():
             raise RuntimeUnavailableError(reason)
-        return self._open(path, spec)
-
-    @abstractmethod
-    def _open(self, path: Path, spec: BuildSpec) -> Session:
-        """Raises `HandoffError` with the runtime's reason when it refuses the file."""
+        return remote.load(self, path, spec, trial=trial)
 
 
 def installed(module: str) -> bool:
@@ -177,6 +216,25 @@ def installed(module: str) -> bool:
 
 def _not_installed(title: str, package: str) -> str:
     return f"{title} is not installed; install it with `pip install {package}`."
+
+
+def blamed(path: Path, text: str) -> str:
+    """What a runtime complains of in `text`, in the words of the user's file: one of its layers, or the file."""
+    layer = blamed_layer(path, text)
+    return f"{layer} of {path.name}" if layer else path.name
+
+
+def blamed_layer(path: Path, text: str) -> str | None:
+    """The layer of an ONNX file whose name stands in `text`."""
+    try:
+        nodes = onnx.load(path, load_external_data=False).graph.node
+    except Exception:  # noqa: BLE001 - protobuf's decoding error differs from version to version
+        return None
+    named = [node for node in nodes if re.search(rf"(?<![\w./]){re.escape(node.name or '?')}(?![\w./])", text)]
+    if not named:
+        return None
+    layer = max(named, key=lambda node: len(node.name))
+    return f"the layer {layer.name} ({layer.op_type})"
 
 
 def check_images(images: np.ndarray, spec: BuildSpec, fixed_batch: int | None) -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 import tempfile
 from collections import Counter
@@ -20,10 +21,13 @@ from compress.engines.base import (
     Kernel,
     OnnxLoader,
     Session,
+    blamed,
     check_images,
     precision_of,
 )
-from compress.errors import HandoffError
+from compress.errors import EngineError, HandoffError
+
+log = logging.getLogger("compress")
 
 _CPU, _CUDA, _TENSORRT = "CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"
 _INTEGER_KERNELS = frozenset(
@@ -52,16 +56,24 @@ class OnnxRuntime(OnnxLoader):
     module, how_loaded = "onnxruntime", "as it is"
     provider = _CPU
 
-    def _open(self, path: Path, spec: BuildSpec) -> Session:
+    def open(self, path: Path, spec: BuildSpec) -> Session:
         return _OnnxRuntimeSession(path, spec) if self.provider == _CPU else _GpuSession(path, spec, self.provider)
+
+    def recorder(
+        self, path: Path, nodes: Mapping[str, str], threads: int
+    ) -> Callable[[np.ndarray], dict[str, np.ndarray]]:
+        return recorder(path, nodes, threads)
 
 
 class _OnnxRuntimeOnGpu(OnnxRuntime):
     def missing(self) -> str | None:
         if reason := super().missing():
             return reason
-        import onnxruntime
-
+        try:
+            import onnxruntime
+        except (ImportError, OSError) as error:
+            log.info("import of onnxruntime: %s", error)
+            return f"{self.title} is installed but cannot be imported: install onnxruntime-gpu again."
         available = onnxruntime.get_available_providers()
         if self.provider in available:
             return None
@@ -215,14 +227,14 @@ def _load(
             content or str(path), options, providers=list(providers), disabled_optimizers=list(disabled)
         )
     except Exception as error:  # noqa: BLE001 - every status of the library is an exception class of its own
-        raise HandoffError(f"ONNX Runtime cannot load {path.name}: {error}") from error
+        raise EngineError(OnnxRuntime.name, f"ONNX Runtime cannot load {blamed(path, str(error))}.") from error
 
 
 def _read(path: Path) -> onnx.ModelProto:
     try:
         return onnx.load(path, load_external_data=False)
     except Exception as error:  # noqa: BLE001 - protobuf's decoding error differs from version to version
-        raise HandoffError(f"{path.name} is not an ONNX file: {error}") from error
+        raise HandoffError(f"{path.name} is not an ONNX file: export it again.") from error
 
 
 def _optimized(path: Path, options: Any, providers: Sequence[Any] = (_CPU,)) -> onnx.GraphProto:

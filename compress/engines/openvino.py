@@ -14,6 +14,7 @@ from google.protobuf.message import DecodeError
 from onnx import numpy_helper
 
 from compress import machine
+from compress.engines import remote
 from compress.engines.base import (
     LARGEST_SAFE_WEIGHT,
     BuildSpec,
@@ -22,10 +23,11 @@ from compress.engines.base import (
     OnnxLoader,
     Precision,
     Session,
+    blamed,
     check_images,
     precision_of,
 )
-from compress.errors import HandoffError
+from compress.errors import EngineError
 
 _LAYERS = frozenset({"Convolution", "FullyConnected"})
 _PRECISION = {"f32": "fp32", "bf16": "bf16", "f16": "fp16", "i8": "int8", "u8": "int8"}
@@ -46,10 +48,14 @@ class OpenVino(OnnxLoader):
 
     @property
     def half_precision(self) -> Precision | None:
+        return remote.half_precision(self)
+
+    def half_precision_here(self) -> Precision | None:
+        """In this process, for the runtime's own."""
         offered = _import_openvino().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
         return "bf16" if "BF16" in offered else "fp16" if "FP16" in offered else None
 
-    def _open(self, path: Path, spec: BuildSpec) -> Session:
+    def open(self, path: Path, spec: BuildSpec) -> Session:
         return _ThroughputSession(path, spec) if spec.hint == "throughput" else _OpenVinoSession(path, spec)
 
 
@@ -61,7 +67,7 @@ class _OpenVinoSession(Session):
             self._compiled, narrowed = _compile(path, spec, self._batch)
             self._request = self._make_request()
         except (RuntimeError, DecodeError) as error:
-            raise HandoffError(f"OpenVINO cannot compile {path.name}: {error}") from error
+            raise EngineError(OpenVino.name, f"OpenVINO cannot compile {blamed(path, str(error))}.") from error
         self._kernels = _read_kernels(self._compiled)
         rest = self._compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
         self.precision = precision_of(self._kernels, _PRECISION.get(rest, rest))

@@ -1,6 +1,6 @@
 """TensorRT, data-centre edition (10 and 11) and "for RTX": one implementation.
 
-`tensorrt_build` makes engines, each in a process of its own (`tensorrt_process`), `tensorrt_run` executes them, `passport`
+`tensorrt_build` makes engines, each in a process of its own (`remote.compile_apart`), `tensorrt_run` executes them, `passport`
 decides whether one may be loaded. Only these files import tensorrt, tensorrt_rtx and pycuda. TensorRT for RTX builds
 without a GPU; everything else needs one.
 """
@@ -16,6 +16,8 @@ from typing import Any
 
 from compress.engines import passport as passports
 from compress.engines.base import BuildSpec, Built, Flavour, Kernel, Runtime, Session, installed
+from compress.engines.remote import compile_apart
+from compress.engines.remote import load as load_apart
 from compress.engines.tensorrt_build import (
     INPUT,
     OUTPUT,
@@ -27,7 +29,6 @@ from compress.engines.tensorrt_build import (
     offered_targets,
     profile_shapes,
 )
-from compress.engines.tensorrt_process import compile_apart
 from compress.engines.tensorrt_run import GPU_PACKAGES, TensorRTSession, gpu, inspect_engine, missing_gpu
 from compress.errors import RuntimeUnavailableError
 from compress.files import atomic, sha256
@@ -61,7 +62,7 @@ class TensorRTRuntime(Runtime):
             spec = replace(spec, targets=())
         self.check_targets(spec.targets)
         with atomic(engine_path) as partial:
-            kernels = compile_apart(self.name, onnx_path, partial, spec)
+            kernels = compile_apart(self, onnx_path, partial, spec)
         passport = passports.write(engine_path, self._facts(onnx_path, spec, kernels))
         return Built(path=engine_path, ran=self.runs_here, text=passport["state"], passport=passport)
 
@@ -73,10 +74,14 @@ class TensorRTRuntime(Runtime):
         plan_path.write_bytes(plan)
         return self._layers(bindings, logger, plan)
 
-    def load(self, path: Path, spec: BuildSpec) -> Session:
+    def load(self, path: Path, spec: BuildSpec, *, trial: bool = False) -> Session:
         """`path` is an engine that `build` wrote; see `passport.checked_engine` for those that are refused."""
-        if reason := self._missing_package() or missing_gpu(self.title):
-            raise RuntimeUnavailableError(reason)
+        self._require_gpu()
+        _, passport = passports.checked_engine(path, self.name)
+        return load_apart(self, path, spec, trial=trial, trusted=passport["sha256"])
+
+    def open(self, path: Path, spec: BuildSpec) -> Session:
+        self._require_gpu()
         plan, passport = passports.checked_engine(path, self.name)
         bindings = importlib.import_module(self.module)
         return TensorRTSession(bindings, logger_of(self.module), plan, spec, passport)
@@ -109,6 +114,10 @@ class TensorRTRuntime(Runtime):
                 "an engine on another model of GPU."
             )
         return reasons
+
+    def _require_gpu(self) -> None:
+        if reason := self._missing_package() or missing_gpu(self.title):
+            raise RuntimeUnavailableError(reason)
 
     def _missing_package(self) -> str | None:
         if not installed(self.module):

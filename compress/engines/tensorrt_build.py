@@ -13,8 +13,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from compress.engines.base import BuildSpec, Kernel
-from compress.errors import HandoffError, RequestError
+from compress.engines.base import BuildSpec, Kernel, blamed
+from compress.errors import EngineError, RequestError
 
 INPUT, OUTPUT = "images", "logits"
 _LAYER_LINE = re.compile(
@@ -66,13 +66,14 @@ def profile_shapes(spec: BuildSpec) -> dict[str, list[int]]:
 
 
 def build_plan(bindings: ModuleType, logger: Any, onnx_path: Path, spec: BuildSpec) -> bytes:
-    """The serialized engine. Raises `HandoffError` with TensorRT's reason when it refuses the file."""
+    """The serialized engine. Raises `EngineError`, caused by TensorRT's own words, when it refuses the file."""
     builder = bindings.Builder(logger)
     network = builder.create_network(_network_flags(bindings))
     parser = bindings.OnnxParser(network, logger)
     if not parser.parse_from_file(str(onnx_path)):
-        reasons = "; ".join(dict.fromkeys(parser.get_error(index).desc() for index in range(parser.num_errors)))
-        raise HandoffError(f"{bindings.__name__} cannot read {onnx_path.name}: {reasons}")
+        errors = [parser.get_error(index) for index in range(parser.num_errors)]
+        reasons = "; ".join(dict.fromkeys(f"{error.node_name()} : {error.desc()}" for error in errors))
+        raise _refusal(bindings, f"read {blamed(onnx_path, reasons)}", reasons)
     config = builder.create_builder_config()
     config.profiling_verbosity = bindings.ProfilingVerbosity.DETAILED
     config.clear_flag(bindings.BuilderFlag.TF32)  # fp32 is really fp32: TF32 keeps 10 of its 23 bits
@@ -83,8 +84,16 @@ def build_plan(bindings: ModuleType, logger: Any, onnx_path: Path, spec: BuildSp
     plan = builder.build_serialized_network(network, config)
     if plan is None:
         last = next((message for message in reversed(logger.messages) if "rror" in message), "it gives no reason")
-        raise HandoffError(f"{bindings.__name__} cannot build an engine from {onnx_path.name}: {last}")
+        targets = f" for {', '.join(spec.targets)}" if spec.targets else ""
+        raise _refusal(bindings, f"build an engine{targets} from {blamed(onnx_path, last)}", last)
     return bytes(plan)
+
+
+def _refusal(bindings: ModuleType, what: str, reason: str) -> EngineError:
+    name = bindings.__name__.replace("_", "-")
+    error = EngineError(name, f"{name} cannot {what}.")
+    error.__cause__ = RuntimeError(reason)
+    return error
 
 
 def _network_flags(bindings: ModuleType) -> int:

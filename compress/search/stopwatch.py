@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from torch import nn
 
 from compress import benchmark, counting, machine, onnx_export, quantization, recipes
 from compress.engines import RUNTIMES, BuildSpec, Precision, Runtime, Session
-from compress.errors import HandoffError, RequestError, RunError, RuntimeUnavailableError
+from compress.errors import EngineError, HandoffError, RequestError, RunError, RuntimeUnavailableError
 from compress.files import write_text
 from compress.request import Request
 from compress.search import cutting
@@ -103,7 +102,7 @@ class Stopwatch:
             self._reference = self._open.enter_context(here[self._kept["reference"]].load(dense, self._spec("fp32")))
             return
         sessions = self._sessions(self._open, here, lambda runtime: runtime.load(dense, self._spec("fp32")))
-        timings = dict(zip(sessions, self._race(list(sessions.values())), strict=True))
+        timings = self._timings(sessions)
         fastest = min(timings, key=lambda name: timings[name].p50_ms)
         self._reference = sessions[fastest]
         self.runtime = here[self.base.runtime if self.base.runtime != "auto" else self._fastest(here)]
@@ -132,12 +131,12 @@ class Stopwatch:
 
         def load(runtime: Runtime) -> Session:
             path = self._export(self._folder / runtime.name, self.base, self._source.model, quantized, runtime)
-            return runtime.load(path, self._spec(_precision(self.base)))
+            return runtime.load(path, self._spec(_precision(self.base)), trial=True)
 
         with ExitStack() as stack:
             sessions = self._sessions(stack, here, load)
-            timings = self._race(list(sessions.values()))
-        return min(zip(timings, sessions, strict=True), key=lambda pair: pair[0].p50_ms)[1]
+            timings = self._timings(sessions)
+        return min(timings, key=lambda name: timings[name].p50_ms)
 
     def _sessions(
         self, stack: ExitStack, here: Mapping[str, Runtime], load: Callable[[Runtime], Session]
@@ -160,6 +159,21 @@ class Stopwatch:
             raise refused
         return sessions
 
+    def _timings(self, sessions: Mapping[str, Session]) -> dict[str, benchmark.Timing]:
+        """Of all in one race; a runtime that fails in it is named and left out, unless it was asked for or is the last.
+
+        Raises:
+            EngineError: of such a runtime.
+        """
+        try:
+            return dict(zip(sessions, self._race(list(sessions.values())), strict=True))
+        except EngineError as error:
+            others = {name: session for name, session in sessions.items() if name != error.runtime}
+            if self.base.runtime == error.runtime or not others:
+                raise
+            self._notify(f"without {RUNTIMES[error.runtime].title}: {error}")
+        return self._timings(others)
+
     def time(self, request: Request, shrunk: nn.Module | None) -> Timed:
         """Of the structure: measured once."""
         model = self._source.model if shrunk is None else shrunk
@@ -168,11 +182,18 @@ class Stopwatch:
             with tempfile.TemporaryDirectory() as folder:
                 path = self._file_to_time(Path(folder), request, shrunk)
                 size = path.stat().st_size
-                with self.runtime.load(path, self._spec(_precision(request))) as session:
-                    timing, dense = self._race([session, self._reference])
+                with self.runtime.load(path, self._spec(_precision(request)), trial=True) as session:
+                    timing, dense = self._race([session, self._dense_session()])
             known[key] = asdict(_scaled(timing, self.dense.latency_ms / dense.p50_ms, size))
             self._save()
         return Timed(**known[key])
+
+    def _dense_session(self) -> Session:
+        """The reference; loaded again when its process is gone."""
+        if not self._reference.usable:
+            runtime, path = RUNTIMES[self._kept["reference"]], self._folder / "dense.onnx"
+            self._reference = self._open.enter_context(runtime.load(path, self._spec("fp32")))
+        return self._reference
 
     def _file_to_time(self, folder: Path, request: Request, shrunk: nn.Module | None) -> Path:
         """Cut out of the dense model's file where that can be done, else exported."""
@@ -182,7 +203,7 @@ class Stopwatch:
         path = folder / "candidate.onnx"
         try:
             cutting.cut(dense, self._source.model, shrunk, path)
-            with self.runtime.load(path, self._spec(_precision(request))):
+            with self.runtime.load(path, self._spec(_precision(request)), trial=True):
                 return path
         except (cutting.CannotCutError, HandoffError):
             quantized = self._quantize(request, shrunk) if request.quantizes else None
@@ -252,7 +273,7 @@ class Stopwatch:
 
     def _race(self, sessions: list[Session]) -> list[benchmark.Timing]:
         images = self._image.numpy()
-        return benchmark.race([partial(session.run, np.ascontiguousarray(images)) for session in sessions])
+        return benchmark.race([session.timed(np.ascontiguousarray(images)) for session in sessions])
 
 
 def _scaled(timing: benchmark.Timing, scale: float, file_bytes: int) -> Timed:

@@ -1,0 +1,207 @@
+"""A process in which a runtime compiles and executes: a crash there costs the runtime, not the run.
+
+It is started with the runtime's class, carries out one order at a time (`engines.worker`), and ends with this program.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from multiprocessing.connection import Connection
+from typing import Any, NoReturn, Self
+
+import numpy as np
+
+from compress import processes
+from compress.engines import wire
+from compress.engines.base import Runtime
+from compress.errors import EngineError
+
+SILENT_S = 300.0
+"""Without computing anything, after which a runtime counts as hanging; shorter than what counts for a whole run."""
+LONGEST_S = 3600.0
+"""For one order: an engine of a large network is built in minutes."""
+TICK_S = 1.0
+CONSOLE_BYTES = 1 << 20
+"""Of what a runtime prints, at most this much is kept until it ends."""
+LAST_WORDS = 500
+_ADVICE = "Choose another runtime."
+_MEMORY_ADVICE = "End other programs on this machine, or choose another runtime."
+
+log = logging.getLogger("compress")
+
+
+class Retired(Exception):
+    """The process ended by itself before it got the order."""
+
+
+class RuntimeProcess:
+    """One process of a runtime. Use it as a context manager, or call `end`.
+
+    Raises:
+        EngineError: it cannot be started.
+    """
+
+    def __init__(self, runtime: Runtime) -> None:
+        self._runtime = runtime
+        self._failure: tuple[str, str] | None = None
+        """What happened, and what to do next, once the process is gone."""
+        self._busy = False
+        self._console = tempfile.TemporaryFile("ab+")  # noqa: SIM115 - closed with the process
+        ours, theirs = socket.socketpair()
+        lifeline, self._lifeline = os.pipe()
+        kind = type(runtime)
+        words = [kind.__module__, kind.__qualname__, str(theirs.fileno()), str(lifeline)]
+        try:
+            self._process = subprocess.Popen(  # noqa: S603  (our own words, no shell)
+                [sys.executable, "-P", "-m", "compress.engines.worker", *words],
+                stdin=subprocess.DEVNULL,
+                stdout=self._console,
+                stderr=self._console,
+                pass_fds=(theirs.fileno(), lifeline),
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path))},
+            )
+        except OSError as error:
+            ours.close()
+            os.close(self._lifeline)
+            self._console.close()
+            raise EngineError(
+                runtime.name,
+                f"No process could be started for {runtime.title} ({error.strerror}).",
+                _MEMORY_ADVICE,
+            ) from error
+        finally:
+            theirs.close()
+            os.close(lifeline)
+        self._connection = Connection(ours.detach())
+
+    @property
+    def usable(self) -> bool:
+        return self._failure is None and self._process.poll() is None
+
+    def ask(
+        self, order: str, doing: str, arguments: Mapping[str, Any], images: np.ndarray | None = None
+    ) -> tuple[dict[str, Any], wire.Arrays]:
+        """The answer to an order.
+
+        Args:
+            doing: end of a sentence about the runtime, such as `compiled model.onnx`.
+
+        Raises:
+            EngineError: the runtime refuses or fails, or its process ended, now or in an earlier order.
+            OSError: a file cannot be read or written.
+        """
+        if self._failure:
+            raise EngineError(self._runtime.name, *self._failure)
+        self._busy = True
+        try:
+            sent = {} if images is None else {"images": images}
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # what became of it is found below
+                wire.send(self._connection, {"order": order, "arguments": dict(arguments)}, sent)
+            self._wait(doing)
+            header, arrays = wire.receive(self._connection)
+        except (EOFError, ConnectionResetError):
+            self._fail(self._how_it_ended(doing))
+        except ValueError:
+            self._fail(f"broke off with a damaged answer while it {doing}")
+        except BaseException:
+            self.end()
+            raise
+        self._busy = False
+        if header.get("retired"):
+            self.end()
+            raise Retired
+        self._refuse(header, doing)
+        return header, arrays
+
+    def _wait(self, doing: str) -> None:
+        """Until there is an answer, or nobody who could give one."""
+        start = worked = time.monotonic()
+        ticks = processes.own_ticks(self._process.pid)
+        while not self._connection.poll(TICK_S) and self._process.poll() is None:
+            if os.fstat(self._console.fileno()).st_size > CONSOLE_BYTES:
+                self._console.truncate(0)
+            now, before, ticks = time.monotonic(), ticks, processes.own_ticks(self._process.pid)
+            worked = now if ticks > before else worked
+            if now - worked > SILENT_S:
+                self._fail(f"was ended, because it computed nothing for {SILENT_S / 60:g} minutes while it {doing}")
+            if now - start > LONGEST_S:
+                self._fail(f"was ended, because after {LONGEST_S / 60:g} minutes it still {doing}")
+
+    def _how_it_ended(self, doing: str) -> str:
+        try:
+            code = self._process.wait(TICK_S)
+        except subprocess.TimeoutExpired:
+            return f"broke off while it {doing}"
+        if code == -signal.SIGKILL:
+            return f"was killed (signal 9) while it {doing}, as happens when the machine runs out of memory"
+        return f"ended by {_name(-code) if code < 0 else f'exit code {code}'} while it {doing}"
+
+    def _fail(self, how: str) -> NoReturn:
+        """Ends the process, and with it all that was loaded."""
+        if last := self._last_words():
+            log.info("last output of %s: %s", self._runtime.name, last)
+        self._failure = f"{self._runtime.title} {how}.", _MEMORY_ADVICE if "memory" in how else _ADVICE
+        self.end()
+        raise EngineError(self._runtime.name, *self._failure)
+
+    def _refuse(self, header: Mapping[str, Any], doing: str) -> None:
+        if "os_error" in header:
+            raise OSError(*header["os_error"])
+        if header.get("detail"):
+            log.info("%s, which %s, says: %s", self._runtime.name, doing, header["detail"])
+        if "refused" in header:
+            raise EngineError(self._runtime.name, header["refused"], header["advice"])
+        if "failed" in header:
+            why = "ran out of memory" if header["memory"] else "failed"
+            where = f", at {header['failed']}" if header["failed"] else ""
+            advice = _MEMORY_ADVICE if header["memory"] else _ADVICE
+            raise EngineError(self._runtime.name, f"{self._runtime.title} {why} while it {doing}{where}.", advice)
+
+    def _last_words(self) -> str:
+        self._console.seek(max(0, self._console.seek(0, os.SEEK_END) - 4096))
+        lines = self._console.read().decode("utf-8", errors="replace").splitlines()
+        last = next((line for line in reversed(lines) if line.strip()), "")
+        return "".join(letter for letter in last if letter.isprintable())[-LAST_WORDS:]
+
+    def end(self) -> None:
+        """Whatever is under way; it may be called again."""
+        self._failure = self._failure or (f"{self._runtime.title} was ended.", "Load the file again.")
+        if self._console.closed:
+            return
+        self._connection.close()  # which ends one that waits for an order
+        if self._busy:
+            self._process.kill()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(TICK_S)
+        self._process.kill()
+        self._process.wait()
+        os.close(self._lifeline)
+        self._console.close()
+
+    def abandon(self) -> None:
+        """In a copy of this program that `os.fork` made: the process belongs to the other one."""
+        self._failure = f"{self._runtime.title} belongs to another process.", "Load the file again."
+        self._connection.close()
+        os.close(self._lifeline)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.end()
+
+
+def _name(number: int) -> str:
+    try:
+        return f"signal {number} ({signal.Signals(number).name})"
+    except ValueError:
+        return f"signal {number}"

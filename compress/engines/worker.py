@@ -1,0 +1,140 @@
+"""`python -m compress.engines.worker MODULE CLASS CONNECTION LIFELINE` executes one runtime for the process that started it.
+
+CONNECTION and LIFELINE are open files. Orders come through the first, see `_Worker`. Nothing is ever written into the
+second: it closes when the process that started this one ends, however that happens, and then this one ends, too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import functools
+import importlib
+import os
+import resource
+import signal
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from compress import benchmark, memory
+from compress.engines import passport, wire
+from compress.engines.base import BuildSpec, Runtime, blamed_layer
+from compress.errors import CompressError, EngineError
+
+IDLE_S = 15.0
+"""Without a loaded file and without an order, after which the process ends: a run trains for hours between two orders."""
+KILLED_FIRST = "500"
+"""Added to the badness by which Linux chooses whom to kill when memory runs out: this process, not the run that started it."""
+
+Answer = tuple[dict[str, Any], dict[str, np.ndarray]]
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    run: Callable[[np.ndarray], np.ndarray | dict[str, np.ndarray]]
+    burst: Callable[[np.ndarray, benchmark.Pace], list[float]] | None
+    close: Callable[[], None]
+
+
+class _Worker:
+    """Each public method is an order; its arguments come as JSON, and `images` as an array."""
+
+    def __init__(self, runtime: Runtime) -> None:
+        self._runtime = runtime
+        self.loaded: dict[int, _Loaded] = {}
+
+    def load(self, path: str, spec: dict[str, Any], trusted: str | None) -> Answer:
+        if trusted:
+            passport.trust(trusted)
+        session = self._runtime.open(Path(path), _spec(spec))
+        facts = {
+            "precision": session.precision,
+            "conversions": session.conversions,
+            "notes": list(session.notes),
+            "kernels": [asdict(kernel) for kernel in session.kernels()],
+        }
+        return {"session": self._keep(_Loaded(session.run, session.burst, session.close)), **facts}, {}
+
+    def record(self, path: str, nodes: dict[str, str], threads: int) -> Answer:
+        values = self._runtime.recorder(Path(path), nodes, threads)  # type: ignore[attr-defined]  # of ONNX Runtime
+        return {"session": self._keep(_Loaded(values, None, lambda: None))}, {}
+
+    def run(self, session: int, images: np.ndarray) -> Answer:
+        answers = self.loaded[session].run(images)
+        return {}, answers if isinstance(answers, dict) else {"answers": answers}
+
+    def burst(self, session: int, pace: dict[str, Any], images: np.ndarray) -> Answer:
+        return {"samples_ms": self.loaded[session].burst(images, benchmark.Pace(**pace))}, {}
+
+    def close(self, session: int) -> Answer:
+        self.loaded.pop(session).close()
+        return {}, {}
+
+    def compile(self, path: str, plan: str, spec: dict[str, Any]) -> Answer:
+        layers = self._runtime.compile(Path(path), Path(plan), _spec(spec))  # type: ignore[attr-defined]  # of TensorRT
+        return {"layers": [asdict(layer) for layer in layers]}, {}
+
+    def half_precision(self) -> Answer:
+        return {"precision": self._runtime.half_precision_here()}, {}  # type: ignore[attr-defined]  # of OpenVINO
+
+    def _keep(self, loaded: _Loaded) -> int:
+        number = max(self.loaded, default=0) + 1
+        self.loaded[number] = loaded
+        return number
+
+
+def serve(runtime: Runtime, connection: Connection) -> None:
+    """Carries out orders until nobody can send any more, or nothing is loaded and none comes."""
+    worker = _Worker(runtime)
+    with contextlib.suppress(EOFError, OSError):
+        while connection.poll(None if worker.loaded else IDLE_S):
+            header, arrays = wire.receive(connection)
+            wire.send(connection, *_answered(worker, header["order"], header["arguments"] | arrays))
+        wire.send(connection, {"retired": True}, {})
+
+
+def _answered(worker: _Worker, order: str, arguments: dict[str, Any]) -> Answer:
+    try:
+        return getattr(worker, order)(**arguments)
+    except CompressError as error:
+        what, advice = (error.what, error.advice) if isinstance(error, EngineError) else (str(error), "")
+        return {"refused": what, "advice": advice, "detail": str(error.__cause__ or "")}, {}
+    except OSError as error:
+        return {"os_error": [error.errno, error.strerror or str(error), error.filename]}, {}
+    except Exception as error:  # noqa: BLE001 - whatever a runtime raises, its own words are for the log
+        subject = blamed_layer(Path(arguments["path"]), str(error)) if "path" in arguments else None
+        detail = f"{type(error).__name__}: {error}"
+        return {"failed": subject, "memory": memory.ran_out(error), "detail": detail}, {}
+
+
+def _spec(fields: dict[str, Any]) -> BuildSpec:
+    return BuildSpec(**fields | {"targets": tuple(fields["targets"])})
+
+
+def _prepare(lifeline: int) -> None:
+    """The process that started this one ends it, and takes the same signals: interrupted, that one cleans up here."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGIO, signal.SIG_DFL)  # ends the process, also in the middle of a library that never returns
+    fcntl.fcntl(lifeline, fcntl.F_SETOWN, os.getpid())
+    fcntl.fcntl(lifeline, fcntl.F_SETFL, fcntl.fcntl(lifeline, fcntl.F_GETFL) | os.O_ASYNC)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    with contextlib.suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text(KILLED_FIRST)
+
+
+def main() -> None:
+    module, name, connection, lifeline = sys.argv[1:]
+    _prepare(int(lifeline))
+    kind = functools.reduce(getattr, name.split("."), importlib.import_module(module))
+    serve(kind(), Connection(int(connection)))
+
+
+if __name__ == "__main__":
+    main()
