@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from compress import uploads
+
 MAX_DIRECTORY_BYTES_PER_ENTRY = 512
 MAX_HEADER_BYTES = 4 * 2**20
 MAX_TENSORS = 5_000
@@ -57,6 +59,14 @@ ITEM_BYTES = {
 
 class Refused(Exception):
     """Why a container is not opened; the caller adds which file it was and what to do."""
+
+
+class UnknownFormat(Refused):
+    """The name of a number format that is not supported."""
+
+
+class Compressed(Refused):
+    """torch.save does not compress."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +137,7 @@ def _directory(path: Path, max_entries: int) -> bytes:
         tail = file.read()
         at = tail.rfind(_END_OF_DIRECTORY)
         if at < 0 or len(tail) < at + 22:
-            raise Refused("its zip directory is missing, as after an interrupted transfer")
+            raise Refused(_why_no_zip(path))
         count, size = struct.unpack_from("<HI", tail, at + 10)
         # the larger record counts where its locator stands and points: the same letters in a comment are a comment
         if tail[max(0, at - 20) : at].startswith(_LOCATOR_64):
@@ -142,6 +152,16 @@ def _directory(path: Path, max_entries: int) -> bytes:
             raise Refused("its zip directory is damaged")
         file.seek(start + at - size)
         return file.read(size)
+
+
+def _why_no_zip(path: Path) -> str:
+    with path.open("rb") as file:
+        start = file.read(512)
+    if not start:
+        return "it is empty"
+    if start.startswith(b"PK"):
+        return "its zip directory is missing, as after an interrupted transfer"
+    return f"it is {uploads.archive(start)}, not a zip" if uploads.archive(start) else "it is not a zip"
 
 
 def checksum_failure(path: Path) -> str | None:
@@ -210,7 +230,7 @@ def _check_layout(header: dict[str, Any], data_bytes: int) -> dict[str, TensorEn
         if not isinstance(dtype, str):
             raise Refused("its header is damaged")
         if dtype not in _DTYPES:
-            raise Refused(f"{printable(name)} has the number format {printable(dtype)}, which is not supported")
+            raise UnknownFormat(printable(dtype))
         tensors[name] = TensorEntry(_DTYPES[dtype], tuple(shape))
         if not whole or tensors[name].nbytes != stop - start:
             raise Refused(f"the size of {printable(name)} does not match its shape")

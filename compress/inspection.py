@@ -8,24 +8,22 @@ from __future__ import annotations
 
 import re
 import zipfile
+from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from compress import containers, pickles
+from compress import containers, naming, pickles, uploads
 from compress.containers import ITEM_BYTES, TensorEntry
 from compress.errors import CheckpointError
 from compress.pickles import StoredTensor
+from compress.uploads import RESAVE
 
 MAX_FILE_BYTES = 2 * 2**30
 MAX_ENTRIES = 10_000
 MAX_DIMENSION = 2**24
 
-RESAVE = (
-    "Where you made it, run `torch.save(model.state_dict(), 'weights.pth')`, "
-    "or `safetensors.torch.save_file(model.state_dict(), 'weights.safetensors')`, and give that file."
-)
 NESTED_KEYS = ("state_dict", "model_state_dict", "model", "net", "network", "module", "weights", "params", "ema")
 """Keys under which training scripts keep the weights, the first one present is taken."""
 MAX_NESTING = 4
@@ -34,11 +32,8 @@ _TENSOR_NAME = re.compile(r"[A-Za-z0-9_.-]{1,200}")  # torchvision's regnets hav
 _ENTRY_NAME = re.compile(
     r"(data\.pkl|version|byteorder|\.format_version|\.storage_alignment|\.data/serialization_id|data/\d+)"
 )
-_MODEL_OBJECTS = ("torch.nn.", "torchvision.", "timm.")
-_PROGRAM_MODULES = frozenset(
-    "posix nt os subprocess builtins __builtin__ sys commands importlib runpy pty socket shutil code ctypes pickle "
-    "_pickle timeit pdb bdb cProfile profile trace webbrowser pydoc asyncio multiprocessing functools operator".split()
-)
+_SAFETENSORS = ("misnamed safetensors", "unknown")
+"""What the start of a file named .safetensors may look like."""
 
 
 @dataclass(frozen=True)
@@ -58,25 +53,27 @@ class Inspected:
 def inspect(path: Path) -> Inspected:
     """Raises `CheckpointError` when the file is unsafe, damaged or no checkpoint; the sentence says what to do."""
     size, start = _look(path)
-    if start.startswith(b"PK\x03\x04"):
+    if start.startswith(b"PK"):
         keys, tensors = _unwrapped(path, _index_of_zip(path))
         inspected = Inspected(keys, tensors, {}, size, True)
-    elif path.suffix.lower() == ".safetensors":
+    elif path.suffix.lower() == ".safetensors" and uploads.told_by(start, ".safetensors")[0] in _SAFETENSORS:
         header = _safetensors_header(path)
         inspected = Inspected((), header.tensors, header.metadata, size, False)
     else:
-        raise CheckpointError(_not_a_checkpoint(path, start))
+        raise _refusal(path, *uploads.told_by(start, path.suffix.lower()))
     _check(path, inspected)
     return inspected
 
 
 def shape_text(shape: tuple[int, ...]) -> str:
-    return "x".join(map(str, shape)) or "a single number"
+    return naming.shown(" x ".join(map(str, shape))) or "a single number"
 
 
 def _look(path: Path) -> tuple[int, bytes]:
     """Size and first bytes."""
     try:
+        if path.is_dir():
+            raise _refusal(path, "folder")
         if not path.is_file():
             raise CheckpointError(f"There is no checkpoint file {path}: check the path.")
         size = path.stat().st_size
@@ -85,7 +82,7 @@ def _look(path: Path) -> tuple[int, bytes]:
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read ({error.strerror}): check its permissions.") from error
     if size == 0:
-        raise CheckpointError(f"{path.name} is empty: copy or upload it again.")
+        raise _refusal(path, "empty")
     if size > MAX_FILE_BYTES:
         raise CheckpointError(
             f"{path.name} has {size / 2**30:.1f} GiB; at most 2 GiB are accepted: save the weights alone, in float16."
@@ -93,15 +90,20 @@ def _look(path: Path) -> tuple[int, bytes]:
     return size, start
 
 
-def _not_a_checkpoint(path: Path, start: bytes) -> str:
-    if start[257:262] == b"ustar" or start[:1] == b"\x80":
-        return f"{path.name} is in the old pickle or tar format, which cannot be checked safely. {RESAVE}"
-    return f"{path.name} is neither a .safetensors file nor a PyTorch .pth/.pt state dict. {RESAVE}"
+def _refusal(path: Path, kind: str, what: str = "") -> CheckpointError:
+    return CheckpointError(uploads.sentence(path.name, kind, what))
 
 
 def _safetensors_header(path: Path) -> containers.SafetensorsHeader:
     try:
         return containers.read_safetensors_header(path)
+    except containers.UnknownFormat as name:
+        kind = uploads.number_format(str(name))
+        if kind is not None:
+            raise _refusal(path, kind, str(name)) from name
+        raise CheckpointError(
+            f"{path.name} holds tensors in the number format {name}, which is not supported. {RESAVE}"
+        ) from name
     except containers.Refused as reason:
         raise CheckpointError(
             f"{path.name} is not a usable safetensors file: {reason}. Save or upload it again."
@@ -119,12 +121,17 @@ def _index_of_zip(path: Path) -> Any:
         if any(
             entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size for entry in entries
         ):
-            raise containers.Refused("it was compressed after torch.save wrote it")
+            raise containers.Compressed
         index = _interpreted(path, root)
+    except containers.Compressed as reason:
+        raise _refusal(path, "compressed") from reason
+    except pickles.OtherProtocol as version:
+        raise _refusal(path, "protocol", str(version)) from version
     except containers.Refused as reason:
         raise CheckpointError(f"{path.name} is not a usable checkpoint: {reason}. {RESAVE}") from reason
     except pickles.ForeignGlobal as foreign:
-        raise CheckpointError(_about_foreign(path, foreign)) from foreign
+        kind, name = uploads.named(f"{foreign.module}.{foreign.name}", foreign.others)
+        raise _refusal(path, kind, containers.printable(name)) from foreign
     damaged = containers.checksum_failure(path)
     if damaged is not None:
         entry = containers.printable(damaged.rpartition("/")[2])
@@ -160,10 +167,9 @@ def _check_names(path: Path, names: list[str]) -> str:
     """The one folder inside the archive, with its slash; refuses what torch.save does not write."""
     root = names[0].partition("/")[0] + "/" if names else ""
     inside = {name.removeprefix(root) for name in names}
-    if "constants.pkl" in inside or any(name.startswith("code/") for name in inside):
-        raise CheckpointError(f"{path.name} is a TorchScript program, not weights. {RESAVE}")
-    if "archive_format" in inside or any(name.startswith("models/") for name in inside):
-        raise CheckpointError(f"{path.name} is a torch.export (.pt2) program, not weights. {RESAVE}")
+    if "data.pkl" not in inside or inside & {"constants.pkl", "archive_format"}:
+        if kind := uploads.in_zip(inside):
+            raise _refusal(path, *kind)
     if len(inside) != len(names):
         raise containers.Refused("it holds two entries of one name")
     if root in ("/", "../", "./") or not all(name.startswith(root) for name in names):
@@ -173,54 +179,58 @@ def _check_names(path: Path, names: list[str]) -> str:
     return root
 
 
-def _about_foreign(path: Path, foreign: pickles.ForeignGlobal) -> str:
-    what = containers.printable(f"{foreign.module}.{foreign.name}")
-    top = foreign.module.partition(".")[0]
-    if foreign.module.startswith(_MODEL_OBJECTS) or top == "__main__":
-        return f"{path.name} holds a whole model object ({what}) instead of its weights. {RESAVE}"
-    if top in _PROGRAM_MODULES:
-        return (
-            f"{path.name} asks to run a program when it is opened ({what}): do not use this file, and ask its author "
-            "for a safetensors file."
-        )
-    return f"{path.name} holds a Python object that is not a tensor ({what}). {RESAVE}"
-
-
 def _unwrapped(path: Path, described: Any) -> tuple[tuple[str, ...], dict[str, TensorEntry]]:
     """The innermost dictionary of tensors, and the keys that lead to it."""
     keys: list[str] = []
-    for _ in range(MAX_NESTING):
+    for _ in range(MAX_NESTING + 1):
         if not isinstance(described, dict):
-            raise CheckpointError(f"{path.name} holds a {_kind(described)} instead of named tensors. {RESAVE}")
+            raise _refusal(path, "no names", _kind(described))
         nested = next((key for key in NESTED_KEYS if isinstance(described.get(key), dict)), None)
         if nested is None:
             break
         keys.append(nested)
         described = described[nested]
+    else:
+        raise CheckpointError(f"{path.name} keeps its weights more than {MAX_NESTING} dictionaries deep. {RESAVE}")
     stored = {
         name: value for name, value in described.items() if isinstance(value, StoredTensor) and name != "n_averaged"
     }
-    unknown = [value for value in described.values() if not isinstance(value, StoredTensor | int | float | str | None)]
-    if not stored or unknown:
-        kind = _kind(unknown[0]) if unknown else "no tensor"
-        raise CheckpointError(
-            f"{path.name} holds {kind} where weights are expected; they are looked for at the top and under "
-            f"{', '.join(NESTED_KEYS)}. {RESAVE}"
-        )
+    _refuse_others(path, described, bool(stored))
     entries = {name: TensorEntry(value.dtype, value.shape) for name, value in stored.items()}
     _check_names_and_shapes(path, entries)
     for name, tensor in stored.items():
         if entries[name].nbytes > tensor.storage.items * ITEM_BYTES[tensor.dtype]:
-            raise CheckpointError(
-                f"{path.name}: {name} claims the shape {shape_text(tensor.shape)}, but holds fewer numbers. {RESAVE}"
-            )
+            what = f"{name} has the shape {shape_text(tensor.shape)}, and {tensor.storage.items:,} numbers"
+            raise _refusal(path, "shared", what)
     return tuple(keys), entries
+
+
+def _refuse_others(path: Path, described: Mapping[Any, Any], has_tensors: bool) -> None:
+    """Raises CheckpointError where there are no tensors, or more than numbers and text among them."""
+    others = {
+        key: value for key, value in described.items() if not isinstance(value, StoredTensor | int | float | str | None)
+    }
+    names = [naming.shown(str(key)) for key, value in others.items() if isinstance(value, dict) or has_tensors]
+    if has_tensors and others:
+        raise _refusal(path, "mixed", f"{_kind(next(iter(others.values())))} ({names[0]})")
+    if not has_tensors:
+        raise _refusal(path, "several", ", ".join(names[:3])) if names else _refusal(path, "nothing")
 
 
 def _kind(value: Any) -> str:
     """The user's word for what a pickle describes."""
-    words = {StoredTensor: "tensor", pickles.Storage: "storage", pickles.Global: "class"}
-    return words.get(type(value), type(value).__name__)
+    words: dict[type, str] = {
+        StoredTensor: "a bare tensor",
+        pickles.Storage: "a bare storage",
+        pickles.Global: "a class",
+        dict: "a dictionary",
+        OrderedDict: "a dictionary",
+        list: "a list",
+        tuple: "a tuple",
+        str: "a text",
+        type(None): "nothing",
+    }
+    return words.get(type(value), "a number")
 
 
 # ---- what the tensors are -----------------------------------------------------------------------------------------
@@ -228,13 +238,12 @@ def _kind(value: Any) -> str:
 
 def _check(path: Path, inspected: Inspected) -> None:
     if not inspected.tensors:
-        raise CheckpointError(f"{path.name} holds no tensor. {RESAVE}")
+        raise _refusal(path, "nothing")
     _check_names_and_shapes(path, inspected.tensors)
     total = sum(entry.nbytes for entry in inspected.tensors.values())
     if total > 2 * inspected.nbytes:  # many views of one storage multiply when they are copied
-        raise CheckpointError(
-            f"{path.name} holds tensors that share their numbers and would unpack to {total >> 20} MiB. {RESAVE}"
-        )
+        what = f"copied one by one they have {total:,} bytes, and the file has {inspected.nbytes:,}"
+        raise _refusal(path, "shared", what)
 
 
 def _check_names_and_shapes(path: Path, tensors: Mapping[str, TensorEntry]) -> None:
@@ -252,6 +261,4 @@ def _check_names_and_shapes(path: Path, tensors: Mapping[str, TensorEntry]) -> N
                 f"{path.name}: {name} has {len(entry.shape)} dimensions, which no layer has. {RESAVE}"
             )
         if any(not 0 < size <= MAX_DIMENSION for size in entry.shape):
-            raise CheckpointError(
-                f"{path.name}: {name} has the impossible shape {shape_text(entry.shape)[:60]}. {RESAVE}"
-            )
+            raise _refusal(path, "shape", f"{name} of the shape {shape_text(entry.shape)}")

@@ -9,6 +9,7 @@ taken only on the kind of object that torch writes them for: its loader once cor
 
 from __future__ import annotations
 
+import itertools
 import pickletools
 import re
 import struct
@@ -58,6 +59,12 @@ class ForeignGlobal(Exception):
 
     module: str
     name: str
+    others: tuple[str, ...] = ()
+    """All that the pickle names, dotted, as far as it can be read."""
+
+
+class OtherProtocol(Refused):
+    """The pickle protocol of the index, where it is not torch's own."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +125,7 @@ def interpret(data: bytes) -> Index:
                 raise Refused("its index of tensors has too many instructions")
             if opcode.name in ("GLOBAL", "INST") and argument not in ALLOWED_GLOBALS:
                 module, _, name = str(argument).partition(" ")
-                raise ForeignGlobal(module, name)
+                raise ForeignGlobal(module, name, _named(data))
             if opcode.name not in ALLOWED_OPCODES:
                 raise Refused(f"its index uses the pickle instruction {opcode.name}, which saved weights never need")
             machine.step(opcode.name, argument)
@@ -128,6 +135,18 @@ def interpret(data: bytes) -> Index:
     if end != len(data):
         raise Refused("its index of tensors is followed by other bytes")
     return Index(result, tuple(machine.storages.values()))
+
+
+def _named(data: bytes) -> tuple[str, ...]:
+    """What a pickle looks up by name, until its end or its damage."""
+    found = []
+    try:
+        for opcode, argument, _ in itertools.islice(pickletools.genops(data), MAX_OPCODES):
+            if opcode.name in ("GLOBAL", "INST"):
+                found.append(str(argument).replace(" ", "."))
+    except (ValueError, IndexError, struct.error, OverflowError):
+        pass
+    return tuple(dict.fromkeys(found))
 
 
 def _require(condition: bool) -> None:
@@ -159,7 +178,8 @@ class _Machine:
         self.result()
 
     def _proto(self, version: Any) -> None:
-        _require(version in (2, 3))
+        if version not in (2, 3):
+            raise OtherProtocol(str(version))
 
     def _mark(self, _: Any) -> None:
         self._outer.append(self._stack)

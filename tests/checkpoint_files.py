@@ -170,7 +170,7 @@ def hostile(marker: Path) -> dict[str, tuple[str, Writer, str]]:
         "10 GB byte array": (
             "a.pth",
             _edited(lambda name, data: _bytearray_bomb() if name.endswith("data.pkl") else data),
-            "asks to run a program",
+            "not a tensor (builtins.bytearray)",
         ),
         "second index": (
             "a.pth",
@@ -207,28 +207,37 @@ def hostile(marker: Path) -> dict[str, tuple[str, Writer, str]]:
             "tensors cannot be read",
         ),
         "empty file": ("a.pth", _bytes(lambda: b""), "is empty"),
-        "web page": ("a.pth", _bytes(lambda: b"<html>404</html>"), "neither a .safetensors file nor"),
+        "web page": ("a.pth", _bytes(lambda: b"<html>404</html>"), "is a web page"),
+        "text": ("a.pth", _bytes(lambda: b"hello"), "neither a .safetensors file nor"),
         "zip of something else": (
             "a.pth",
             lambda path: zipfile.ZipFile(path, "w").writestr("x/notes.txt", "x"),
             "not one that torch.save writes",
         ),
-        "expanded tensor": ("a.pth", _saved(lambda: {"w": torch.zeros(1).expand(10**6, 10**6)}), "holds fewer numbers"),
+        "expanded tensor": (
+            "a.pth",
+            _saved(lambda: {"w": torch.zeros(1).expand(10**6, 10**6)}),
+            "1000000 x 1000000, and 1 numbers",
+        ),
         "many views of one storage": (
             "a.pth",
             _saved(lambda: {f"w{i}": base for base in [torch.zeros(10**6)] for i in range(9)}),
             "share their numbers",
         ),
-        "no dimension": ("a.pth", _saved(lambda: {"w": torch.zeros(0, 2**40)}), "impossible shape 0x1099511627776"),
+        "no dimension": (
+            "a.pth",
+            _saved(lambda: {"w": torch.zeros(0, 2**40)}),
+            "w of the shape 0 x 1099511627776, and each dimension",
+        ),
         "sparse tensor": (
             "a.pth",
             _saved(lambda: {"w": torch.eye(3).to_sparse()}),
-            "not a tensor (torch._utils._rebuild_sparse_tensor)",
+            "holds sparse tensors (torch._utils._rebuild_sparse_tensor)",
         ),
         "complex numbers": (
             "a.safetensors",
             _bytes(lambda: safetensors_bytes({"w": _tensor("C64", [1], 0, 8)}, b"\0" * 8)),
-            "number format C64",
+            "holds complex tensors (C64)",
         ),
         "NaN": ("a.pth", _saved(_with("3.weight", _poisoned(float("nan")))), "3.weight holds 2 NaN or Inf values"),
         "infinity": ("a.pth", _saved(_with("3.bias", _poisoned(float("inf")))), "3.bias holds 2 NaN or Inf values"),
@@ -243,7 +252,7 @@ def hostile(marker: Path) -> dict[str, tuple[str, Writer, str]]:
         "a list": ("a.pth", _saved(lambda: [torch.zeros(1)]), "holds a list instead of named tensors"),
         "nothing": ("a.pth", _saved(dict), "no tensor"),
         "only numbers": ("a.pth", _saved(lambda: {"epoch": 3}), "no tensor"),
-        "endless nesting": ("a.pth", _saved(_self_reference), "where weights are expected"),
+        "endless nesting": ("a.pth", _saved(_self_reference), "more than 4 dictionaries deep"),
         "safetensors, giant header": (
             "a.safetensors",
             _bytes(lambda: struct.pack("<Q", 2**63) + b"{}"),
@@ -295,7 +304,7 @@ def hostile(marker: Path) -> dict[str, tuple[str, Writer, str]]:
         "safetensors, empty shape trick": (
             "a.safetensors",
             _bytes(lambda: safetensors_bytes({"w": _tensor("F32", [0, 2**40], 0, 0)}, b"")),
-            "impossible shape",
+            "w of the shape 0 x 1099511627776",
         ),
         "safetensors, too many": (
             "a.safetensors",

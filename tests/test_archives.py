@@ -87,7 +87,10 @@ def extra(name: str, content: bytes = b"x"):
         (encrypted, "encrypted"),
         (overlapping, "entries overlap"),
         (lambda path: path.write_bytes(zipped(path, class_entries()).read_bytes()[:-30]), "zip directory is missing"),
-        (lambda path: path.write_bytes(b"Rar!"), "zip directory is missing"),
+        (lambda path: path.write_bytes(b"Rar!\x1a\x07\x01"), "it is a RAR archive, not a zip"),
+        (lambda path: path.write_bytes(b"7z\xbc\xaf\x27\x1c\0\4"), "it is a 7z archive, not a zip"),
+        (lambda path: path.write_bytes(b""), "it is empty"),
+        (lambda path: path.write_bytes(b"cats and dogs"), "it is not a zip"),
         (claiming_many, "more than 20000 entries"),
     ],
 )
