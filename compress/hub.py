@@ -5,16 +5,19 @@ The only file that imports huggingface_hub. Nothing here happens unless a reques
 
 from __future__ import annotations
 
+import errno
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from compress import runs
+from compress import naming, runs
 from compress.errors import CheckpointError, PublishingError, RequestError
+from compress.inspection import MAX_FILE_BYTES
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -27,6 +30,8 @@ _REFERENCE = re.compile(
 _REPOSITORY = re.compile(r"[\w-][\w.-]{0,95}/[\w-][\w.-]{0,95}")
 _TIMEOUT_S = 20
 _NAMED_FILES = 5
+FREE_BYTES = 2 * 2**30
+"""Of the disk with the Hub's cache, which a download leaves free: anybody who may start a run may name any repository."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +41,19 @@ class Downloaded:
     path: Path
     source: str
     """Repository, commit and file, in words."""
+    is_new: bool = False
+    """Whether it was not in the cache before."""
+
+    @contextmanager
+    def unless_refused(self) -> Iterator[Path]:
+        """The file, which leaves the cache again when the block raises CheckpointError and it was not there before."""
+        try:
+            yield self.path
+        except CheckpointError:
+            if self.is_new:
+                self.path.resolve().unlink(missing_ok=True)
+                self.path.unlink(missing_ok=True)
+            raise
 
 
 @dataclass(frozen=True)
@@ -57,7 +75,8 @@ def download(reference: str) -> Downloaded:
     Raises:
         RequestError: `reference` is none of these.
         CheckpointError: the Hub cannot be reached, or has no such repository, revision or file, or more than one that
-            could be meant.
+            could be meant; or the file is over 2 GiB, or larger than the Hub says, or the disk has no room for it. Nothing of
+            such a file stays.
     """
     from huggingface_hub.errors import HFValidationError
 
@@ -73,10 +92,58 @@ def download(reference: str) -> Downloaded:
             info = api.model_info(repository, revision=found["revision"], timeout=_TIMEOUT_S)
             names = [sibling.rfilename for sibling in info.siblings or ()]
             chosen = _checkpoint_among(names, file, repository)
-            path = api.hf_hub_download(repository, chosen, revision=info.sha)
+            expected = api.hf_hub_download(repository, chosen, revision=info.sha, dry_run=True)
+            size = _accepted_size(repository, chosen, expected)
+            path = api.hf_hub_download(
+                repository, chosen, revision=info.sha, tqdm_class=_bounded(repository, chosen, size)
+            )
         except HFValidationError as error:
             raise RequestError("checkpoint", reference, "the name of a repository on the Hub, owner/name") from error
-    return Downloaded(Path(path), f"{chosen} of {repository} on the Hub at {(info.sha or 'main')[:7]}")
+    source = f"{chosen} of {repository} on the Hub at {(info.sha or 'main')[:7]}"
+    return Downloaded(Path(path), source, not expected.is_cached)
+
+
+def _accepted_size(repository: str, file: str, expected: Any) -> int:
+    """Bytes of a file of the Hub, asked before it is fetched (`DryRunFileInfo`)."""
+    from huggingface_hub import constants
+
+    size = expected.file_size
+    if size is None:
+        raise CheckpointError(
+            f"The Hub does not say how large {file} of {repository} is: give the checkpoint as a file."
+        )
+    if size > MAX_FILE_BYTES:
+        raise CheckpointError(
+            f"{file} of {repository} has {size / 2**30:.1f} GiB; at most 2 GiB are accepted: save the weights alone, in "
+            "float16."
+        )
+    folder = Path(constants.HF_HUB_CACHE).absolute()
+    free = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.is_dir())).free
+    if not expected.is_cached and free - size < FREE_BYTES:
+        raise CheckpointError(
+            f"There is no room for {file} of {repository} ({size / 2**20:,.0f} MiB): {FREE_BYTES >> 30} GiB of the disk with "
+            f"{folder} stay free. Remove what is not needed there and try again."
+        )
+    return size
+
+
+def _bounded(repository: str, file: str, size: int) -> Any:
+    """A progress bar for the Hub's client, which ends a download of more bytes than were announced."""
+    from huggingface_hub.utils import tqdm
+
+    class Bounded(tqdm):
+        arrived = 0
+
+        def update(self, n: float | None = 1) -> bool | None:
+            self.arrived += n or 0
+            if self.arrived > size:
+                raise CheckpointError(
+                    f"The Hub sends more of {file} of {repository} than the {size:,} bytes that it announced: try again "
+                    "later, or give the checkpoint as a file."
+                )
+            return super().update(n)
+
+    return Bounded
 
 
 def publish(
@@ -130,6 +197,10 @@ def _api(token: str | None) -> HfApi:
 def _checkpoint_among(names: list[str], wanted: str | None, repository: str) -> str:
     """The file that is meant; safetensors before pickles where a repository holds one of each."""
     offered = [name for name in names if name.endswith(CHECKPOINT_SUFFIXES)]
+    if odd := next((name for name in offered if naming.flaw(name)), None):
+        raise CheckpointError(
+            f"{repository} has a file {naming.shown(odd)}, whose name holds {naming.flaw(odd)}: give the checkpoint as a file."
+        )
     listed = ", ".join(offered[:_NAMED_FILES]) + (" ..." if len(offered) > _NAMED_FILES else "")
     if wanted is not None:
         if wanted in names:
@@ -176,11 +247,27 @@ def _answers_in_words(kind: type[CheckpointError | PublishingError], repository:
         ) from error
     except errors.HfHubHTTPError as error:
         raise kind(_refusal(error, repository)) from error
-    except (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError, httpx2.HTTPError, OSError) as error:
-        raise kind(
-            f"{constants.ENDPOINT} cannot be reached from this machine ({type(error).__name__}): check the network, or "
-            f"{instead}."
-        ) from error
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise kind(f"The disk is full: {repository} could not be kept. Free some space and try again.") from error
+        if type(error) is OSError and error.errno is None:  # the client compares the sizes at the end
+            raise kind(
+                f"What {constants.ENDPOINT} sent of {repository} is incomplete: try again, or {instead}."
+            ) from error
+        raise _unreachable(kind, error, instead) from error
+    except (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError, httpx2.HTTPError) as error:
+        raise _unreachable(kind, error, instead) from error
+
+
+def _unreachable(
+    kind: type[CheckpointError | PublishingError], error: Exception, instead: str
+) -> CheckpointError | PublishingError:
+    from huggingface_hub import constants
+
+    return kind(
+        f"{constants.ENDPOINT} cannot be reached from this machine ({type(error).__name__}): check the network, or "
+        f"{instead}."
+    )
 
 
 def _refusal(error: OSError, repository: str) -> str:
@@ -191,4 +278,4 @@ def _refusal(error: OSError, repository: str) -> str:
             "a pull request, or make a token with write access."
         )
     message = getattr(error, "server_message", None) or "no reason given"
-    return f"The Hub answered {status} for {repository} ({message}); try again later."
+    return f"The Hub answered {status} for {repository} ({naming.shown(message)}); try again later."

@@ -120,8 +120,7 @@ def _torchvision_model(request: Request, kept: Path | None) -> _Loaded:
         tensors, names, recipe = catalog.published_weights(name), published.class_names, published.preprocessing
         weights = "torchvision's published weights"
     else:
-        path, weights = _checkpoint_file(kind)
-        read = _read_checkpoint(path, kept)
+        read, weights = _read_checkpoint(kind, kept)
         tensors, names, recipe = dict(read.tensors), read.class_names, read.preprocessing or published.preprocessing
     architecture = architectures.recognise(tensors, expected=name)
     if names is not None and len(names) != architecture.num_classes:
@@ -132,15 +131,16 @@ def _torchvision_model(request: Request, kept: Path | None) -> _Loaded:
     return _Loaded(architectures.load(architecture, tensors), architecture, weights, recipe, names)
 
 
-def _checkpoint_file(given: str) -> tuple[Path, str]:
-    """The file, and in words where it comes from."""
+def _read_checkpoint(given: str, kept: Path | None) -> tuple[checkpoints.Checkpoint, str]:
+    """What is in the file, and in words where it comes from."""
     if given.startswith(hub.SCHEME):
         found = hub.download(given)
-        return found.path, found.source
-    return Path(given), Path(given).name
+        with found.unless_refused() as path:
+            return _read_file(path, kept), found.source
+    return _read_file(Path(given), kept), Path(given).name
 
 
-def _read_checkpoint(path: Path, kept: Path | None) -> checkpoints.Checkpoint:
+def _read_file(path: Path, kept: Path | None) -> checkpoints.Checkpoint:
     if path == DEMO_CHECKPOINT:
         return checkpoints.read_own(path)
     return checkpoints.read_with_facts(path) if kept is None else checkpoints.read_once(path, kept)

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 import uvicorn
 from fastapi import FastAPI, Request, Response
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, StreamingResponse
 
 WRITE, READ = "hf_write", "hf_read"
 LARGE = 20_000
@@ -29,6 +29,8 @@ class Repository:
     gated: bool = False
     files: dict[str, bytes] = field(default_factory=dict)
     pull_requests: list[dict[str, bytes]] = field(default_factory=list)
+    announced: dict[str, int | None] = field(default_factory=dict)
+    """Bytes that a HEAD request is told, where they are not those of the file; None: nothing."""
 
     @property
     def sha(self) -> str:
@@ -175,7 +177,12 @@ def _add_reading(app: FastAPI, hub: Hub) -> None:
         content = repository.files[file]
         headers = {"X-Repo-Commit": repository.sha, "ETag": f'"{hashlib.sha256(content).hexdigest()}"',
                    "Content-Length": str(len(content))}  # fmt: skip
-        return Response(b"" if request.method == "HEAD" else content, headers=headers)
+        if request.method != "HEAD":
+            return Response(content, headers=headers)
+        size = repository.announced.get(file, len(content))
+        if size is None:
+            return StreamingResponse(iter(()), headers={name: headers[name] for name in ("X-Repo-Commit", "ETag")})
+        return Response(b"", headers=headers | {"Content-Length": str(size)})
 
 
 @contextlib.contextmanager

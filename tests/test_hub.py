@@ -201,6 +201,73 @@ def test_without_a_network_both_ways_say_so(monkeypatch, tmp_path, run):
         hub.publish(run, "team/small", token="hf_x")
 
 
+def cached(tmp_path) -> int:
+    """Bytes of all files in the Hub's cache but its own marks."""
+    files = [path for path in (tmp_path / "hub").rglob("*") if path.is_file() and not path.is_symlink()]
+    return sum(path.stat().st_size for path in files if "blobs" in path.parts or "snapshots" in path.parts)
+
+
+def fetches(server) -> int:
+    return sum(method == "GET" and "/resolve/" in path for method, path in server.seen)
+
+
+def test_a_file_that_is_too_large_is_not_fetched(server, tmp_path):
+    server.repositories["team/net"] = hub_server.Repository(
+        files={"w.pth": b"x" * 1000}, announced={"w.pth": 2_600_000_000}
+    )
+    with pytest.raises(CheckpointError) as refused:
+        hub.download("hf://team/net")
+    assert str(refused.value) == (
+        "w.pth of team/net has 2.4 GiB; at most 2 GiB are accepted: save the weights alone, in float16."
+    )
+    assert fetches(server) == 0 and cached(tmp_path) == 0
+
+
+def test_a_file_without_a_size_is_not_fetched(server, tmp_path):
+    server.repositories["team/net"] = hub_server.Repository(files={"w.pth": b"x" * 1000}, announced={"w.pth": None})
+    with pytest.raises(CheckpointError, match="does not say how large w.pth of team/net is"):
+        hub.download("hf://team/net")
+    assert fetches(server) == 0
+
+
+def test_a_download_ends_when_more_arrives_than_was_announced(server, tmp_path):
+    server.repositories["team/net"] = hub_server.Repository(files={"w.pth": bytes(50_000)}, announced={"w.pth": 1000})
+    with pytest.raises(CheckpointError, match="sends more of w.pth of team/net than the 1,000 bytes that it announced"):
+        hub.download("hf://team/net")
+    assert cached(tmp_path) == 0
+
+
+def test_a_download_of_fewer_bytes_than_announced_is_incomplete(server, tmp_path):
+    server.repositories["team/net"] = hub_server.Repository(files={"w.pth": bytes(1000)}, announced={"w.pth": 2000})
+    with pytest.raises(CheckpointError, match="sent of team/net is incomplete: try again, or give the checkpoint as a"):
+        hub.download("hf://team/net")
+    assert cached(tmp_path) == 0
+
+
+def test_a_download_leaves_the_disk_some_room(server, tmp_path, monkeypatch):
+    server.repositories["team/net"] = hub_server.Repository(files={"w.pth": b"x" * 1000})
+    monkeypatch.setattr(hub, "FREE_BYTES", 2**60)
+    with pytest.raises(CheckpointError, match=r"There is no room for w.pth of team/net \(0 MiB\)"):
+        hub.download("hf://team/net")
+    assert fetches(server) == 0
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_what_is_refused_does_not_stay_in_the_cache(before, server, tmp_path):
+    server.repositories["team/net"] = hub_server.Repository(files={"w.pth": b"x" * 1000})
+    if before:
+        hub.download("hf://team/net")
+    with pytest.raises(CheckpointError, match="is neither a .safetensors file nor"):
+        open_source(Request(model="resnet18", checkpoint="hf://team/net", data="none"))
+    assert cached(tmp_path) == (1000 if before else 0), "what was there before belongs to somebody"
+
+
+def test_file_names_of_a_repository_can_be_shown(server):
+    server.repositories["team/net"] = hub_server.Repository(files={"a\x1b[2J.pth": b"", "b.pth": b""})
+    with pytest.raises(CheckpointError, match=r"has a file a<U\+001B>\[2J.pth, whose name holds a control character"):
+        hub.download("hf://team/net")
+
+
 # ---- from the page ---------------------------------------------------------------------------------------------------
 
 
