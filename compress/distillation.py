@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from compress.model_calls import logits_of
 
 MOST_REMEMBERED_BYTES = 256 * 2**20
 """Of answers: 6.7 million images of ten classes, 67,000 of a thousand. Those beyond it are asked about every time.
@@ -61,8 +62,3 @@ class Teacher:
         kept = list(row_of.items())[: len(self._table) - start]
         self._table[start : start + len(kept)] = answers[[row for _, row in kept]]
         self._row_of |= {name: start + place for place, (name, _) in enumerate(kept)}
-
-
-def logits_of(answer: Any) -> Tensor:
-    """Architectures with auxiliary heads answer with a named tuple while they train."""
-    return answer.logits if hasattr(answer, "logits") else answer

@@ -32,6 +32,10 @@ class BaselineError(CompressError):
     """The model does not work well on its own data before anything is changed."""
 
 
+class ModelError(CompressError):
+    """The model's own code stops while it is called, or answers with something that is no logits."""
+
+
 class PruningError(CompressError):
     """The model cannot be traced, planned or shrunk."""
 

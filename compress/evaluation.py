@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from compress.model_calls import own_errors
+
 Answer = Callable[[np.ndarray], np.ndarray]
 """Images float32 [N, 3, H, W] -> logits float32 [N, classes]."""
 PIXELS_AT_ONCE = 4 * 224 * 224
@@ -42,12 +44,16 @@ class Difference:
 
 
 def torch_answer(model: nn.Module) -> Answer:
-    """`model` in eval mode as a function of numpy arrays; large images go through it few at a time."""
+    """`model` in eval mode as a function of numpy arrays; large images go through it few at a time.
+
+    Raises (when called):
+        ModelError: the model's own code stops.
+    """
     model.eval()
 
     def answer(images: np.ndarray) -> np.ndarray:
         few = max(1, PIXELS_AT_ONCE // (images.shape[2] * images.shape[3]))
-        with torch.inference_mode():
+        with torch.inference_mode(), own_errors(model, f"with {min(few, len(images))} images in eval mode"):
             return torch.cat([model(part).float() for part in torch.from_numpy(images).split(few)]).numpy()
 
     return answer

@@ -30,10 +30,11 @@ def require_machine(request: Request) -> None:
 
 
 def require_plan(request: Request, source: Source) -> None:
-    """Raises `CompressError` when the model cannot be pruned as asked, or the pruner needs images and there are none.
+    """Raises `CompressError` when the model cannot be pruned or trained as asked, or the images for it are missing.
 
     Before hours of evaluation, not after them.
     """
+    recipes.require_trainable(request, source)
     if request.prunes:
         recipes.usable_plan(request, source)
 
@@ -50,6 +51,7 @@ def check(request: Request, model: nn.Module | None = None) -> dict[str, Any]:
     """
     source = open_source(request, model)
     found = rehearsal.rehearse(request, source)
+    found.attempt(lambda: recipes.require_trainable(request, source))
     found.attempt(lambda: require_machine(request))
     size = source.preprocessing.input_size
     facts = {"parameters": counting.count_parameters(source.model), "macs": counting.count_macs(source.model, size)}

@@ -12,7 +12,9 @@ from torch import Tensor, fx, nn
 
 from compress import data, evaluation, pruning, quantization, training
 from compress.errors import TrainingError
+from compress.model_calls import classes_of, logits_of
 from compress.pruning.reconstruction import Refit, reconstruct
+from compress.pruning.registry import TRAINS
 from compress.request import Request
 from compress.sources import Source
 
@@ -130,12 +132,40 @@ def pruning_training(
     recipe = recipe_of(request, source, request.pruning_epochs, request.pruning_learning_rate)
     return pruning.Training(
         batches=lambda epoch: (batch[:2] for batch in islice(images.batches(epoch), images.per_epoch)),
-        loss=training.loss_function(recipe, teacher if recipe.distillation_weight > 0 else None),
+        loss=training.loss_function(
+            recipe, teacher if recipe.distillation_weight > 0 else None, classes_of(source.model, source.example)
+        ),
         steps=max(request.pruning_steps, round(recipe.epochs * images.per_epoch)),
         learning_rate=recipe.learning_rate,
         rounds=request.pruning_steps,
         progress=progress,
     )
+
+
+def training_stages(request: Request, source: Source) -> tuple[str, ...]:
+    """The stages of a run that train, by their names."""
+    if source.dataset.kind == "none":
+        return ()
+    trains = {
+        "prune": request.prunes and pruning.PRUNERS[request.pruner].needs_data == TRAINS,
+        "finetune": request.prunes and request.finetune_epochs > 0,
+        "quantize": request.quantizes and request.qat_epochs > 0 and quantization.QUANTIZERS[request.quantizer].trains,
+    }
+    return tuple(name for name, does in trains.items() if does)
+
+
+def require_trainable(request: Request, source: Source) -> None:
+    """Refuses what would end the training of `source.model` before its first step.
+
+    Raises:
+        TrainingError: every parameter is frozen, or the images do not fill one batch.
+    """
+    looks = request.prunes and pruning.PRUNERS[request.pruner].needs_images and source.dataset.kind != "none"
+    trained = training_stages(request, source)
+    if trained:
+        training.parameter_groups(source.model, 0.0)
+    if (looks or trained) and training_images(request, source).per_epoch == 0:
+        raise TrainingError(training.TOO_FEW_IMAGES)
 
 
 def recipe_of(request: Request, source: Source, epochs: float, learning_rate: float) -> training.Recipe:
@@ -220,7 +250,8 @@ def scorer(images: data.Split, source: Source) -> Callable[[nn.Module], float]:
             images, TEST_BATCH, shuffle=False, seed=0, preprocessing=source.preprocessing
         ):
             with torch.no_grad():
-                right += int((model(batch.to(training.device())).argmax(1).cpu() == labels).sum())
+                answer = logits_of(model(batch.to(training.device())))
+                right += int((answer.argmax(1).cpu() == labels).sum())
         return right / len(images)
 
     return score

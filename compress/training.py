@@ -11,11 +11,10 @@ all there is to match, and each answer is asked for once.
 
 from __future__ import annotations
 
-import copy
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any
@@ -25,8 +24,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from compress.distillation import Teacher, logits_of
+from compress.distillation import Teacher
 from compress.errors import TrainingError
+from compress.layouts import PLAIN, Format, fastest_format, in_training_mode
+from compress.model_calls import classes_of, logits_of, own_errors
 
 Batch = tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]
 Batches = Callable[[int], Iterable[Batch]]
@@ -57,22 +58,6 @@ class Recipe:
     """Or "sgd"."""
 
 
-@dataclass(frozen=True)
-class Format:
-    """Memory layout and number format of the forward pass."""
-
-    channels_last: bool
-    autocast: torch.dtype | None
-
-    def __str__(self) -> str:
-        layout = "channels_last" if self.channels_last else "contiguous"
-        return f"{layout} {'fp32' if self.autocast is None else str(self.autocast).removeprefix('torch.')}"
-
-    @property
-    def memory_format(self) -> torch.memory_format:
-        return torch.channels_last if self.channels_last else torch.contiguous_format
-
-
 def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -97,7 +82,8 @@ def fit(
         score: called in eval mode after each epoch; its value is recorded, nothing is chosen by it.
 
     Raises:
-        TrainingError: the loss is not finite, or there are no batches.
+        TrainingError: the loss is not finite, there are no batches, every parameter is frozen, or no memory layout is right.
+        ModelError: the model's own code stops in training mode, or its answer holds no logits.
     """
     if recipe.epochs == 0:
         return []
@@ -107,7 +93,9 @@ def fit(
     model.to(place)
     asked = Teacher(teacher, place) if teacher is not None else None
     optimizer = _optimizer(model, recipe)
-    layout = _same_for_all(fastest_format(model, next(iter(batches(0)))[0].to(place)))
+    first = next(iter(batches(0)))[0].to(place)
+    layout = _same_for_all(lambda: fastest_format(model, first))
+    classes = classes_of(model, first)
     model.to(memory_format=layout.memory_format)
     zeros = _zeros(model) if keep_zeros else []
     total = max(1, round(recipe.epochs * steps_per_epoch))
@@ -116,9 +104,10 @@ def fit(
 
     def step(images: Tensor, labels: Tensor, numbers: Tensor | None = None) -> Tensor:
         images = images.to(place).contiguous(memory_format=layout.memory_format)
-        loss = _loss(learner, asked, images, labels.to(place), recipe, layout, numbers)
+        loss = _loss(learner, asked, images, labels.to(place), recipe, layout, numbers, classes)
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        with own_errors(model, f"{in_training_mode(images)}, in the backward pass"):
+            loss.backward()
         optimizer.step()
         _clear(zeros)
         schedule.step()
@@ -154,15 +143,20 @@ def _averaging(model: nn.Module) -> nn.Module:
     """`model` itself, or what averages its gradients with those of the other processes that train with this one."""
     if not dist.is_initialized():
         return model
-    # an auxiliary head gets no gradient: see `logits_of`
+    # an auxiliary head takes no part in the loss: see `logits_of`
     return nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
 
 
-def _same_for_all(layout: Format) -> Format:
-    """What the first of the processes that train together has found, because gradients of two layouts do not add up."""
-    agreed = [layout]
-    if dist.is_initialized():
-        dist.broadcast_object_list(agreed)
+def _same_for_all(find: Callable[[], Format]) -> Format:
+    """What the first of the processes that train together finds, because gradients of two layouts do not add up.
+
+    The others wait, so that it measures alone; when it refuses the model, all of them are ended.
+    """
+    if not dist.is_initialized():
+        return find()
+    agreed = [find() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(agreed)
+    assert agreed[0] is not None
     return agreed[0]
 
 
@@ -175,17 +169,21 @@ def _train_mode(model: nn.Module) -> None:
             module.eval()
 
 
-def loss_function(recipe: Recipe, teacher: nn.Module | None) -> Callable[[nn.Module, Tensor, Tensor], Tensor]:
+def loss_function(
+    recipe: Recipe, teacher: nn.Module | None, classes: int | None = None
+) -> Callable[[nn.Module, Tensor, Tensor], Tensor]:
     """loss(model, images, labels) of the module's formula, in fp32; `teacher` is copied.
 
     For training loops other than `fit`, which bring model, images and labels to `device()` themselves.
+
+    Args:
+        classes: columns of the logits, see `logits_of`.
     """
     asked = Teacher(teacher, device()) if teacher is not None else None
-    layout = Format(channels_last=False, autocast=None)
 
     def loss(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
         with single_pixels_multiplied(asked and asked.model):
-            return _loss(model, asked, images, labels, recipe, layout)
+            return _loss(model, asked, images, labels, recipe, PLAIN, classes=classes)
 
     return loss
 
@@ -267,28 +265,6 @@ def one_cycle(done: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * min(1.0, (done - WARM_UP) / (1 - WARM_UP))))
 
 
-def fastest_format(model: nn.Module, images: Tensor) -> Format:
-    """The quickest of the formats this machine offers: a training step of a copy in each, in turn, best of two."""
-    candidates = [Format(True, None), Format(False, None)]
-    if _has_fast_bfloat16(images.device):
-        candidates.append(Format(True, torch.bfloat16))
-    trials = {layout: copy.deepcopy(model).to(memory_format=layout.memory_format).train() for layout in candidates}
-    best = dict.fromkeys(candidates, math.inf)
-    with torch.random.fork_rng():
-        for round_number in range(3):
-            for layout, trial in trials.items():
-                start = time.perf_counter()
-                batch = images.contiguous(memory_format=layout.memory_format)
-                with _autocast(layout, images.device):
-                    answer = trial(batch)
-                logits_of(answer).float().square().mean().backward()
-                if images.is_cuda:
-                    torch.cuda.synchronize()
-                if round_number > 0:  # the first step also pays for kernel selection
-                    best[layout] = min(best[layout], time.perf_counter() - start)
-    return min(best, key=lambda layout: best[layout])
-
-
 def _loss(
     model: nn.Module,
     teacher: Teacher | None,
@@ -297,11 +273,12 @@ def _loss(
     recipe: Recipe,
     layout: Format,
     numbers: Tensor | None = None,
+    classes: int | None = None,
 ) -> Tensor:
-    with _autocast(layout, images.device):
-        answer = model(images)
+    with layout.computing(images.device):
+        with own_errors(model, in_training_mode(images)):
+            logits = logits_of(model(images), classes).float()
         target = teacher(images, numbers) if teacher is not None else None
-    logits = logits_of(answer).float()
     weight = recipe.distillation_weight if target is not None else 0.0
     loss = torch.zeros((), device=logits.device)
     if weight < 1:
@@ -348,13 +325,3 @@ def _optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
 def _first(batches: Iterable[Batch], count: int) -> Iterator[Batch]:
     for _, batch in zip(range(count), batches, strict=False):
         yield batch
-
-
-def _autocast(layout: Format, place: torch.device) -> Any:
-    return nullcontext() if layout.autocast is None else torch.autocast(place.type, dtype=layout.autocast)
-
-
-def _has_fast_bfloat16(place: torch.device) -> bool:
-    if place.type == "cuda":
-        return torch.cuda.is_bf16_supported()
-    return torch.cpu._is_avx512_bf16_supported()

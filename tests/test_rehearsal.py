@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from image_files import fill
 from pruning_networks import conv_bn, randomise
 from torch import nn
 
-from compress import pipeline, rehearsal
-from compress.errors import HandoffError
+from compress import pipeline, preflight, rehearsal
+from compress.errors import HandoffError, TrainingError
 from compress.request import Request
+from compress.sources import open_source
 
 
 class Odd(nn.Module):
@@ -76,3 +78,24 @@ def test_a_runtime_that_refuses_is_a_problem_only_when_it_was_asked_for(monkeypa
     asked = {"quantizer": "none", "weight_bits": 32, "activation_bits": 32}
     assert check(**asked)["possible"]
     assert check(**asked, runtime="onnxruntime")["problems"] == ["ONNX Runtime cannot load it."]
+
+
+@pytest.mark.parametrize(
+    ("frozen", "asked", "sentence"),
+    [
+        (True, {}, "Every parameter of the model is frozen. Unfreeze some, or set --finetune-epochs and"),
+        (True, {"finetune_epochs": 0, "qat_epochs": 0}, None),
+        (False, {"train_batch_size": 64}, "There are too few training images for one batch."),
+        (False, {"pruner": "taylor", "finetune_epochs": 0, "qat_epochs": 0, "train_batch_size": 64}, "There are too few"),
+    ],
+)
+def test_what_training_would_stop_on_is_a_problem_before_anything_is_spent(tmp_path, frozen, asked, sentence):
+    fill(tmp_path, {"": 24})
+    model = randomise(Odd()).requires_grad_(not frozen)
+    request = Request(**({"model": "custom", "data": str(tmp_path), "input_size": 32, "train_batch_size": 8} | asked))
+    if sentence is None:
+        preflight.require_plan(request, open_source(request, model))
+        return
+    with pytest.raises(TrainingError, match=f"^{sentence}"):
+        preflight.require_plan(request, open_source(request, model))
+    assert any(problem.startswith(sentence) for problem in pipeline.check(request, model=model)["problems"])

@@ -8,10 +8,9 @@ import torch
 from torch import nn
 
 from compress.errors import TrainingError
+from compress.layouts import Format, fastest_format
 from compress.training import (
-    Format,
     Recipe,
-    fastest_format,
     fit,
     loss_function,
     one_cycle,

@@ -13,6 +13,8 @@ from torch.nn import functional as F
 
 from .. import _nni, training
 from ..errors import TrainingError
+from ..layouts import allows_channels_last
+from ..model_calls import logits_of, own_errors
 
 if TYPE_CHECKING:
     from . import Training
@@ -42,6 +44,7 @@ def training_evaluator(model: nn.Module, how: Training) -> Any:
     def loss(batch: tuple[Tensor, Tensor], wrapped: nn.Module) -> Tensor:
         return how.loss(wrapped, *batch)
 
+    _require_right_layout(model, how)
     return _evaluator(train, loss, model, how.learning_rate)
 
 
@@ -59,9 +62,11 @@ def looking_evaluator(model: nn.Module, how: Training) -> Any:
 
     def loss(batch: tuple[Tensor, Tensor], wrapped: nn.Module) -> Tensor:
         images, labels = batch
-        logits = wrapped(images)
+        with own_errors(wrapped, "in eval mode, for its gradients"):
+            logits = logits_of(wrapped(images))
         return F.cross_entropy(logits, torch.where(labels < 0, logits.argmax(1), labels))
 
+    _require_right_layout(model, how)
     return _evaluator(look, loss, model, 0.0)
 
 
@@ -85,6 +90,15 @@ def first_batches(how: Training, count: int, before: int = 0) -> Iterator[tuple[
             raise TrainingError(training.TOO_FEW_IMAGES)
 
 
+def _require_right_layout(model: nn.Module, how: Training) -> None:
+    """Brings `model` into the contiguous layout, whatever it came in; raises what `allows_channels_last` raises."""
+    model.to(memory_format=torch.contiguous_format)
+    place = next(model.parameters()).device
+    for images, _ in how.batches(0):
+        allows_channels_last(model, images[:2].to(place))
+        return
+
+
 def _evaluator(loop: Callable[..., None], loss: Callable[..., Tensor], model: nn.Module, rate: float) -> Any:
     nni = _nni.import_nni()
     optimizer = nni.trace(torch.optim.SGD)(
@@ -103,5 +117,6 @@ def _step(step: Any, batch: tuple[Tensor, Tensor], wrapped: nn.Module, optimizer
             f"Training diverged while pruning: the loss became {float(loss)} in {where}. Try a tenth of the learning rate."
         )
     optimizer.zero_grad()
-    loss.backward()
+    with own_errors(wrapped, "in the backward pass, while pruning"):
+        loss.backward()
     optimizer.step()
