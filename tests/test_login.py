@@ -204,7 +204,7 @@ def test_passwords_are_in_no_text_of_the_settings() -> None:
 def test_every_endpoint_tells_what_each_of_its_parameters_means(tmp_path: Path) -> None:
     """What tools are made from, whether or not they are offered."""
     app = App(Queue(tmp_path), dict, Settings(data=tmp_path), (), no_images, no_count)
-    page = build_page(app, cache_age_s=60)
+    page = build_page(app)
     endpoints = {fn.api_name: fn.fn for fn in page.fns.values() if fn.api_visibility == "public"}
     assert set(endpoints) == {"submit", "status", "cancel", "resume", "list", "artifact", "check"}
     for name, told in page.get_api_info()["named_endpoints"].items():

@@ -32,7 +32,7 @@ NO_WORDS = re.compile(r"[\W\d]*|owner/name|0\.5, 0\.5, 0\.5")
 def config(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("page")
     app = App(Queue(folder), dict, Settings(data=folder), [Offer("resnet18", 11_689_512)], no_images, no_count)
-    return build_page(app, cache_age_s=60).get_config_file()
+    return build_page(app).get_config_file()
 
 
 def static_texts(config: dict[str, Any]) -> Iterator[tuple[str, str]]:

@@ -174,18 +174,6 @@ def test_a_model_that_cannot_be_counted_keeps_the_rough_estimate(tmp_path: Path)
     assert "A rule of thumb" in app.meaning(form_values())["meaning"]
 
 
-def test_only_uploads_are_taken_as_files(tmp_path: Path) -> None:
-    app = App(Queue(tmp_path / "data"), dict, Settings(data=tmp_path / "data"), (), no_images, no_count)
-    uploads = tmp_path / "data" / "incoming"
-    uploads.mkdir()
-    (uploads / "x.pth").write_bytes(b"x")
-    (uploads / "link.pth").symlink_to("/etc/passwd")
-    assert app.uploaded(uploads / "x.pth") == uploads / "x.pth"
-    for path in ("/etc/passwd", uploads / ".." / "queue.sqlite", uploads / "link.pth", uploads / "absent.pth", uploads):
-        with pytest.raises(RequestError, match="a file that was uploaded here"):
-            app.uploaded(path)
-
-
 def test_a_public_server_lists_only_the_visitors_own_runs(tmp_path: Path) -> None:
     queue = Queue(tmp_path)
     mine, _ = queue.submit(Request()), queue.submit(Request(seed=1))
@@ -301,7 +289,7 @@ def test_the_environment_switches_off_telemetry_and_history(tmp_path: Path) -> N
     prepare_environment(environ, Settings(data=tmp_path))
     assert environ["GRADIO_ANALYTICS_ENABLED"] == environ["GRADIO_RUN_HISTORY"] == environ["GRADIO_SHARE"] == "False"
     assert environ["HF_HUB_DISABLE_TELEMETRY"] == "1"
-    assert environ["GRADIO_TEMP_DIR"] == str(tmp_path / "incoming")
+    assert environ["GRADIO_TEMP_DIR"] == str(tmp_path / "gradio")
 
 
 def test_the_server_never_imports_torch() -> None:

@@ -60,13 +60,13 @@ class Endpoints:
         self._queue: Queue = app.queue
 
     def submit(self, visitor: gr.Request | None, **values: Any) -> dict[str, Any]:
-        request, files = self._request(values)
         owner = "" if visitor is None else Visit.of(visitor).who
+        request, files = self._request(values, owner)
         job_id = self._queue.submit(request, files=files, owner=owner)
         return self._queue.status(job_id).as_dict() | {"key": run_key(job_id)}
 
-    def check(self, **values: Any) -> dict[str, Any]:
-        request, files = self._request(values)
+    def check(self, visitor: gr.Request | None, **values: Any) -> dict[str, Any]:
+        request, files = self._request(values, "" if visitor is None else Visit.of(visitor).who)
         return self._app.check(request.model_copy(update={field: str(path) for field, path in files.items()}))
 
     def status(self, job_id: str) -> dict[str, Any]:
@@ -150,14 +150,14 @@ class Endpoints:
             for name, facts in sorted(self._queue.artifacts(status.job_id).items())
         ]
 
-    def _request(self, values: dict[str, Any]) -> tuple[Request, dict[str, Path]]:
+    def _request(self, values: dict[str, Any], who: str) -> tuple[Request, dict[str, Path]]:
         """The request and the uploads that stand for some of its fields. Raises `RequestError`."""
         values = dict(values)
         files = {}
         for field in UPLOAD_FIELDS:
             upload = values.pop(f"{field}_file", None)
             if upload is not None:
-                files[field] = self._app.uploaded(upload["path"] if isinstance(upload, dict) else upload)
+                files[field] = self._app.uploads.find(upload, who)
                 values[field] = files[field].name
             elif values.get(field) is not None and not _is_named(field, values[field]):
                 hub = [f"{HUB_SCHEME}owner/name"] if field == "checkpoint" else []
@@ -189,9 +189,9 @@ Returns:
     possible, text, groups, left_out, runtimes.
 """
 _UPLOADS = {
-    "checkpoint": "Upload: a .safetensors, .pth or .pt file with a state dict, in place of checkpoint.",
-    "data": "Upload: a .zip with one folder of images for each class, in place of data.",
-    "class_map": "Upload: a JSON file, in place of class_map.",
+    "checkpoint": "Upload (handle_file, or the id of one): a .safetensors, .pth or .pt file with a state dict, in place of checkpoint.",
+    "data": "Upload (handle_file, or the id of one): a .zip with one folder of images for each class, in place of data.",
+    "class_map": "Upload (handle_file, or the id of one): a JSON file, in place of class_map.",
 }
 
 
@@ -204,7 +204,7 @@ def _with_request_parameters(function: Callable[..., Any], description: str) -> 
             parameters.append((name, hints[name], field.default))
             lines.append(f"    {name}: {field.description}")
     for name, text in _UPLOADS.items():
-        parameters.append((f"{name}_file", gr.FileData | None, None))
+        parameters.append((f"{name}_file", str | None, None))  # the id of an upload, see compress.ui.bodies
         lines.append(f"    {name}_file: {text}")
 
     told = _told(function)

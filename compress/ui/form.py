@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import types
+from abc import ABCMeta
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -77,6 +78,23 @@ PLACEHOLDERS = {
 }
 
 
+def _id_of_upload(self: gr.File, payload: Any) -> str | None:
+    return payload if isinstance(payload, str) else None
+
+
+UploadField: type[gr.File] = ABCMeta.__new__(  # a class statement would make Gradio write a .pyi file beside this one
+    type(gr.File),
+    "UploadField",
+    (gr.File,),
+    {
+        "__doc__": "A field for one file whose handlers get the id of the upload, never a path; see `compress.ui.bodies`.",
+        "__module__": __name__,
+        "is_template": True,  # it looks like gr.File
+        "data_model": property(lambda self: None, lambda self, model: None),  # so Gradio hands on the id as it comes
+        "preprocess": _id_of_upload,
+        "api_info": lambda self: gr.FileData.model_json_schema(),
+    },
+)
 NO_LIMIT = ("max_layer_sparsity", "max_quantization_loss")
 """Fields that, left empty, limit nothing."""
 
@@ -112,7 +130,7 @@ def main_fields(models: tuple[str, ...]) -> dict[str, Component]:
             label=word("weights_label"),
             info=word("weights_help"),
         )
-        fields["checkpoint_file"] = gr.File(
+        fields["checkpoint_file"] = UploadField(
             label=word("checkpoint_label"),
             file_types=CHECKPOINT_TYPES,
             visible=False,
@@ -132,7 +150,7 @@ def main_fields(models: tuple[str, ...]) -> dict[str, Component]:
             value="fashion-mnist",
             label=word("images_label"),
         )
-        fields["data_file"] = gr.File(label=word("data_label"), file_types=[".zip"], visible=False, height=136)
+        fields["data_file"] = UploadField(label=word("data_label"), file_types=[".zip"], visible=False, height=136)
         fields["hint"] = gr.HTML("", elem_classes="hint")
     with gr.Column(elem_classes="card"):
         gr.HTML(word("small_head"))
@@ -270,7 +288,7 @@ def _component(name: str) -> Component:
     kind, optional = _unwrapped(field.annotation)
     label, info = word(f"label_{name}"), word(f"help_{name}")
     if name == "class_map":
-        return gr.File(label=word("class_map_label"), file_types=[".json"], height=130)
+        return UploadField(label=word("class_map_label"), file_types=[".json"], height=130)
     if name == "quantizer":
         choices = [(quantizer.title, quantizer.name) for quantizer in QUANTIZERS.values()]
         return gr.Dropdown(choices, value=field.default, label=label, info=info)

@@ -30,6 +30,7 @@ from compress.ui.phone import narrowed
 from compress.ui.rights import Rights, run_key
 from compress.ui.settings import Settings
 from compress.ui.shell import Offer
+from compress.ui.uploads import Uploads
 from compress.ui.visits import Context, Visit
 from compress.ui.words import ENGLISH, texts, word
 
@@ -40,6 +41,7 @@ Classify = Callable[[Path, Path], dict[str, Any]]
 CHARTS = ("size", "latency", "accuracy", "sqnr", "mixed", "channels", "training")
 """Of `compress.charts`, in the order of the page."""
 MAX_LISTED = 30
+UPLOAD_AGE_S = 24 * 3600.0
 MAX_COMPARED = 200
 VIEWS = ("start", "run", "compare")
 
@@ -59,6 +61,10 @@ class App:
         self.queue, self.check, self.settings, self.classify = queue, check, settings, classify
         self.models = tuple(models)
         self.comparison, self.rights = Comparison(queue), Rights(queue, settings)
+        largest = settings.max_upload_mb * 2**20
+        self.uploads = Uploads(
+            settings.uploads, most_bytes=2 * largest, most_bytes_in_all=16 * largest, age_s=UPLOAD_AGE_S
+        )
         self.estimates = Estimates(settings.data_dir / "estimates", count)
 
     # ---- the start view -----------------------------------------------------------------------------------------
@@ -84,18 +90,19 @@ class App:
 
     def submit(self, visit: Visit, values: Mapping[str, Any], again: str, look: str) -> Updates:
         try:
-            request, files = self._asked(values, again)
+            request, files = self._asked(visit, values, again)
             job_id = self.queue.submit(request, files=files, owner=visit.who)
             return {"notice": ""} | self._opened(visit, job_id, run_key(job_id), look)
         except CompressError as error:
             return {"notice": views.alert(str(error))}
 
-    def _asked(self, values: Mapping[str, Any], again: str) -> tuple[Request, dict[str, Path]]:
+    def _asked(self, visit: Visit, values: Mapping[str, Any], again: str) -> tuple[Request, dict[str, Path]]:
         """The request of the form and its files: uploads, or those of the run `again`."""
         kept = self.queue.uploads(again) if again else {}
         request, files = to_request(values, kept)
         return request, {
-            field: path if path == kept.get(field) else self.uploaded(path) for field, path in files.items()
+            field: path if path == kept.get(field) else self.uploads.find(str(path), visit.who)
+            for field, path in files.items()
         }
 
     def _filled(self, again: str) -> Updates:
@@ -106,10 +113,10 @@ class App:
         note = views_runs.filled_from(self.queue.status(again), uploads)
         return values | {"sparsity": slider, "again": again, "again_note": note}
 
-    def preflight(self, values: Mapping[str, Any], again: str) -> Updates:
+    def preflight(self, visit: Visit, values: Mapping[str, Any], again: str) -> Updates:
         """The plan of a run, without starting it."""
         try:
-            request, files = self._asked(values, again)
+            request, files = self._asked(visit, values, again)
             request = request.model_copy(update={field: str(path) for field, path in files.items()})
             return {"checked": views_start.checked(self.check(request)), "notice": ""}
         except CompressError as error:
@@ -158,13 +165,6 @@ class App:
             "bits": gr.update(visible=arithmetic == "integers"),
             "hint": f"<p>{hint}</p>" if hint else "",
         }
-
-    def uploaded(self, path: str | Path) -> Path:
-        """The path of an upload. Raises `RequestError` for any other path: visitors do not name the server's files."""
-        resolved = Path(path).resolve()
-        if not resolved.is_relative_to(self.settings.uploads) or not resolved.is_file():
-            raise RequestError("file", Path(path).name, "a file that was uploaded here: upload it again")
-        return resolved
 
     def search(self, text: str, context: str) -> Updates:
         """The list of the runs that have every word; those that are ticked stay in it."""
@@ -280,15 +280,16 @@ class App:
             return {"run_notice": views.alert(str(error))}
         return {"job": "", "timer": gr.Timer(active=False)}
 
-    def try_image(self, job_id: str, path: str | None) -> Updates:
+    def try_image(self, visit: Visit, job_id: str, image: str | None) -> Updates:
         """An image of the visitor's through the original and the compressed model."""
         try:
-            if not path:
+            if not image:
                 raise CompressError("No image was chosen: upload one first.")
             if any(run.stage == "measure" for run in self.queue.working()):
                 raise RunError("A run is being measured now, and this would disturb it: try again in a minute.")
             self.queue.artifacts(job_id)  # raises for a run that is not done
-            return {"tried": views_results.answers(self.classify(self.queue.folder(job_id), self.uploaded(path)))}
+            found = self.classify(self.queue.folder(job_id), self.uploads.find(image, visit.who))
+            return {"tried": views_results.answers(found)}
         except CompressError as error:
             return {"tried": views.alert(str(error))}
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import shutil
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
-from pathlib import Path
 from typing import Any
 
 from fastapi.responses import PlainTextResponse
-from starlette.formparsers import MultiPartException
+
+from compress.errors import CompressError
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -18,7 +17,7 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 
 UPLOAD = "/gradio_api/upload"
-MAX_BODY_BYTES = 1 << 20
+MAX_BODY_BYTES = 1 << 17
 """Of a request that is no upload."""
 SLACK_BYTES = 1 << 16
 """Headers of the parts of an upload."""
@@ -59,8 +58,8 @@ class Rate:
         return max(0.0, seen[0] - (now - seen[1]) * self._per_second)
 
 
-class Refused(MultiPartException):
-    """Ends the reading of a body. Gradio then removes what it has stored of an upload, as for this exception only."""
+class Refused(CompressError):
+    """Ends the reading of a body."""
 
     def __init__(self, status: int, sentence: str) -> None:
         super().__init__(sentence)
@@ -95,9 +94,10 @@ class Limits:
         body = _Body(receive, send, most, self._silence_s)
         try:
             await self.app(scope, body.receive, body.send)
-        except Exception:  # the app was told of the refusal by an exception, and the visitor by an answer
+        except Exception:  # the app was told of the refusal by an exception, and the visitor is by an answer
             if body.refused is None:
                 raise
+            await body.answer()
 
     def _refusal(self, scope: Scope, upload: bool, most: int) -> PlainTextResponse | None:
         visitor = scope["client"][0] if scope.get("client") else ""
@@ -143,32 +143,29 @@ class _Body:
         return message
 
     async def send(self, message: Message) -> None:
-        if self.refused is None or self._answered:
-            await self._send(message)
-        elif message["type"] == "http.response.start":
+        if self.refused is not None:
+            await self.answer()
+        else:
             self._answered = True
-            text = str(self.refused.message).encode()
+            await self._send(message)
+
+    async def answer(self) -> None:
+        """Tells the visitor why the body was refused, unless an answer has begun."""
+        if self.refused is not None and not self._answered:
+            self._answered = True
+            text = str(self.refused).encode()
             headers = [(b"content-type", b"text/plain; charset=utf-8"), (b"connection", b"close")]
             await self._send({"type": "http.response.start", "status": self.refused.status, "headers": headers})
             await self._send({"type": "http.response.body", "body": text})
-            self._send = _nothing
 
     def _refuse(self, status: int, sentence: str) -> Refused:
         self.refused = Refused(status, sentence)
         return self.refused
 
 
-async def _nothing(message: Message) -> None:
-    """The answer was given."""
-
-
 def _too_large(most: int) -> str:
-    return f"The request is larger than the maximum allowed size of {most // 2**20 or 1} MiB."
+    return f"The request is larger than the maximum allowed size of {_size(most)}."
 
 
-def sweep(uploads: Path, age_s: float) -> None:
-    """Removes what earlier processes left among the uploads: Gradio only knows of those that came to itself."""
-    oldest = time.time() - age_s
-    for entry in uploads.iterdir():
-        if entry.stat().st_mtime < oldest:
-            shutil.rmtree(entry, ignore_errors=True) if entry.is_dir() else entry.unlink(missing_ok=True)
+def _size(count: int) -> str:
+    return f"{count // 2**20} MiB" if count >= 2**20 else f"{count // 2**10} KiB"

@@ -10,24 +10,20 @@ from gradio.components import Component
 
 from compress.ui import sharing, views
 from compress.ui.api import add_endpoints
-from compress.ui.form import main_fields, more_fields
+from compress.ui.form import UploadField, main_fields, more_fields
 from compress.ui.handlers import CHARTS, App, Updates
+from compress.ui.uploads import IMAGE_TYPES
 from compress.ui.visits import Visit
 from compress.ui.words import word
 
 POLL_S = 1.0
-IMAGE_TYPES = [".jpg", ".jpeg", ".png", ".webp", ".bmp"]
 TITLE = "Espalier: smaller, faster image classifiers"
 Parts = dict[str, Any]
 
 
-def build_page(app: App, *, cache_age_s: int) -> gr.Blocks:
-    """The page with its events and the API's endpoints.
-
-    Args:
-        cache_age_s: age at which Gradio deletes uploads that no run took.
-    """
-    with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(3600, cache_age_s), fill_width=True) as page:
+def build_page(app: App) -> gr.Blocks:
+    """The page with its events and the API's endpoints."""
+    with gr.Blocks(title=TITLE, analytics_enabled=False, fill_width=True) as page:
         parts = _memory()
         with gr.Row(elem_classes="top"):
             gr.HTML(views.brand(word("brand_name")))
@@ -122,7 +118,7 @@ def _results(parts: Parts) -> None:
     with gr.Column(elem_classes="card"):
         gr.HTML(word("try_head"))
         with gr.Row(elem_classes="manage"):
-            parts["image"] = gr.File(label=word("image_label"), file_types=IMAGE_TYPES, height=136)
+            parts["image"] = UploadField(label=word("image_label"), file_types=list(IMAGE_TYPES), height=136)
             parts["try"] = gr.Button(word("try_button"), size="md", elem_id="try", min_width=120, scale=0)
         parts["tried"] = gr.HTML(elem_id="tried")
     with gr.Column(elem_classes="card"):
@@ -207,9 +203,10 @@ def _connect(page: gr.Blocks, app: App, parts: Parts, names: list[str]) -> None:
     submitted.then(None, run, None, js="(job, key) => espalier.opened(job, key)")
     on(
         parts["preflight"].click,
-        lambda again, *given: app.preflight(values(given), again),
+        lambda visit, again, *given: app.preflight(visit, values(given), again),
         [parts["again"], *form],
         ["checked", "notice"],
+        visited=True,
         show_progress_on=parts["checked"],
         **_SLOW,
     )
@@ -218,6 +215,7 @@ def _connect(page: gr.Blocks, app: App, parts: Parts, names: list[str]) -> None:
         app.try_image,
         [parts["job"], parts["image"]],
         ["tried"],
+        visited=True,
         show_progress_on=parts["tried"],
         **_SLOW,
     )

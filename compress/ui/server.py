@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 
 import gradio as gr
 import uvicorn
@@ -15,17 +16,18 @@ from compress.errors import RunError, StorageError
 from compress.jobs import Queue
 from compress.runs import MANIFEST
 from compress.ui import shell, views_results
+from compress.ui.door import Door, open_routes
 from compress.ui.estimates import Count
 from compress.ui.guard import Guard
 from compress.ui.handlers import App, Check, Classify
-from compress.ui.limits import Limits, sweep
+from compress.ui.limits import Limits
 from compress.ui.login import HEALTH, Login, login_name
 from compress.ui.page import build_page
+from compress.ui.receiving import add_upload_routes
 from compress.ui.settings import Settings
+from compress.ui.sharing import asks_to_log_in
 from compress.ui.theme import STYLE, EspalierTheme, head
 from compress.ui.words import texts, translations
-
-CACHE_AGE_S = 24 * 3600
 
 
 def build_app(
@@ -48,11 +50,18 @@ def build_app(
     Raises:
         RunError: MCP is asked for and cannot be offered.
     """
-    settings.uploads.mkdir(parents=True, exist_ok=True)
-    sweep(settings.uploads, CACHE_AGE_S)
-    app = FastAPI(title="Espalier", docs_url=None, redoc_url=None, openapi_url=None)
+    handlers = App(queue, check, settings, models, classify, count)
+    handlers.uploads.open()
+
+    @asynccontextmanager
+    async def while_serving(app: FastAPI) -> AsyncIterator[None]:
+        yield
+        handlers.uploads.close()
+
+    app = FastAPI(title="Espalier", docs_url=None, redoc_url=None, openapi_url=None, lifespan=while_serving)
     _add_routes(app, queue, tells_why=not settings.accounts)
-    page = build_page(App(queue, check, settings, models, classify, count), cache_age_s=CACHE_AGE_S)
+    add_upload_routes(app, handlers.uploads)
+    page = build_page(handlers)
     gr.mount_gradio_app(
         app,
         page,
@@ -75,6 +84,9 @@ def build_app(
         blocked_paths=[str(queue.data_dir / "runs"), str(queue.data_dir / "consoles")],
         max_file_size=settings.max_upload_mb * 1024 * 1024,
     )
+    page.has_launched = True  # launch() sets it; without it Gradio would take any path for an upload of its own
+    routes = open_routes(mcp=settings.mcp, space=asks_to_log_in(os.environ))
+    app.add_middleware(Door, routes=routes, is_upload=handlers.uploads.has)
     app.add_middleware(
         Limits,
         requests_per_min=settings.requests_per_min,

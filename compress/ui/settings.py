@@ -91,7 +91,7 @@ class Settings:
 
     @property
     def uploads(self) -> Path:
-        """Where Gradio keeps what is uploaded, until a run takes it."""
+        """Where uploads are, until a run takes them."""
         return self.data_dir / "incoming"
 
     @property
@@ -148,7 +148,7 @@ class Settings:
 
 
 def prepare_environment(environ: MutableMapping[str, str], settings: Settings) -> None:
-    """Switches off telemetry, update checks and sharing, and keeps uploads in the data folder.
+    """Switches off telemetry, update checks and sharing, and keeps Gradio's files in the data folder.
 
     Has to come before `import gradio`, which reads these variables while it is imported.
     """
@@ -161,7 +161,7 @@ def prepare_environment(environ: MutableMapping[str, str], settings: Settings) -
             "GRADIO_SSR_MODE": "False",
             "GRADIO_RUN_HISTORY": "False",
             "GRADIO_MCP_SERVER": "False",
-            "GRADIO_TEMP_DIR": str(settings.uploads),
+            "GRADIO_TEMP_DIR": str(settings.data_dir / "gradio"),  # files that Gradio would take; none are ever there
         }
     )
 

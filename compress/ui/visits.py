@@ -9,7 +9,14 @@ from typing import Any
 import gradio as gr
 from starlette.requests import Request
 
-from compress.ui.login import login_name
+from compress.ui.limits import Scope
+from compress.ui.login import NAME, login_name
+
+
+def visitor_of(scope: Scope) -> str:
+    """Whose request it is: a login name, else a network address. Uploads, checks and limits are counted by it."""
+    client = scope.get("client")
+    return scope.get(NAME) or (client[0] if client else "")
 
 
 @dataclass(frozen=True)
@@ -26,8 +33,7 @@ class Visit:
     def of(cls, request: gr.Request | Request) -> Visit:
         inner = getattr(request, "request", request)  # a tool's call comes as Starlette's own request
         name = login_name(inner) or getattr(request, "username", None) or ""
-        client = inner.client.host if inner.client else ""
-        return cls(name or client, str(inner.base_url), name)
+        return cls(name or visitor_of(inner.scope), str(inner.base_url), name)
 
 
 @dataclass(frozen=True)

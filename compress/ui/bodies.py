@@ -1,0 +1,151 @@
+"""The JSON that a request brings: read once, here, and handed on as it was understood.
+
+Gradio takes whatever looks like a file of its own (an object with `path` and `meta`) for one, at any depth, and opens, copies
+or fetches what `path` names. So nothing of that kind reaches it: an object that names an upload of this visitor becomes the
+upload's id, a text, and a body with any other is refused. What is handed on is written anew from what was read, so that no
+second reader can understand it differently.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable
+from typing import Any
+
+from compress.errors import CompressError
+
+MAX_DEPTH = 24
+"""Of lists and objects within each other; a config list needs 4."""
+MAX_ITEMS = 50_000
+FILE_KEYS = ("path", "url", "orig_name", "mime_type", "is_stream", "meta", "_type")
+FILE_MARK = "gradio.filedata"
+BITS = re.compile(r"\d{1,2}(/\d{1,2})?")
+SESSION = re.compile(r"[A-Za-z0-9_-]{1,64}")
+NOT_UPLOADED = (
+    "This request names a file that you did not upload here: upload it to gradio_api/upload first, and give the id "
+    "that comes back."
+)
+
+
+class BodyError(CompressError):
+    """The body of a request is refused."""
+
+
+def handed_on(raw: bytes, is_upload: Callable[[str], bool]) -> bytes:
+    """The body as Gradio gets it.
+
+    Args:
+        is_upload: whether the visitor whose request it is has uploaded a file with this id.
+
+    Raises:
+        BodyError: it is no JSON, holds something that JSON has no words for, or names a file that is no such upload.
+    """
+    if not raw.strip():
+        return b""
+    body = _read(raw)
+    if isinstance(body, dict) and not isinstance(session := body.get("session_hash"), str | None):
+        raise BodyError(f"session_hash: got {type(session).__name__}, expected a text.")
+    if isinstance(body, dict) and (session := body.get("session_hash")) and not SESSION.fullmatch(session):
+        raise BodyError("session_hash: expected up to 64 letters, digits, - and _.")
+    try:
+        return json.dumps(_Walk(is_upload).of(body), ensure_ascii=False, allow_nan=False).encode()
+    except UnicodeEncodeError:
+        raise BodyError("The body of this request holds text that is no Unicode (half of a surrogate pair).") from None
+
+
+def _read(raw: bytes) -> Any:
+    try:
+        return json.loads(
+            raw.decode("utf-8"), object_pairs_hook=_object, parse_constant=_no_number, parse_float=_number
+        )
+    except RecursionError:
+        raise BodyError(_too_deep()) from None
+    except UnicodeDecodeError:
+        raise BodyError("The body of this request is not encoded in UTF-8.") from None
+    except ValueError as error:
+        where = f" (line {error.lineno}, column {error.colno})" if isinstance(error, json.JSONDecodeError) else ""
+        raise BodyError(f"The body of this request is not valid JSON{where}.") from None
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise BodyError("An object in the body of this request has the same key twice: give each once.")
+    return found
+
+
+def _no_number(text: str) -> float:
+    raise BodyError(f"The body of this request holds {text}, which is no number: give a finite one.")
+
+
+def _number(text: str) -> float:
+    return number if math.isfinite(number := float(text)) else _no_number(text[:20])
+
+
+def _too_deep() -> str:
+    return f"The body of this request has more than {MAX_DEPTH} lists or objects within each other."
+
+
+class _Walk:
+    """Through one body; counts what it meets."""
+
+    def __init__(self, is_upload: Callable[[str], bool]) -> None:
+        self._is_upload, self._items = is_upload, 0
+
+    def of(self, value: Any, depth: int = 0) -> Any:
+        self._items += 1
+        if depth > MAX_DEPTH:
+            raise BodyError(_too_deep())
+        if self._items > MAX_ITEMS:
+            raise BodyError(f"The body of this request holds more than {MAX_ITEMS} values.")
+        if isinstance(value, str):
+            self._refuse_hidden_file(value, depth)
+        elif isinstance(value, dict):
+            if _names_file(value):
+                return self._upload(value)
+            return {key: self.of(item, depth + 1) for key, item in value.items()}
+        elif isinstance(value, list):
+            return [self.of(item, depth + 1) for item in value]
+        return value
+
+    def _upload(self, given: dict[str, Any]) -> str:
+        """The id of the upload that the object names, as a page or `gradio_client` does it."""
+        path, meta, url = given.get("path"), given.get("meta"), given.get("url")
+        known = (
+            isinstance(path, str)
+            and given.keys() <= {"size", *FILE_KEYS}
+            and meta in (None, {"_type": "gradio.FileData"})
+            and given.get("_type") is None
+            and not given.get("is_stream")
+            and (url in (None, "") or (isinstance(url, str) and url.endswith(f"/gradio_api/file={path}")))
+            and self._is_upload(path)
+        )
+        if not known:
+            raise BodyError(NOT_UPLOADED)
+        return str(path)
+
+    def _refuse_hidden_file(self, text: str, depth: int) -> None:
+        """A text that is JSON itself is looked into, should anything ever read it as such."""
+        if FILE_MARK in text.lower():
+            raise BodyError(NOT_UPLOADED)
+        if text.lstrip()[:1] not in ("{", "["):
+            return
+        try:
+            inner = json.loads(text)
+        except ValueError:
+            return  # a text that only begins like JSON
+        except RecursionError:
+            raise BodyError(_too_deep()) from None
+        _Walk(lambda upload_id: False).of(inner, depth + 1)
+
+
+def _names_file(value: dict[str, Any]) -> bool:
+    """Whether the object could be taken for a file. Ratios and bits of layers that are called so are none."""
+    marks = [value[key] for key in FILE_KEYS if key in value]
+    return any(not _is_setting(mark) for mark in marks)
+
+
+def _is_setting(mark: Any) -> bool:
+    return isinstance(mark, int | float) or (isinstance(mark, str) and BITS.fullmatch(mark) is not None)
