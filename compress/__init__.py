@@ -46,10 +46,17 @@ def load(run_folder: str | Path, *, model: nn.Module | None = None) -> nn.Module
 
     Raises:
         StorageError: the folder holds no model, or it was changed after the run.
+        CheckpointError: `model` is missing, not needed, or not the module that was compressed.
+        RequestError: `model` cannot be opened.
     """
-    from compress import models, runs
+    from compress import models, own_modules, runs
 
     folder = Path(run_folder)
     if (folder / runs.MANIFEST).is_file():
         runs.require_unchanged(folder, [f"artifacts/{name}" for name in (models.RECIPE, models.WEIGHTS)])
+    recipe = models.read_recipe(folder / "artifacts")
+    if model is not None and recipe.architecture is None:
+        bare, _ = own_modules.unwrapped(model)
+        models.require_class(recipe, bare)
+        model = own_modules.open_module(bare, recipe.preprocessing.input_size).model
     return models.rebuild(folder / "artifacts", model=model)

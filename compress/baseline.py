@@ -18,6 +18,7 @@ from scipy.optimize import linear_sum_assignment
 from scipy.stats import binom
 from torch import nn
 
+from compress import memory
 from compress.counting import count_macs
 from compress.data import Dataset, Split, normalise
 from compress.errors import BaselineError
@@ -43,8 +44,6 @@ NORMALISATIONS = {
     "0 to 1": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
     "0 to 255": ((0.0, 0.0, 0.0), (0.00392157, 0.00392157, 0.00392157)),
 }
-_REFUSALS = (RuntimeError, ValueError, AssertionError)
-"""What models raise on an input size that they do not take."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +110,7 @@ class _Gate:
         self.order = torch.randperm(len(split), generator=torch.Generator().manual_seed(seed))
         try:
             self.macs = max(1, count_macs(model, requested.input_size))
-        except _REFUSALS as error:
+        except Exception as error:  # what a model raises on an input size that it does not take is its author's choice
             raise BaselineError(
                 f"The model does not take images of {requested.input_size} pixels: give the --input-size it was made for."
             ) from error
@@ -156,13 +155,20 @@ class _Gate:
     def answers(self, preprocessing: Preprocessing, n: int) -> np.ndarray | None:
         """The model's answers [n] for the first n images of the sample; None when it does not take such input."""
         done = self.known.get(preprocessing, np.zeros(0, np.int64))
-        try:
-            with torch.inference_mode():
-                for chosen in self.order[len(done) : n].split(64) if n > len(done) else ():
-                    logits = self.model(normalise(self.split.take(chosen, preprocessing), preprocessing))
-                    done = np.concatenate([done, logits.argmax(1).numpy()])
-        except _REFUSALS:
-            return None
+        for chosen in self.order[len(done) : n].split(64) if n > len(done) else ():
+            images = normalise(self.split.take(chosen, preprocessing), preprocessing)
+            try:
+                with torch.inference_mode():
+                    done = np.concatenate([done, self.model(images).argmax(1).numpy()])
+            except Exception as error:  # what a model raises on an input that it does not take is its author's choice
+                if preprocessing != self.requested:
+                    return None
+                if memory.ran_out(error):
+                    raise
+                raise BaselineError(
+                    f"The model takes two images, but not a batch of {len(images)} ({type(error).__name__}): write its "
+                    "forward for any number of images."
+                ) from error
         self.known[preprocessing] = done
         return done[:n]
 

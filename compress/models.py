@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from safetensors.torch import load as load_tensors
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from compress import files
 from compress.architectures import (
@@ -35,7 +36,7 @@ from compress.images import Preprocessing
 
 __all__ = [
     "Architecture", "LayerShape", "Preprocessing", "Recipe", "build", "build_empty", "count_macs", "count_parameters",
-    "fresh", "layer_shapes", "load", "load_weights", "read_recipe", "rebuild", "recognise", "save", "without_auxiliary",
+    "fresh", "layer_shapes", "load", "load_weights", "read_recipe", "rebuild", "recognise", "require_class", "save", "without_auxiliary",
 ]  # fmt: skip
 
 WEIGHTS, RECIPE = "model.safetensors", "model.json"
@@ -143,12 +144,8 @@ def rebuild(folder: Path, *, model: nn.Module | None = None) -> nn.Module:
     if model is None:
         assert recipe.architecture is not None
         model = build(recipe.architecture)
-    elif _class_of(model) != recipe.model_class:
-        raise CheckpointError(
-            f"The saved model is a {recipe.model_class}, but model= is a {_class_of(model)}: give an instance of the "
-            "former."
-        )
     else:
+        require_class(recipe, model)
         model = copy.deepcopy(model)
     try:
         give_heads(model, recipe.heads)
@@ -161,6 +158,15 @@ def rebuild(folder: Path, *, model: nn.Module | None = None) -> nn.Module:
     if recipe.channels_last:
         model.to(memory_format=torch.channels_last)
     return model.eval()
+
+
+def require_class(recipe: Recipe, model: nn.Module) -> None:
+    """Raises CheckpointError when `model` is of another class than the one that was saved."""
+    if _class_of(model) != recipe.model_class:
+        raise CheckpointError(
+            f"The saved model is a {recipe.model_class}, but model= is a {_class_of(model)}: give an instance of the "
+            "former."
+        )
 
 
 def _read_weights(folder: Path, recipe: Recipe) -> dict[str, Tensor]:
@@ -233,4 +239,6 @@ def _is_channels_last(model: nn.Module) -> bool:
 
 
 def _class_of(model: nn.Module) -> str:
-    return f"{type(model).__module__}.{type(model).__qualname__}"
+    """A parametrized module's class is one that torch made; its parent is the user's."""
+    kind = type(model).__bases__[0] if is_parametrized(model) else type(model)
+    return f"{kind.__module__}.{kind.__qualname__}"

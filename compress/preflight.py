@@ -43,8 +43,9 @@ def check(request: Request, model: nn.Module | None = None) -> dict[str, Any]:
     """A dry run on a few images: plan, shrinking with proof, calibration, export, a build for each runtime; no training.
 
     Returns:
-        possible, text, problems, groups, left_out, float_layers, modules, runtimes, parameters, macs: JSON-safe.
-        `modules` has a line (module, level green, amber or red, text) for each layer.
+        possible, text, problems, notes, groups, left_out, float_layers, modules, runtimes, parameters, macs: JSON-safe.
+        `notes` say what was done to a module of the user's own; `modules` has a line (module, level green, amber or
+        red, text) for each layer.
 
     Raises:
         CompressError: the model, its weights or its images cannot be opened at all.
@@ -63,6 +64,7 @@ def check(request: Request, model: nn.Module | None = None) -> dict[str, Any]:
         **found.plan,
         "float_layers": found.float_layers,
         "modules": rehearsal.modules(request, source, found),
+        "notes": list(source.notes),
         "runtimes": [
             {
                 "runtime": name,

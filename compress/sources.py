@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from compress import architectures, archives, catalog, checkpoints, data, fashion_mnist, hub, naming
+from compress import architectures, archives, catalog, checkpoints, data, fashion_mnist, hub, naming, own_modules
 from compress.architectures import Architecture
 from compress.errors import CheckpointError, DataError, RequestError
 from compress.images import Preprocessing
@@ -38,6 +36,8 @@ class Source:
     preprocessing: Preprocessing
     class_names: tuple[str, ...]
     dataset: data.Dataset
+    notes: tuple[str, ...] = ()
+    """What was done to a module of the user's own before anything else, a sentence each."""
 
     @property
     def example(self) -> Tensor:
@@ -53,13 +53,14 @@ class _Loaded:
     weights: str
     preprocessing: Preprocessing | None
     class_names: tuple[str, ...] | None
+    notes: tuple[str, ...] = ()
 
 
 def open_source(request: Request, model: nn.Module | None = None, *, kept: Path | None = None) -> Source:
     """Builds the model, loads its weights and opens its images.
 
     Args:
-        model: a module of the user's own, with `request.model == "custom"`.
+        model: a module of the user's own, with `request.model == "custom"`; see `compress.own_modules`.
         kept: a folder for the weights of a checkpoint file, which is then opened only once.
 
     Raises:
@@ -87,25 +88,26 @@ def open_source(request: Request, model: nn.Module | None = None, *, kept: Path 
         preprocessing=preprocessing,
         class_names=dataset.class_names or loaded.class_names or (),
         dataset=dataset,
+        notes=loaded.notes,
     )
 
 
-def _own_module(request: Request, model: nn.Module) -> _Loaded:
+def _own_module(request: Request, model: object) -> _Loaded:
     if request.model != CUSTOM:
         raise RequestError("model", request.model, f"{CUSTOM!r}, because a module of your own was given with model=")
     if request.input_size is None:
         raise RequestError("input_size", None, "a number of pixels, because a module of your own does not tell it")
-    try:
-        own = copy.deepcopy(model)  # a run works in eval mode; the caller's module keeps its modes
-    except Exception as error:  # noqa: BLE001 - what a user's own module raises is its author's choice
-        raise RequestError(
-            "model", type(model).__name__, f"a module that copy.deepcopy can copy ({_first_line(error)})"
-        ) from error
-    return _Loaded(own, None, f"the {type(model).__name__} given by the caller", None, None)
+    opened = own_modules.open_module(model, request.input_size)
+    name = type(opened.model).__name__
+    return _Loaded(opened.model, None, f"the {name} given by the caller", None, None, opened.notes)
 
 
 def _torchvision_model(request: Request, kept: Path | None) -> _Loaded:
     name = request.model
+    if name == CUSTOM:
+        raise RequestError(
+            "model", name, "a module of your own beside it: compress.run(request, model=...), in Python only"
+        )
     if name not in catalog.names():
         close = get_close_matches(name, catalog.names(), n=3)
         hint = f"did you mean {' or '.join(close)}?" if close else "`python -m compress models` lists them"
@@ -166,21 +168,11 @@ def _outputs(model: nn.Module, preprocessing: Preprocessing) -> int:
     size = preprocessing.input_size
     try:
         with torch.no_grad():
-            answer: Any = model.eval()(torch.zeros(1, 3, size, size))
+            answer: Tensor = model.eval()(torch.zeros(1, 3, size, size))
     except RuntimeError as error:
         raise RequestError(
             "input_size", size, f"a size that the model accepts (it answered: {_first_line(error)})"
         ) from error
-    if not isinstance(answer, Tensor) or answer.ndim != 2:
-        shape = (
-            f"a tensor of shape {tuple(answer.shape)}" if isinstance(answer, Tensor) else f"a {type(answer).__name__}"
-        )
-        raise RequestError(
-            "model",
-            type(model).__name__,
-            f"a classifier that answers an image batch with one row of class scores each, and it answered {shape}; of "
-            "several answers, give a module that returns the one to compress",
-        )
     return answer.shape[1]
 
 

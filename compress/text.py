@@ -21,7 +21,7 @@ def table(headers: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
 
 
 def check(found: dict[str, Any]) -> str:
-    lines = [found["text"], ""]
+    lines = [found["text"], *(f"Note: {note}" for note in found.get("notes", ())), ""]
     if found["groups"]:
         lines.append(
             table(

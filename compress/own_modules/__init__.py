@@ -1,0 +1,116 @@
+"""The door for a module of the user's own: what a run works on is a plain float32 module from images to logits.
+
+A copy of the module is unwrapped (DataParallel, torch.compile), converted to float32 on the CPU, freed of hooks,
+reparametrizations and SyncBatchNorm, and given a forward that takes images alone and returns the logits alone. Each step is
+said in a note and checked to leave the answers as they were; what cannot be opened is refused with the reason.
+
+`compress.load` passes the fresh instance that it is given through the same door.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from compress.errors import HandoffError, RequestError
+from compress.own_modules import answers, calling, copying, inputs, permanent, tensors, wrappers
+
+__all__ = ["OwnModule", "open_module", "unwrapped"]
+
+
+@dataclass(frozen=True)
+class OwnModule:
+    """What the door hands on."""
+
+    model: nn.Module
+    """In eval mode, float32, on the CPU: images [N, 3, size, size] -> logits [N, num_classes]."""
+    num_classes: int
+    notes: tuple[str, ...]
+    """What was done to the module, a sentence each."""
+
+
+def open_module(model: object, input_size: int) -> OwnModule:
+    """Open a module of the user's own; `model` and torch's random numbers stay as they are.
+
+    Args:
+        input_size: pixels of the square images that it shall take.
+
+    Raises:
+        RequestError: it is no module, cannot be copied, has tensors that are not real floating-point numbers, does not take
+            such images, or does not answer with class scores; the sentence says what to give instead.
+        HandoffError: a step at the door changed its answers.
+    """
+    bare, notes = unwrapped(model)
+    tensors.require_plain(bare)
+    own, more = _plain_copy(bare, hooks=False)
+    notes += more
+    images = inputs.example(input_size)
+    before = _first_answer(own, bare, images)
+    if replaced := permanent.make_permanent(own) + permanent.plain_batch_norms(own, images):
+        notes += replaced
+        if not answers.are_equal(before, calling.run(own, images)):
+            raise HandoffError(
+                f"The answers of {type(own).__name__} changed while its reparametrizations were made permanent: remove them "
+                "yourself (torch.nn.utils.parametrize.remove_parametrizations and the like), and give the plain module."
+            )
+    notes += _check_hooks(bare, before, images)
+    chosen = answers.choose(before, own, images)
+    notes += chosen.notes
+    return OwnModule(answers.returning(own, chosen), chosen.num_classes, tuple(notes))
+
+
+def unwrapped(model: object) -> tuple[nn.Module, list[str]]:
+    """The module inside DataParallel, torch.compile and the like, itself and not a copy; and what was taken off.
+
+    Raises:
+        RequestError: it is no module, or one whose code is fixed (TorchScript, torch.export).
+    """
+    return wrappers.unwrap(wrappers.require_module(model))
+
+
+def _plain_copy(bare: nn.Module, *, hooks: bool) -> tuple[nn.Module, list[str]]:
+    """A copy in eval mode that is called with images alone, and what was done to it."""
+    own = copying.copied(bare, hooks=hooks)
+    notes = wrappers.unwrap_children(own) + tensors.to_float32(own)
+    own, defaults = calling.taking_images(own.eval())
+    return own, notes + defaults
+
+
+def _first_answer(own: nn.Module, bare: nn.Module, images: Tensor) -> object:
+    try:
+        return calling.run(own, images)
+    except Exception as error:  # noqa: BLE001 - what a user's own module raises is its author's choice
+        inputs.pass_on_lack_of_memory(error)
+        if hooked := copying.hooked_modules(bare):
+            with_hooks, _ = _plain_copy(bare, hooks=True)
+            if calling.runs(with_hooks, images):
+                raise _needs_hooks(bare, hooked[0]) from error
+        raise inputs.refusal(own, images, error) from error
+
+
+def _check_hooks(bare: nn.Module, before: object, images: Tensor) -> list[str]:
+    """Hooks stay on the user's module only: those that look on are left out, one that changes the answers is refused."""
+    hooked = copying.hooked_modules(bare)
+    if not hooked:
+        return []
+    own, _ = _plain_copy(bare, hooks=True)
+    answer = calling.run(own, images)
+    if not answers.are_equal(before, answer):
+        for name in hooked:
+            copying.drop_hooks(own.get_submodule(name))
+            if not answers.are_equal(answer, calling.run(own, images)):
+                raise _needs_hooks(bare, name)
+        raise _needs_hooks(bare, hooked[0])
+    count = len(hooked)
+    of = f"`{hooked[0]}`" if hooked[0] else "the module"
+    return [f"The hooks of {of if count == 1 else f'{count} layers'} were left out; the answers are the same without."]
+
+
+def _needs_hooks(bare: nn.Module, name: str) -> RequestError:
+    return RequestError(
+        "model",
+        type(bare).__name__,
+        f"a module whose forward computes the answers, and a hook of {f'`{name}`' if name else 'the module'} changes them: "
+        "write what the hook does into forward, and take the hook off",
+    )
