@@ -25,12 +25,17 @@ def _spin() -> None:
         pass
 
 
+def _hang() -> None:
+    Path("hangs").touch()
+    HOLDING_THE_LOCK.sleep(600)
+
+
 def _raise() -> None:
     raise ValueError("At conv1: primitive descriptor was not found in its own words")
 
 
-def _print() -> None:
-    os.write(1, b"garbage " * 400_000 + b"\nlast words\n")
+def _say(words: bytes) -> None:
+    os.write(2, words)
     os.abort()
 
 
@@ -39,10 +44,13 @@ FAULTS: dict[str, Callable[[], object]] = {
     "segfault": lambda: os.kill(os.getpid(), signal.SIGSEGV),
     "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
     "exit": lambda: os._exit(0),
-    "hang": lambda: HOLDING_THE_LOCK.sleep(600),
+    "hang": _hang,
     "spin": _spin,
     "raise": _raise,
-    "garbage": _print,
+    "garbage": lambda: _say(b"garbage " * 400_000 + b"\nlast words\n"),
+    "allocate": lambda: _say(
+        b"terminate called after throwing an instance of 'std::bad_alloc'\n  what():  std::bad_alloc\n"
+    ),
 }
 
 

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import sys
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +15,10 @@ import pytest
 from faulty_runtimes import Faulty
 from onnx import TensorProto, helper, numpy_helper
 
+from compress import processes
+from compress.benchmark import Pace
 from compress.engines import BuildSpec, process, remote
+from compress.engines.process import RuntimeProcess
 from compress.errors import EngineError
 
 SIZE, CLASSES = 8, 3
@@ -65,6 +73,8 @@ def answered(model: Path) -> np.ndarray:
         ("compile: abort", "ended by signal 6 (SIGABRT) while it compiled model.onnx. Choose another runtime."),
         ("compile: segfault", "ended by signal 11 (SIGSEGV) while it compiled model.onnx. Choose another runtime."),
         ("compile: kill", KILLED.format("compiled model.onnx")),
+        ("compile: allocate", "ended by signal 6 (SIGABRT) while it compiled model.onnx, out of memory. End other programs on this "
+         "machine, or choose another runtime."),
         ("compile: exit", "ended by exit code 0 while it compiled model.onnx. Choose another runtime."),
         ("compile: garbage", "ended by signal 6 (SIGABRT) while it compiled model.onnx. Choose another runtime."),
         ("compile: raise", "failed while it compiled model.onnx, at the layer conv1 (Conv). Choose another runtime."),
@@ -91,3 +101,88 @@ def test_each_fault_is_one_sentence_of_ours(fault: str, sentence: str, model: Pa
     remote.release()
     monkeypatch.delenv("FAULT")
     assert answered(model).shape == (2, CLASSES), "the next one works"
+
+
+def test_a_file_that_is_tried_costs_no_session_but_those_of_trials(model: Path, monkeypatch) -> None:
+    remote.release()
+    with Faulty().load(model, SPEC) as kept:
+        monkeypatch.setenv("FAULT", "compile: abort")
+        with pytest.raises(EngineError, match="signal 6"):
+            Faulty().load(model, SPEC, trial=True)
+        assert kept.usable and kept.run(IMAGES).shape == (2, CLASSES)
+
+
+def test_threads_share_no_process(model: Path, monkeypatch) -> None:
+    remote.release()
+    told = []
+
+    def crash() -> None:
+        try:
+            answered(model)
+        except EngineError as error:
+            told.append(str(error))
+        remote.release()
+
+    with Faulty().load(model, SPEC) as kept:
+        monkeypatch.setenv("FAULT", "compile: segfault")
+        thread = threading.Thread(target=crash)
+        thread.start()
+        thread.join()
+        assert "signal 11" in told[0] and kept.run(IMAGES).shape == (2, CLASSES)
+
+
+def test_what_was_loaded_is_gone_with_its_process_and_says_so(model: Path, monkeypatch) -> None:
+    remote.release()
+    monkeypatch.setenv("FAULT", "batch of 2: abort")
+    with Faulty().load(model, SPEC) as first, Faulty().load(model, SPEC) as second:
+        assert len(first.burst(IMAGES[:1], Pace(1.0))) >= 3
+        sentence = r"ended by signal 6 \(SIGABRT\) while it was timed with model.onnx, 2 image\(s\) at once. Choose"
+        with pytest.raises(EngineError, match=sentence):
+            first.burst(IMAGES, Pace(1.0))
+        with pytest.raises(EngineError, match=sentence):
+            second.run(IMAGES)
+        assert not second.usable
+
+
+def test_a_process_that_holds_nothing_ends_and_the_next_order_starts_another(model: Path, monkeypatch) -> None:
+    remote.release()
+    monkeypatch.setattr(process, "IDLE_S", 0.1)
+    expected = answered(model)
+    (first,) = remote._processes.values()
+    assert first._process.wait(60) == 0
+    usable, once = RuntimeProcess.usable, iter([True])  # as if it had ended only after it was looked at
+    monkeypatch.setattr(RuntimeProcess, "usable", property(lambda self: next(once, None) or usable.fget(self)))
+    assert np.array_equal(answered(model), expected)
+    monkeypatch.undo()
+    remote.release()
+
+
+def test_a_copy_of_this_program_does_not_use_its_processes(model: Path) -> None:
+    with Faulty().load(model, SPEC) as kept:
+        copy = os.fork()
+        if copy == 0:
+            os._exit(0 if not remote._processes and not kept.usable else 1)
+        assert os.waitstatus_to_exitcode(os.waitpid(copy, 0)[1]) == 0
+        assert kept.run(IMAGES).shape == (2, CLASSES)
+
+
+@pytest.mark.parametrize("end", ["kill the program", "cancel the run"])
+def test_a_hanging_runtime_ends_with_the_program(end: str, model: Path, tmp_path: Path) -> None:
+    """Which may be killed alone, or be asked to stop with its group, as a queue does."""
+    program = f"from faulty_runtimes import *; Faulty().load(Path({str(model)!r}), BuildSpec({SIZE}))"
+    env = {**os.environ, "FAULT": "compile: hang", "PYTHONPATH": f"{TESTS.parent}:{TESTS}"}
+    started = processes.start([sys.executable, "-c", program], folder=tmp_path, console=None, env=env)
+    child = processes.identify(started.pid)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "hangs").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert len(processes.living(child)) == 2
+    if end == "kill the program":
+        os.kill(started.pid, signal.SIGKILL)
+    else:
+        processes.stop(child, 1.0)
+    started.wait()
+    deadline = time.monotonic() + 10
+    while processes.living(child) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert processes.living(child) == []

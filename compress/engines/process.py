@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -16,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Mapping
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any, NoReturn, Self
 
 import numpy as np
@@ -29,10 +31,13 @@ SILENT_S = 300.0
 """Without computing anything, after which a runtime counts as hanging; shorter than what counts for a whole run."""
 LONGEST_S = 3600.0
 """For one order: an engine of a large network is built in minutes."""
+IDLE_S = 15.0
+"""Without a loaded file and without an order, after which a process ends: a run trains for hours between two orders."""
 TICK_S = 1.0
 CONSOLE_BYTES = 1 << 20
 """Of what a runtime prints, at most this much is kept until it ends."""
 LAST_WORDS = 500
+_NO_MEMORY = "std::bad_alloc"
 _ADVICE = "Choose another runtime."
 _MEMORY_ADVICE = "End other programs on this machine, or choose another runtime."
 
@@ -54,12 +59,12 @@ class RuntimeProcess:
         self._runtime = runtime
         self._failure: tuple[str, str] | None = None
         """What happened, and what to do next, once the process is gone."""
-        self._busy = False
-        self._console = tempfile.TemporaryFile("ab+")  # noqa: SIM115 - closed with the process
+        self._folder = Path(tempfile.mkdtemp(prefix="espalier-"))  # also for what a killed library leaves
+        self._console = (self._folder / "console").open("ab+")
         ours, theirs = socket.socketpair()
         lifeline, self._lifeline = os.pipe()
         kind = type(runtime)
-        words = [kind.__module__, kind.__qualname__, str(theirs.fileno()), str(lifeline)]
+        words = [kind.__module__, kind.__qualname__, str(theirs.fileno()), str(lifeline), str(IDLE_S)]
         try:
             self._process = subprocess.Popen(  # noqa: S603  (our own words, no shell)
                 [sys.executable, "-P", "-m", "compress.engines.worker", *words],
@@ -67,17 +72,19 @@ class RuntimeProcess:
                 stdout=self._console,
                 stderr=self._console,
                 pass_fds=(theirs.fileno(), lifeline),
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path))},
+                env={
+                    **os.environ,
+                    "PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path)),
+                    "TMPDIR": str(self._folder),
+                },
             )
         except OSError as error:
             ours.close()
             os.close(self._lifeline)
             self._console.close()
-            raise EngineError(
-                runtime.name,
-                f"No process could be started for {runtime.title} ({error.strerror}).",
-                _MEMORY_ADVICE,
-            ) from error
+            shutil.rmtree(self._folder, ignore_errors=True)
+            what = f"No process could be started for {runtime.title} ({error.strerror})."
+            raise EngineError(runtime.name, what, _MEMORY_ADVICE) from error
         finally:
             theirs.close()
             os.close(lifeline)
@@ -101,7 +108,6 @@ class RuntimeProcess:
         """
         if self._failure:
             raise EngineError(self._runtime.name, *self._failure)
-        self._busy = True
         try:
             sent = {} if images is None else {"images": images}
             with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # what became of it is found below
@@ -109,13 +115,12 @@ class RuntimeProcess:
             self._wait(doing)
             header, arrays = wire.receive(self._connection)
         except (EOFError, ConnectionResetError):
-            self._fail(self._how_it_ended(doing))
+            self._fail(*self._how_it_ended(doing))
         except ValueError:
             self._fail(f"broke off with a damaged answer while it {doing}")
         except BaseException:
             self.end()
             raise
-        self._busy = False
         if header.get("retired"):
             self.end()
             raise Retired
@@ -136,20 +141,23 @@ class RuntimeProcess:
             if now - start > LONGEST_S:
                 self._fail(f"was ended, because after {LONGEST_S / 60:g} minutes it still {doing}")
 
-    def _how_it_ended(self, doing: str) -> str:
+    def _how_it_ended(self, doing: str) -> tuple[str, str]:
+        """End of the sentence, and what to do next."""
         try:
             code = self._process.wait(TICK_S)
         except subprocess.TimeoutExpired:
-            return f"broke off while it {doing}"
+            return f"broke off while it {doing}", _ADVICE
         if code == -signal.SIGKILL:
-            return f"was killed (signal 9) while it {doing}, as happens when the machine runs out of memory"
-        return f"ended by {_name(-code) if code < 0 else f'exit code {code}'} while it {doing}"
+            how = f"was killed (signal 9) while it {doing}, as happens when the machine runs out of memory"
+            return how, _MEMORY_ADVICE
+        how = f"ended by {_name(-code) if code < 0 else f'exit code {code}'} while it {doing}"
+        return (f"{how}, out of memory", _MEMORY_ADVICE) if _NO_MEMORY in self._last_words() else (how, _ADVICE)
 
-    def _fail(self, how: str) -> NoReturn:
+    def _fail(self, how: str, advice: str = _ADVICE) -> NoReturn:
         """Ends the process, and with it all that was loaded."""
         if last := self._last_words():
             log.info("last output of %s: %s", self._runtime.name, last)
-        self._failure = f"{self._runtime.title} {how}.", _MEMORY_ADVICE if "memory" in how else _ADVICE
+        self._failure = f"{self._runtime.title} {how}.", advice
         self.end()
         raise EngineError(self._runtime.name, *self._failure)
 
@@ -173,19 +181,16 @@ class RuntimeProcess:
         return "".join(letter for letter in last if letter.isprintable())[-LAST_WORDS:]
 
     def end(self) -> None:
-        """Whatever is under way; it may be called again."""
+        """With whatever it holds and does; it may be called again."""
         self._failure = self._failure or (f"{self._runtime.title} was ended.", "Load the file again.")
         if self._console.closed:
             return
-        self._connection.close()  # which ends one that waits for an order
-        if self._busy:
-            self._process.kill()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(TICK_S)
         self._process.kill()
         self._process.wait()
+        self._connection.close()
         os.close(self._lifeline)
         self._console.close()
+        shutil.rmtree(self._folder, ignore_errors=True)
 
     def abandon(self) -> None:
         """In a copy of this program that `os.fork` made: the process belongs to the other one."""

@@ -40,7 +40,8 @@ def load(
         EngineError: the runtime refuses the file, crashes or hangs.
     """
     arguments = {"path": str(path.absolute()), "spec": asdict(spec), "trusted": trusted}
-    process, facts = _ask(runtime, "load", f"compiled {path.name}", arguments, trial)
+    doing = f"{'loaded' if runtime.ahead_of_time else 'compiled'} {path.name}"
+    process, facts = _ask(runtime, "load", doing, arguments, trial)
     return RemoteSession(runtime, process, path.name, facts)
 
 
@@ -95,6 +96,8 @@ def _ask(
     while True:
         process = _processes.get(key)
         if process is None or not process.usable:
+            if process is not None:
+                process.end()
             process = _processes[key] = RuntimeProcess(runtime)
         with contextlib.suppress(Retired):
             return process, process.ask(order, doing, arguments)[0]

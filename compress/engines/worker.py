@@ -1,4 +1,4 @@
-"""`python -m compress.engines.worker MODULE CLASS CONNECTION LIFELINE` executes one runtime for the process that started it.
+"""`python -m compress.engines.worker MODULE CLASS CONNECTION LIFELINE IDLE_S` executes one runtime for the process that started it.
 
 CONNECTION and LIFELINE are open files. Orders come through the first, see `_Worker`. Nothing is ever written into the
 second: it closes when the process that started this one ends, however that happens, and then this one ends, too.
@@ -27,8 +27,6 @@ from compress.engines import passport, wire
 from compress.engines.base import BuildSpec, Runtime, blamed_layer
 from compress.errors import CompressError, EngineError
 
-IDLE_S = 15.0
-"""Without a loaded file and without an order, after which the process ends: a run trains for hours between two orders."""
 KILLED_FIRST = "500"
 """Added to the badness by which Linux chooses whom to kill when memory runs out: this process, not the run that started it."""
 
@@ -89,11 +87,11 @@ class _Worker:
         return number
 
 
-def serve(runtime: Runtime, connection: Connection) -> None:
-    """Carries out orders until nobody can send any more, or nothing is loaded and none comes."""
+def serve(runtime: Runtime, connection: Connection, idle_s: float) -> None:
+    """Carries out orders until nobody can send any more, or nothing is loaded and none comes for `idle_s` seconds."""
     worker = _Worker(runtime)
     with contextlib.suppress(EOFError, OSError):
-        while connection.poll(None if worker.loaded else IDLE_S):
+        while connection.poll(None if worker.loaded else idle_s):
             header, arrays = wire.receive(connection)
             wire.send(connection, *_answered(worker, header["order"], header["arguments"] | arrays))
         wire.send(connection, {"retired": True}, {})
@@ -130,10 +128,10 @@ def _prepare(lifeline: int) -> None:
 
 
 def main() -> None:
-    module, name, connection, lifeline = sys.argv[1:]
+    module, name, connection, lifeline, idle_s = sys.argv[1:]
     _prepare(int(lifeline))
     kind = functools.reduce(getattr, name.split("."), importlib.import_module(module))
-    serve(kind(), Connection(int(connection)))
+    serve(kind(), Connection(int(connection)), float(idle_s))
 
 
 if __name__ == "__main__":
