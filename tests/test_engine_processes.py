@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -17,7 +18,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from compress import processes
 from compress.benchmark import Pace
-from compress.engines import BuildSpec, process, remote
+from compress.engines import RUNTIMES, BuildSpec, process, remote
 from compress.engines.process import RuntimeProcess
 from compress.errors import EngineError
 
@@ -186,3 +187,69 @@ def test_a_hanging_runtime_ends_with_the_program(end: str, model: Path, tmp_path
     while processes.living(child) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert processes.living(child) == []
+
+
+# ---- for real -----------------------------------------------------------------------------------------------------
+
+
+def test_openvinos_compiler_may_crash_and_nothing_else_does(tmp_path: Path) -> None:
+    """It does in 2026.4.1: a concatenation of integers that no ReLU comes before, and a slice that takes nothing away."""
+    path = tmp_path / "ghost.onnx"
+    onnx.save(ghost(), path)
+    with RUNTIMES["onnxruntime"].load(path, SPEC) as session:
+        assert session.run(IMAGES).shape == (2, 32)
+        try:
+            with RUNTIMES["openvino"].load(path, SPEC):
+                pytest.skip("this version of OpenVINO compiles it")
+        except EngineError as error:
+            assert str(error) == (
+                "OpenVINO ended by signal 11 (SIGSEGV) while it compiled ghost.onnx. Choose another runtime."
+            )
+        assert session.run(IMAGES).shape == (2, 32)
+
+
+def ghost() -> onnx.ModelProto:
+    """A convolution, a depthwise one of it, both concatenated, a slice of all channels, a convolution."""
+    random, constants, nodes = np.random.default_rng(0), [], []
+
+    def constant(name: str, value: np.ndarray) -> str:
+        constants.append(numpy_helper.from_array(value, name))
+        return name
+
+    def node(kind: str, inputs: list[str], output: str, **attributes: object) -> str:
+        nodes.append(helper.make_node(kind, inputs, [output], output, **attributes))
+        return output
+
+    def rounded(tensor: str) -> str:
+        codes = node("QuantizeLinear", [tensor, "scale", "zero"], f"{tensor}.codes")
+        return node("DequantizeLinear", [codes, "scale", "zero"], f"{tensor}.rounded")
+
+    def convolution(name: str, tensor: str, inputs: int, outputs: int, size: int, groups: int = 1) -> str:
+        shape = (outputs, inputs // groups, size, size)
+        codes = constant(f"{name}.weight", random.integers(-100, 100, shape, dtype=np.int8))
+        scales = constant(f"{name}.scales", np.full(outputs, 0.001, np.float32))
+        zeros = constant(f"{name}.zeros", np.zeros(outputs, np.int8))
+        weight = node("DequantizeLinear", [codes, scales, zeros], f"{name}.floats", axis=0)
+        return node("Conv", [tensor, weight], name, group=groups, pads=[size // 2] * 4)
+
+    constant("scale", np.float32(0.02))
+    constant("zero", np.uint8(128))
+    ends = [constant(name, np.array(value)) for name, value in (("from", [0]), ("to", [32]), ("axis", [1]))]
+    first = rounded(convolution("first", rounded("images"), 3, 16, 3))
+    second = rounded(convolution("second", first, 16, 16, 3, groups=16))
+    both = rounded(node("Concat", [first, second], "both", axis=1))
+    all_of_it = rounded(node("Slice", [both, *ends], "all"))
+    maps = node("Relu", [convolution("last", all_of_it, 32, 32, 1)], "maps")
+    node("ReduceMean", [maps, constant("sides", np.array([2, 3]))], "logits", keepdims=0)
+    return _model(nodes, constants, 32)
+
+
+def test_the_program_of_the_web_app_loads_no_runtime() -> None:
+    program = (
+        "import sys, compress.ui.server, compress.ui.page, compress.ui.handlers, compress.ui.api\n"
+        "print([name for name in ('onnxruntime', 'openvino', 'tensorrt', 'tensorrt_rtx', 'pycuda') if name in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=120, cwd=TESTS.parent
+    )
+    assert (done.stdout.strip(), done.returncode) == ("[]", 0), done.stderr
