@@ -50,7 +50,7 @@ def export(work: Run, source: Source) -> Facts:
             expected = _quantized_logits(quantized, flavour, images)
             found = _file_noise(quantized, flavour, path, images)
             row = handoffs.judge("quantized", path.name, expected, _compare_file(path, source, images))
-            rows.append(handoffs.checked(row, found))
+            rows.append(handoffs.checked(row, _noisiest(found)))
             noise[path.name] = ledger.noise_facts(found)
         variants["quantized"] = [path.name for path in files.values()]
     write_text(work.artifacts / "infer.py", INFER_SCRIPT.read_text(encoding="utf-8"))
@@ -231,6 +231,11 @@ def _file_noise(
             return {point: torch.from_numpy(value) for point, value in values(batch.numpy()).items()}
 
         return quantization.file_noise(quantized, flavour, record, ledger.traced(torch.cat(list(images))))
+
+
+def _noisiest(noise: list[quantization.LocalNoise]) -> str:
+    worst = quantization.noisiest(noise)
+    return f"They part at {worst.name}: given the same inputs, its output has {worst.sqnr_db:.1f} dB of SQNR."
 
 
 def _compare_file(path: Path, source: Source, images: Sequence[Tensor]) -> np.ndarray:

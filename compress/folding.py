@@ -38,6 +38,7 @@ def fold(graph_module: fx.GraphModule) -> None:
         norm.replace_all_uses_with(layer)
         graph_module.graph.erase_node(norm)
     graph_module.delete_all_unused_submodules()
+    graph_module.recompile()
 
 
 def _pairs(graph_module: fx.GraphModule) -> Iterator[tuple[fx.Node, fx.Node]]:

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree
 
 from compress import machine
 from compress.errors import HandoffError
 from compress.evaluation import Difference, compare
-from compress.quantization import LocalNoise, noisiest
 
 Facts = dict[str, Any]
 
+GRAPH_TOLERANCE = 1e-4
+"""Of the largest logit, between two forms of one float model in torch."""
 FLOAT_TOLERANCE, HALF_TOLERANCE = 1e-3, 2e-2
 """Of the largest logit: torch and the runtimes add numbers in different orders."""
 AGREEMENT, RMS = 0.98, 0.02
@@ -54,27 +60,121 @@ def same(expected: np.ndarray, got: np.ndarray) -> bool:
     return difference.top1_agreement >= AGREEMENT or rms <= RMS * difference.reference_scale
 
 
-def checked(found: Facts, noise: list[LocalNoise] | None = None) -> Facts:
+def checked(found: Facts, where: str = "") -> Facts:
     """`found`, or `HandoffError` with both numbers when it is out of tolerance.
 
     Args:
-        noise: where the target leaves the source, point by point, where that is known; the worst is named.
+        where: a sentence that says where the target leaves the source, where that is known.
     """
     if not found["passed"]:
         raise HandoffError(
             f"{found['source']} and {found['target']} answer differently: the logits differ by up to "
             f"{found['max_abs_diff']:.3g} of {found['reference_scale']:.3g} and "
             f"{100 * found['top1_agreement']:.1f} % of {found['n_images']} images get the same class, where "
-            f"{found['tolerance']} is allowed. {_where(noise)}The file is not handed on; please report this model."
+            f"{found['tolerance']} is allowed. {where and f'{where} '}Nothing is handed on; please report this model."
         )
     return found
 
 
-def _where(noise: list[LocalNoise] | None) -> str:
-    if not noise:
-        return ""
-    worst = noisiest(noise)
-    return f"They part at {worst.name}: given the same inputs, its output has {worst.sqnr_db:.1f} dB of SQNR. "
+# ---- forms of one float model in torch ----------------------------------------------------------------------------
+
+
+def few(images: Tensor) -> Tensor:
+    """As many of `images` [N, C, H, W] as prove that two forms of a model are one function, and at least two."""
+    images = images[: 16 if images.shape[-1] <= 96 else 4]
+    return images if len(images) > 1 else torch.cat([images, images.flip(-1)])
+
+
+def answers(model: nn.Module, images: Tensor) -> np.ndarray:
+    """What `model`, as its modes are, says of `images` [N, C, H, W]: every tensor of its answer, [N, numbers]."""
+    device = next((tensor.device for tensor in [*model.parameters(), *model.buffers()]), images.device)
+    with torch.no_grad():
+        answer = model(images.clone().to(device))
+    tensors = [leaf for leaf in _pytree.tree_leaves(answer) if isinstance(leaf, Tensor)]
+    return torch.cat([leaf.float().cpu().reshape(len(images), -1) for leaf in tensors], 1).numpy()
+
+
+def same_function(
+    source: str, target: str, expected: np.ndarray, got: np.ndarray, where: Callable[[], str] = lambda: ""
+) -> Facts:
+    """The row of two forms of one float model; both [N, numbers].
+
+    Raises `HandoffError`, with the sentence of `where`, beyond 1e-4 of the largest number.
+    """
+    difference = compare(np.nan_to_num(expected, posinf=0, neginf=0), np.nan_to_num(got, posinf=0, neginf=0))
+    passed = difference.max_abs_diff <= GRAPH_TOLERANCE * difference.reference_scale
+    passed = passed and np.array_equal(np.isfinite(expected), np.isfinite(got))
+    found = row(source, target, "logits", difference, f"{GRAPH_TOLERANCE:g} of the largest logit", passed)
+    return found if passed else checked(found, where())
+
+
+class Proof:
+    """Compares the graphs that a model becomes, one after the other, with the model.
+
+    Args:
+        model: in eval mode; only read.
+        images: float32 [N, C, H, W], normalised.
+    """
+
+    def __init__(self, model: nn.Module, images: Tensor) -> None:
+        self._model, self._images = model, images
+        self._expected = answers(model, images)
+        self.rows: list[Facts] = []
+
+    def compare(self, target: str, graph_module: fx.GraphModule) -> None:
+        """Adds a row for this form. Raises `HandoffError`, which names the layers between which the two part."""
+        got = answers(graph_module, self._images)
+        self.rows.append(
+            same_function("model, torch", target, self._expected, got, lambda: self._parting(graph_module))
+        )
+
+    def _parting(self, graph_module: fx.GraphModule) -> str:
+        """The first layer, as both call it, whose output differs; one that took in a BatchNorm differs rightly."""
+        ours, theirs = _layer_outputs(self._model, self._images[:2]), _layer_outputs(graph_module, self._images[:2])
+        last = "the image"
+        for (name, number), output in theirs.items():
+            if (name, number) not in ours or not _same_tensors(self._model, graph_module, name):
+                continue
+            expected = ours[name, number]
+            if expected.shape != output.shape or not _near(expected, output):
+                return f"They part between {last} and {name}."
+            last = name
+        return f"They part after {last}."
+
+
+def _layer_outputs(model: nn.Module, images: Tensor) -> dict[tuple[str, int], Tensor]:
+    """(module without parts, number of its call) -> what it gave, in the order of the calls."""
+    found: dict[tuple[str, int], Tensor] = {}
+    calls: Counter[str] = Counter()
+
+    def note(name: str, output: object) -> None:
+        if isinstance(output, Tensor):
+            found[name, calls[name]] = output.clone()
+            calls[name] += 1
+
+    hooks = [
+        module.register_forward_hook(lambda _, __, output, name=name: note(name, output))
+        for name, module in model.named_modules()
+        if not any(True for _ in module.children())
+    ]
+    try:
+        answers(model, images)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found
+
+
+def _same_tensors(model: nn.Module, other: nn.Module, name: str) -> bool:
+    tensors = [dict(one.get_submodule(name).named_parameters()) for one in (model, other)]
+    return tensors[0].keys() == tensors[1].keys() and all(torch.equal(tensors[0][k], tensors[1][k]) for k in tensors[0])
+
+
+def _near(expected: Tensor, got: Tensor) -> bool:
+    return float((expected - got).abs().max()) <= GRAPH_TOLERANCE * float(expected.abs().max())
+
+
+# ---- what is told -------------------------------------------------------------------------------------------------
 
 
 def saturation() -> str:

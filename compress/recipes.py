@@ -54,9 +54,11 @@ def usable_plan(request: Request, source: Source) -> pruning.Plan:
     return plan
 
 
-def prepared_with_bits(request: Request, model: nn.Module) -> tuple[fx.GraphModule, quantization.BitPlan]:
-    """`model` ready to be quantized as asked, and the bits of each layer; raises `QuantizationError`."""
-    prepared = quantization.prepare(model)
+def prepared_with_bits(
+    request: Request, model: nn.Module, images: Tensor
+) -> tuple[fx.GraphModule, quantization.BitPlan]:
+    """`model` ready to be quantized as asked, and the bits of each layer; `images` and errors as of `prepare`."""
+    prepared = quantization.prepare(model, images)
     if request.quantization_config_list is not None:
         offsets = request.quantizer == "lsq-plus"
         plan = quantization.bits_of_config_list(model, prepared, request.quantization_config_list, offsets)
@@ -69,7 +71,7 @@ def prepared_with_bits(request: Request, model: nn.Module) -> tuple[fx.GraphModu
             layer_bits=request.layer_bits,
         )
     if plan.stays_float:
-        prepared = quantization.prepare(model, stays_float=plan.stays_float)
+        prepared = quantization.prepare(model, images, stays_float=plan.stays_float)
     return prepared, plan
 
 
@@ -81,7 +83,7 @@ def mixed_precision(
 
     def quantize(wider: quantization.BitPlan) -> quantization.Quantized:
         return quantization.quantize(
-            quantization.prepare(model, stays_float=wider.stays_float),
+            quantization.prepare(model, images, stays_float=wider.stays_float),
             wider,
             quantizer=request.quantizer,
             estimator=request.calibration,

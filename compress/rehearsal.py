@@ -113,9 +113,9 @@ def _exported(
         path = folder / "float.onnx"
         onnx_export.export(model, path, input_size=size, precision="fp16" if request.half_precision else "fp32")
         return dict.fromkeys(quantization.FLAVOURS, path)
-    prepared, plan = recipes.prepared_with_bits(request, model)
-    found.float_layers = quantization.left_float(prepared)
     images = data.calibration_images(source.dataset, CALIBRATION_IMAGES, source.preprocessing, request.seed)
+    prepared, plan = recipes.prepared_with_bits(request, model, images)
+    found.float_layers = quantization.left_float(prepared)
     quantized = quantization.quantize(
         prepared,
         plan,

@@ -158,6 +158,7 @@ def quantize(work: Run, source: Source) -> Facts:
         return {
             "skipped": "not quantized, as asked",
             "curve": [],
+            "handoffs": [],
             "ledger": [],
             "files": [],
             "mixed": None,
@@ -167,14 +168,14 @@ def quantize(work: Run, source: Source) -> Facts:
             "noise": {"layers": {}},
         }
     model = load_model(work, source, "artifacts")
-    prepared, plan = recipes.prepared_with_bits(request, model)
     images = data.calibration_images(source.dataset, request.calibration_images, source.preprocessing, request.seed)
+    prepared, plan = recipes.prepared_with_bits(request, model, images)
     mixed = None
     if request.max_quantization_loss is not None:
         work.progress("quantize", 0.0, "looking for the layers that bear few bits worst")
         mixed = recipes.mixed_precision(request, source, model, plan, images)
         plan = mixed.plan
-        prepared = quantization.prepare(model, stays_float=plan.stays_float)
+        prepared = quantization.prepare(model, images, stays_float=plan.stays_float)
     curve: list[Facts] = []
     memory_notes: list[str | None] = []
 
@@ -203,6 +204,7 @@ def quantize(work: Run, source: Source) -> Facts:
     return {
         "skipped": None,
         "curve": curve,
+        "handoffs": list(prepared.meta[quantization.PROOFS]),
         "ledger": [hop],
         "files": [*files, "artifacts/quantization.json", hop["answers"]],
         "label": quantized.ranges.label,
@@ -256,7 +258,8 @@ def _train(
 
 def load_quantized(work: Run, source: Source) -> quantization.Quantized:
     """What the quantize stage left, on the graph that the pruned model is prepared to again."""
-    return quantization.restore(load_model(work, source, "artifacts"), work.folder / "stages" / "quantized")
+    images = data.calibration_images(source.dataset, 2, source.preprocessing, work.request.seed)
+    return quantization.restore(load_model(work, source, "artifacts"), work.folder / "stages" / "quantized", images)
 
 
 def _save_model(work: Run, source: Source, model: nn.Module, folder: str) -> list[str]:

@@ -67,7 +67,7 @@ def collect(work: Run, source: Source) -> Report:
         seed=work.request.seed,
         data=_data(source),
         variants=variants,
-        handoffs=tuple(Handoff(**row) for name in ("prune", "export", "build") for row in facts[name]["handoffs"]),
+        handoffs=tuple(Handoff(**row) for stage in facts.values() for row in stage.get("handoffs", ())),
         ledger=hops,
         loss=ledger.loss(hops, ledger.blame(facts)),
         cross_checks=ledger.cross_checks(work.folder, facts["measure"]["ledger"]),

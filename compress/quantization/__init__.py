@@ -24,7 +24,7 @@ from compress.quantization.flavours import FLAVOURS, Flavour
 from compress.quantization.local_noise import LocalNoise, by_layer, file_noise, noisiest, quantization_noise
 from compress.quantization.mixed import Choice, choose
 from compress.quantization.mixed import sensitivity as layer_sensitivity
-from compress.quantization.prepare import left_float, prepare, quantization_points, quantized_layers
+from compress.quantization.prepare import PROOFS, left_float, prepare, quantization_points, quantized_layers
 from compress.quantization.ranges import Quantized, Ranges, restore, save
 from compress.quantizers import NO_TENSORRT_FILE, QUANTIZERS, Quantizer
 
@@ -38,6 +38,7 @@ __all__ = [
     "LayerBits",
     "LocalNoise",
     "NO_TENSORRT_FILE",
+    "PROOFS",
     "QUANTIZERS",
     "Quantized",
     "Quantizer",

@@ -9,7 +9,8 @@ other and stays float.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,6 +24,8 @@ from compress.attention import (
     PrunedShiftedWindowAttention,
     PrunedShiftedWindowAttentionV2,
 )
+from compress.functional import InPlaceProxy, make_functional
+from compress.names import free_name
 
 _PRODUCTS = (
     F.scaled_dot_product_attention, attention.attend_in_windows, operator.matmul, torch.einsum, torch.matmul, torch.bmm,
@@ -30,22 +33,25 @@ _PRODUCTS = (
 )  # fmt: skip
 
 
-def trace(model: nn.Module) -> fx.GraphModule:
+def trace(model: nn.Module, images: Tensor) -> fx.GraphModule:
     """The graph of `model`, which is left with other attributes than before; every answer stays the same.
 
     Torch's attention is opened where it is called as `attention(x, x, x, need_weights=False)`; elsewhere it stays one
-    module. Raises what tracing raises.
+    module. Nothing in the graph works in place, as seen on `images`, [N, C, H, W] with at least two. Raises what tracing
+    raises, and `InPlaceError`.
     """
+    projections: dict[nn.Module, str] = {}
     for module in list(model.modules()):
         if _is_packed(module):
-            _add_projections(module)
+            projections[module] = _add_projections(module)
         elif isinstance(module, ShiftedWindowAttentionV2) and module.qkv.bias is not None:
             module.qkv.bias.data = attention.without_key_bias(module.qkv.bias.data)
-    graph_module = fx.GraphModule(model, _Tracer().trace(model), type(model).__name__)
+    graph_module = fx.GraphModule(model, _Tracer(projections).trace(model), type(model).__name__)
     called = {str(node.target) for node in graph_module.graph.nodes}
     for name, module in graph_module.named_modules():
-        if _has_projections(module) and f"{name}.in_proj" not in called:
-            del module.in_proj
+        if module in projections and f"{name}.{projections[module]}" not in called:
+            delattr(module, projections[module])
+    make_functional(graph_module, images[:2])
     _fold_constants(graph_module)
     return fx.GraphModule(graph_module, graph_module.graph, type(model).__name__)  # without what is no longer used
 
@@ -78,9 +84,10 @@ def _fold_constants(graph_module: fx.GraphModule) -> None:
         paths = [path for path, _ in node.meta.get("nn_module_stack", {}).values()]
         owner = next((path for path in reversed(paths) if path in modules), "")
         folded = nn.Parameter(value.clone(), requires_grad=value.is_floating_point())
-        modules[owner].register_parameter(f"constant_{node.name}", folded)
+        name = free_name(modules[owner], f"constant_{node.name}")
+        modules[owner].register_parameter(name, folded)
         with graph_module.graph.inserting_before(node):
-            constant = graph_module.graph.get_attr(f"{owner}.constant_{node.name}".lstrip("."))
+            constant = graph_module.graph.get_attr(f"{owner}.{name}".lstrip("."))
         node.replace_all_uses_with(constant)
     for node in reversed(constants):
         if not node.users and not node.is_impure():
@@ -99,14 +106,20 @@ def _computed_from_images(graph_module: fx.GraphModule) -> set[fx.Node]:
 class _Tracer(fx.Tracer):
     """Opens attention; what cannot be opened stays one module, whether it has lost heads or not."""
 
-    def __init__(self) -> None:
+    def __init__(self, projections: Mapping[nn.Module, str]) -> None:
         super().__init__()
+        self._projections = projections
         self._open: set[nn.Module] = set()
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return InPlaceProxy(node, self)
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:  # type: ignore[override]
         opened = _OPENED.get(type(m))
-        closed = isinstance(m, nn.MultiheadAttention) and not (_has_projections(m) and _is_self_attention(args, kwargs))
-        if opened is None or closed:
+        name = self._projections.get(m)
+        if isinstance(m, nn.MultiheadAttention):
+            opened = partial(_open_multihead, name) if name and _is_self_attention(args, kwargs) else None
+        if opened is None:
             return super().call_module(m, forward, args, kwargs)
         self._open.add(m)
         answer = super().call_module(m, lambda x, *_, **__: opened(m, x), args, kwargs)
@@ -124,18 +137,16 @@ def _is_packed(module: nn.Module) -> bool:
     return multihead and attention.heads_of(module).refusal is None
 
 
-def _has_projections(module: nn.Module) -> bool:
-    return isinstance(module, nn.MultiheadAttention) and hasattr(module, "in_proj")
-
-
 def _is_self_attention(args: tuple[object, ...], kwargs: dict[str, object]) -> bool:
     return len(args) == 3 and args[0] is args[1] is args[2] and kwargs == {"need_weights": False}
 
 
-def _add_projections(module: nn.MultiheadAttention) -> None:
-    """Plain Linear layers of the same parameters; torch's `out_proj` is of a class of its own."""
-    module.in_proj = _linear(module.in_proj_weight, module.in_proj_bias)
+def _add_projections(module: nn.MultiheadAttention) -> str:
+    """Plain Linear layers of the same parameters, and the first one's name; torch's `out_proj` is of a class of its own."""
+    name = free_name(module, "in_proj")
+    module.add_module(name, _linear(module.in_proj_weight, module.in_proj_bias))
     module.out_proj = _linear(module.out_proj.weight, module.out_proj.bias)
+    return name
 
 
 def _linear(weight: nn.Parameter, bias: nn.Parameter | None) -> nn.Linear:
@@ -144,9 +155,9 @@ def _linear(weight: nn.Parameter, bias: nn.Parameter | None) -> nn.Linear:
     return linear.eval()
 
 
-def _open_multihead(module: nn.MultiheadAttention, query: Tensor) -> tuple[Tensor, None]:
+def _open_multihead(projection: str, module: nn.MultiheadAttention, query: Tensor) -> tuple[Tensor, None]:
     tokens = query if module.batch_first else query.transpose(0, 1)
-    q, k, v = module.in_proj(tokens).unflatten(-1, (3, module.num_heads, -1)).permute(2, 0, 3, 1, 4)
+    q, k, v = module.get_submodule(projection)(tokens).unflatten(-1, (3, module.num_heads, -1)).permute(2, 0, 3, 1, 4)
     seen = F.scaled_dot_product_attention(q, k, v)
     answer = module.out_proj(seen.transpose(1, 2).flatten(2))
     return answer if module.batch_first else answer.transpose(0, 1), None
@@ -161,8 +172,6 @@ def _open_window(module: ShiftedWindowAttention, x: Tensor) -> Tensor:
 
 
 _OPENED: dict[type[nn.Module], Callable[[Any, Tensor], Any]] = {
-    nn.MultiheadAttention: _open_multihead,
-    PrunedMultiheadAttention: _open_multihead,
     ShiftedWindowAttention: _open_window,
     ShiftedWindowAttentionV2: _open_window,
     PrunedShiftedWindowAttention: _open_window,

@@ -19,7 +19,7 @@ import numpy as np
 import onnx_ir as ir
 
 from compress.engines.base import Flavour
-from compress.quantization.prepare import QPoint
+from compress.quantization.kinds import QPoint
 from compress.quantization.ranges import ActivationGrid, Ranges
 
 _BEYOND = 1e30

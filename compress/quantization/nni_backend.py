@@ -14,6 +14,7 @@ from compress._nni import import_nni, quiet
 from compress.errors import QuantizationError
 from compress.quantization.bits import BitPlan
 from compress.quantization.calibration import Estimator, calibrate
+from compress.quantization.kinds import QPoint
 from compress.quantization.nni_methods import (
     ACTIVATION_METHODS,
     OUTPUT,
@@ -24,7 +25,7 @@ from compress.quantization.nni_methods import (
     register_apply_methods,
     weight_target,
 )
-from compress.quantization.prepare import QPoint, quantization_points
+from compress.quantization.prepare import quantization_points
 from compress.quantization.ranges import Ranges
 
 TrainFn = Callable[[nn.Module], object]

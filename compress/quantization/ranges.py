@@ -163,14 +163,14 @@ def save(quantized: Quantized, folder: Path) -> tuple[Path, Path]:
     return ranges, weights
 
 
-def restore(model: nn.Module, folder: Path) -> Quantized:
-    """What `save` wrote, for the float model that was quantized; NNI is not needed.
+def restore(model: nn.Module, folder: Path, images: Tensor | None = None) -> Quantized:
+    """What `save` wrote, for the float model that was quantized; NNI is not needed. `images` are those of `prepare`.
 
     Raises `QuantizationError` when the files are missing, damaged or belong to another model.
     """
     try:
         ranges = Ranges.from_json((folder / RANGES_FILE).read_text(encoding="utf-8"))
-        model = prepare(model, stays_float=frozenset(ranges.stays_float))
+        model = prepare(model, images, stays_float=frozenset(ranges.stays_float))
         model.load_state_dict(safetensors.torch.load_file(folder / WEIGHTS_FILE))
     except (OSError, UnicodeDecodeError, SafetensorError, RuntimeError) as error:
         raise QuantizationError(f"{folder} has no readable quantized model ({error}); quantize it again.") from error

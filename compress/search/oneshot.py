@@ -147,7 +147,7 @@ class OneShot:
         """
         quantized = self._quantized(self.base, self._source.model)
         decibels = quantization.layer_sensitivity(quantized, self._calibration[: recipes.SENSITIVITY_IMAGES])
-        bits = recipes.prepared_with_bits(self.base, self._source.model)[1].layers
+        bits = recipes.prepared_with_bits(self.base, self._source.model, self._calibration)[1].layers
         return tuple(layer for layer in decibels if str(bits[layer]) != wide_bits)
 
     # ---- the steps -------------------------------------------------------------------------------------------------
@@ -173,7 +173,7 @@ class OneShot:
         return shrunk
 
     def _quantized(self, request: Request, model: nn.Module) -> quantization.Quantized:
-        prepared, plan = recipes.prepared_with_bits(request, model)
+        prepared, plan = recipes.prepared_with_bits(request, model, self._calibration)
         return quantization.quantize(
             prepared,
             plan,

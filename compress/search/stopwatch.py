@@ -211,7 +211,7 @@ class Stopwatch:
 
     def _dense_file(self, request: Request) -> Path:
         """Of the model that loses nothing, with the bits of `request`: exported once for each choice of them."""
-        bits = recipes.prepared_with_bits(request, self._source.model)[1].layers if request.quantizes else {}
+        bits = self._bits(request, self._source.model)
         key = f"{_precision(request)} {sorted((name, str(layer)) for name, layer in bits.items())}"
         if key not in self._dense_files:
             quantized = self._quantize(request, self._source.model) if request.quantizes else None
@@ -222,10 +222,13 @@ class Stopwatch:
     def _structure(self, request: Request, model: nn.Module) -> str:
         """Everything that the time of a file depends on here."""
         shapes = [f"{name} {tuple(p.shape)}" for name, p in model.named_parameters() if p.ndim > 1]
-        plan = recipes.prepared_with_bits(request, model)[1] if request.quantizes else None
-        bits = [f"{name} {layer}" for name, layer in plan.layers.items()] if plan else []
+        bits = [f"{name} {layer}" for name, layer in self._bits(request, model).items()]
         text = "\n".join([_precision(request), *shapes, *bits])
         return hashlib.sha256(text.encode()).hexdigest()[:20]
+
+    def _bits(self, request: Request, model: nn.Module) -> dict[str, quantization.LayerBits]:
+        """Of each layer; empty where nothing is quantized."""
+        return recipes.prepared_with_bits(request, model, self._image)[1].layers if request.quantizes else {}
 
     def _restored(self, images_scored: int) -> dict[str, Any] | None:
         """What an earlier attempt left in the folder."""
