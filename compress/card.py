@@ -10,7 +10,7 @@ from plotly.offline import get_plotlyjs
 from compress import charts
 from compress.report import Report
 from compress.request_rules import FINE_GRAINED_PRUNER
-from compress.snippets import shell_command
+from compress.snippets import shell_command, without_folders
 from compress.tables import tables
 
 CHART_TITLES = {
@@ -54,12 +54,11 @@ def html_report(report: Report) -> str:
 
 
 def _facts(report: Report) -> dict[str, Any]:
-    request = report.request
     return {
         "report": report,
         "tables": tables(report),
         "title": f"{report.architecture}, {_what_was_done(report)}",
-        "command": shell_command(request),
+        "command": shell_command(without_folders(report.request)),
         "seconds": sum(stage.seconds for stage in report.stages),
     }
 

@@ -198,7 +198,8 @@ def _open_idx(path: Path, source: str, preprocessing: Preprocessing, outputs: _O
         found = of_label[torch.from_numpy(numbers.astype(np.int64))]
         split = Split(_GreyArray(pixels), np.arange(len(pixels)), found, preprocessing, None)
         splits.append(replace(split, pixels=_fit_grey(split)) if fits else split)
-    return Dataset(*splits, "labelled", class_names, source, _duplicate_note(int((~kept).sum())))
+    name = source if source == FASHION_MNIST else path.name
+    return Dataset(*splits, "labelled", class_names, name, _duplicate_note(int((~kept).sum())))
 
 
 def _assign_numbers(names: tuple[str, ...], source: str, outputs: _Outputs) -> tuple[dict[str, int], tuple[str, ...]]:

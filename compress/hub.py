@@ -15,9 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compress import naming, runs
+from compress import naming, runs, signing
 from compress.errors import CheckpointError, PublishingError, RequestError
 from compress.inspection import MAX_FILE_BYTES
+from compress.jobs_record import RUN_ID
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -152,7 +153,8 @@ def publish(
     """Put the files of a finished run into a model repository, in one commit; the run is verified first.
 
     Args:
-        folder: of the run. Exactly the files of its manifest are sent, with the model card as README.md.
+        folder: of the run. The files of its manifest are sent, with the model card as README.md, but for its request,
+            which names folders of this machine.
         repository: `owner/name`; made when there is none.
         private: of a repository that is made here; one that is there already keeps its visibility.
         pull_request: propose the files to a repository that is there, and change nothing in it.
@@ -173,19 +175,19 @@ def publish(
             "Publishing needs a token with write access: make one at https://huggingface.co/settings/tokens and put it "
             "into the environment variable HF_TOKEN."
         )
-    names = _verified_files(folder)
+    sent = _verified_files(folder)
     with _answers_in_words(PublishingError, repository, "publish later: the run stays as it is"):
         api = _api(token)
         if not pull_request:
             api.create_repo(repository, private=private, exist_ok=True)
         commit = api.create_commit(
             repository,
-            [CommitOperationAdd(name, folder / name) for name in names],
+            [CommitOperationAdd(name, content) for name, content in sent.items()],
             commit_message="Compressed with Espalier",
             create_pr=pull_request,
         )
         visible = bool(api.model_info(repository, timeout=_TIMEOUT_S).private)
-    return Published(repository, commit.pr_url or commit.commit_url, visible, len(names))
+    return Published(repository, commit.pr_url or commit.commit_url, visible, len(sent))
 
 
 def _api(token: str | None) -> HfApi:
@@ -219,11 +221,25 @@ def _checkpoint_among(names: list[str], wanted: str | None, repository: str) -> 
     )
 
 
-def _verified_files(folder: Path) -> list[str]:
+def _verified_files(folder: Path) -> dict[str, bytes | Path]:
+    """What of a finished run everybody may have, by name: its files, and a manifest of them.
+
+    The request stays here: it names folders of this machine, and so did the reports of earlier versions. The name of a
+    run's folder is its id, and whoever knows that may look at the run.
+    """
     problems = runs.verify(folder)
     if problems:
         raise PublishingError(f"This run is not published because it does not verify: {problems[0]}")
-    return [*runs.manifest(folder), runs.MANIFEST]
+    listed = {name: entry for name, entry in runs.manifest(folder).items() if name != "request.json"}
+    private = [str(folder.resolve()), *([folder.name] if re.fullmatch(RUN_ID, folder.name) else [])]
+    for name in {"README.md", "report.json", "report.html"} & set(listed):
+        if any(word in (folder / name).read_text(encoding="utf-8") for word in private):
+            raise PublishingError(
+                f"{name} of this run names the folder where it lies on this machine, as earlier versions wrote it: repeat the "
+                "run, and publish the new one."
+            )
+    files: dict[str, bytes | Path] = {name: folder / name for name in listed}
+    return files | {runs.MANIFEST: signing.sealed(runs.MANIFEST, {"format": 1, "files": listed}).encode()}
 
 
 @contextmanager

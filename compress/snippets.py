@@ -8,11 +8,14 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Collection, Mapping
+from pathlib import PurePath
 from typing import Any
 
 from compress.request import Request
 
 ALWAYS = ("model", "data")
+FILES = ("checkpoint", "data", "class_map")
+"""Fields that may name a file or folder."""
 
 
 def shell_command(request: Mapping[str, Any]) -> str:
@@ -35,6 +38,20 @@ def shell_command(request: Mapping[str, Any]) -> str:
         else:
             words += [option, str(value)]
     return shlex.join(words)
+
+
+def without_folders(request: Mapping[str, Any]) -> dict[str, Any]:
+    """The request with its files by name alone, for those who see what came of it.
+
+    Where they lie is nobody else's affair: the folder of an upload is named by the run's id, and whoever has that may look at
+    the run and download its files.
+    """
+    named = {
+        name: PurePath(value).name or name
+        for name in FILES
+        if isinstance(value := request.get(name), str) and "/" in value and not value.startswith("hf://")
+    }
+    return {**request, **named}
 
 
 def python_code(request: Mapping[str, Any]) -> str:

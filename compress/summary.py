@@ -23,6 +23,7 @@ from compress.report import (
     Worth,
 )
 from compress.runs import STAGES, Run
+from compress.snippets import without_folders
 from compress.sources import Source
 
 Facts = dict[str, Any]
@@ -60,7 +61,7 @@ def collect(work: Run, source: Source) -> Report:
     return Report(
         espalier_version=compress.__version__,
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        request=work.request.model_dump(mode="json"),
+        request=without_folders(work.request.model_dump(mode="json")),
         checkpoint=source.weights,
         architecture=source.name,
         environment=machine.describe(work.request.threads),

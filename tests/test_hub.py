@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import socket
 
 import gradio as gr
@@ -49,6 +51,7 @@ def run(tmp_path):
         "report.json": report.to_json().encode(),
         "artifacts/model.safetensors": save({"weight": torch.arange(9000.0)}),
         "artifacts/infer.py": b"print('hello')\n",
+        "request.json": b'{"data": "/srv/uploads/pets.zip"}',
     }
     for name, content in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -63,16 +66,47 @@ def run(tmp_path):
 # ---- to the Hub ------------------------------------------------------------------------------------------------------
 
 
-def test_exactly_the_files_of_the_manifest_arrive_in_a_private_repository(server, run):
+def test_the_files_of_the_manifest_but_the_request_arrive_in_a_private_repository(server, run):
     done = hub.publish(run, "team/small")
     repository = server.repositories["team/small"]
     assert repository.private and done.private
     assert set(repository.files) == {
         "README.md", "report.json", "artifacts/model.safetensors", "artifacts/infer.py", "manifest.json"
     }  # fmt: skip
-    assert all(content == (run / name).read_bytes() for name, content in repository.files.items())
+    sent = dict(repository.files)
+    told = json.loads(sent.pop("manifest.json"))
+    assert all(content == (run / name).read_bytes() for name, content in sent.items())
+    assert {name: entry["sha256"] for name, entry in told["files"].items()} == {
+        name: hashlib.sha256(content).hexdigest() for name, content in sent.items()
+    }
     assert len(server.large) == 1, "the weights went the way of large files"
     assert done.url == f"{server.url}/team/small/commit/{'0' * 40}" and done.files == 5
+
+
+def test_nothing_that_is_published_names_the_folder_of_the_run(server, run, tmp_path):
+    job_id = "0123456789abcdef" * 2
+    folder = tmp_path / "runs" / job_id
+    report = example_report()
+    asked = report.request | {"data": f"{folder}/uploads/data/pets.zip", "checkpoint": f"{folder}/uploads/w.pth"}
+    for text in (card.model_card(report.model_copy(update={"request": asked})),
+                 card.html_report(report.model_copy(update={"request": asked}))):  # fmt: skip
+        assert job_id not in text and str(tmp_path) not in text and "pets.zip" in text and "w.pth" in text
+    folder.parent.mkdir()
+    run.rename(folder)
+    assert hub.publish(folder, "team/small").files == 5
+    assert not any(job_id.encode() in content for content in server.repositories["team/small"].files.values())
+
+
+@pytest.mark.parametrize("name", ["README.md", "report.json"])
+def test_a_run_of_an_earlier_version_that_names_its_folder_is_not_published(name, server, run):
+    (run / name).write_text(f"{run}/uploads/pets.zip")
+    document = signing.unchecked(run / "manifest.json")
+    del document["signature"]
+    document["files"][name] = {"sha256": sha256(run / name), "bytes": (run / name).stat().st_size}
+    (run / "manifest.json").write_text(signing.sealed("manifest.json", document))
+    with pytest.raises(PublishingError, match=f"{name} of this run names the folder where it lies on this machine"):
+        hub.publish(run, "team/small")
+    assert server.seen == []
 
 
 def test_public_only_when_asked_and_never_changed_afterwards(server, run):

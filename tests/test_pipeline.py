@@ -13,7 +13,7 @@ from PIL import Image
 from torch import nn
 
 import compress
-from compress import benchmark, files, pipeline
+from compress import benchmark, files, pipeline, runs
 from compress.errors import HandoffError, RequestError, StorageError
 
 
@@ -111,6 +111,12 @@ def test_a_module_of_ones_own_with_a_zip_of_labelled_images(trained, folder, tmp
     assert pruned["blocks.0.conv1"] == (32, 16) and pruned["fc"] == (3, 3)
     loaded = compress.load(tmp_path / "run", model=Own())
     assert loaded.fc.in_features == 16
+    named = [
+        name
+        for name in runs.manifest(tmp_path / "run")
+        if str(tmp_path).encode() in (tmp_path / "run" / name).read_bytes()
+    ]
+    assert named == ["request.json"], "nothing else tells where the files lie, or it would be published"
 
 
 def test_unlabelled_images_train_by_distillation_and_report_agreement(trained, folder, tmp_path):

@@ -80,3 +80,21 @@ def test_what_is_at_its_default_is_not_said() -> None:
     said = "    model='resnet18',\n    data='fashion-mnist',\n    seed=3,\n"
     assert f"compress.Request(\n{said})\n" in snippets.python_code(values)
     assert f"client.predict(\n{said}    api_name=" in snippets.client_code(values, "http://127.0.0.1:1/", ())
+
+
+def test_files_are_named_without_their_folders():
+    asked = {
+        "data": "/srv/runs/0123/uploads/pets.zip",
+        "checkpoint": "hf://team/net",
+        "class_map": "maps/a.json",
+        "x": 1,
+    }
+    assert snippets.without_folders(asked) == asked | {"data": "pets.zip", "class_map": "a.json"}
+    assert (
+        snippets.without_folders({"data": "none", "checkpoint": "auto", "class_map": None, "forecast": 3})["data"]
+        == "none"
+    )
+    assert (
+        snippets.without_folders({"data": "../pets/"})["data"] == "pets"
+        and snippets.without_folders({"data": "/"})["data"] == "data"
+    )
