@@ -30,11 +30,24 @@ templates = jinja2.Environment(
     lstrip_blocks=True,
     undefined=jinja2.StrictUndefined,
 )
+_IN_MARKDOWN = str.maketrans({"<": "&lt;", "[": "&#91;", "`": "&#96;"})
+"""HTML, links and code, none of which a name of the user's may become. Inside a block of code nothing is either."""
+_markdown = templates.overlay(
+    finalize=lambda value: (
+        value.translate(_IN_MARKDOWN) if isinstance(value, str) and not isinstance(value, _Code) else value
+    )
+)
+
+
+class _Code(str):
+    """Text inside a block of code."""
 
 
 def model_card(report: Report) -> str:
     """Markdown with the Hub's front matter; every number comes from `report`."""
-    return templates.get_template("card.md").render(**_facts(report))
+    facts = _facts(report)
+    command = _Code(facts["command"].replace("```", "` ` `"))
+    return _markdown.get_template("card.md").render(**facts | {"command": command})
 
 
 def html_report(report: Report) -> str:

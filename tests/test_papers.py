@@ -1,10 +1,12 @@
 """Charts, card, HTML report and verdict: all read one report, and say what it says."""
 
+import plotly.graph_objects as go
 import pytest
 from example_report import example_report
 
 from compress import card, charts
 from compress.report import Report
+from compress.search import pages
 from compress.summary import verdict
 from compress.tables import tables
 
@@ -43,6 +45,51 @@ def test_names_are_escaped_in_the_html_report(report):
     hostile = report.model_copy(update={"architecture": "<img src=x onerror=alert(1)>"})
     text = card.html_report(hostile)
     assert "<img src=x" not in text and "&lt;img src=x" in text
+
+
+HOSTILE = "<img src=x onerror=alert(1)></script><script>alert(2)</script>"
+
+
+def everywhere(value, added):
+    """The same JSON, with `added` behind every text and name."""
+    if isinstance(value, dict):
+        return {f"{key}{added}" if "." in key else key: everywhere(item, added) for key, item in value.items()}
+    if isinstance(value, list):
+        return [everywhere(item, added) for item in value]
+    return f"{value}{added}" if isinstance(value, str) else value
+
+
+def hostile_report(report):
+    values = everywhere(report.model_dump(mode="json") | {"request": {}}, HOSTILE)
+    asked = report.request | {
+        "data": f"{HOSTILE}.zip",
+        "checkpoint": f"{HOSTILE}.pth",
+        "layer_sparsity": {HOSTILE: 0.5},
+    }
+    return Report.model_validate(values | {"request": asked})
+
+
+def test_no_text_of_a_report_becomes_part_of_its_page(report):
+    text = card.html_report(hostile_report(report))
+    assert text.count("&lt;img src=x") > 50, "it is there as text"
+    assert "<img src=x" not in text and "<script>alert" not in text
+
+
+def test_no_text_of_a_report_becomes_part_of_its_card(report):
+    text = card.model_card(hostile_report(report))
+    outside = "".join(text.split("```")[::2])
+    assert outside.count("&lt;img src=x") > 20 and "<img" not in outside and "<script" not in outside
+    note = report.model_copy(update={"notes": ("see [this](https://example.org) `x`",)})
+    assert "- see &#91;this](https://example.org) &#96;x&#96;" in card.model_card(note)
+    fence = report.model_copy(update={"request": report.request | {"data": "a```\n<img src=x>"}})
+    assert card.model_card(fence).count("```") == card.model_card(report).count("```")
+
+
+def test_no_text_of_a_search_becomes_part_of_its_page():
+    table = ((f"Group{HOSTILE}",), [(HOSTILE,)])
+    figure = charts.dress(go.Figure(go.Bar(x=[HOSTILE], y=[1], text=HOSTILE), layout_title=HOSTILE), False)
+    text = pages.page(HOSTILE, HOSTILE, [(HOSTILE, HOSTILE, lambda dark: figure, table)])
+    assert text.count("&lt;img src=x") >= 8 and "<img src=x" not in text and "<script>alert" not in text
 
 
 def test_the_command_makes_the_same_request(report):
