@@ -13,12 +13,15 @@ import io
 import logging
 import random
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from types import ModuleType
 
 import numpy as np
 import torch
+from torch import nn
 from torch.utils import _pytree
+
+from .tracing.layers import torch_base
 
 _LOGGERS = ("nni", "Shape Dependency")
 _SILENT = logging.CRITICAL + 1
@@ -41,6 +44,15 @@ def load(name: str) -> ModuleType:
     """Return NNI's submodule `name`, such as "nni.compression.pruning", imported without side effects."""
     import_nni()
     return importlib.import_module(name)
+
+
+def know_subclasses(model: nn.Module, layers: Iterable[str]) -> None:
+    """Let NNI treat layers whose class inherits from one of torch's as that one; it goes by the names of classes."""
+    registry = load("nni.compression.base.setting").PruningSetting.registry
+    for kind in {type(model.get_submodule(layer)) for layer in layers}:
+        base = torch_base(kind).__name__
+        if kind.__name__ != base and base in registry:
+            registry[kind.__name__] = registry[base]
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ from torch import nn
 
 from ..errors import RequestError
 from ..nni_entries import Selector
+from ..tracing import type_name
 from .wishes import Wishes
 
 _NEW = {"sparse_ratio", "max_sparse_ratio", "global_group_id", "target_names", "target_settings"}
@@ -51,7 +52,7 @@ def translate(model: nn.Module, layers: Sequence[str], entries: Sequence[Mapping
     Raises:
         RequestError: an unknown key, both styles of keys, a name that does not exist, or what a plan cannot honour.
     """
-    types = {layer: type(model.get_submodule(layer)).__name__ for layer in layers}
+    types = {layer: type_name(model.get_submodule(layer)) for layer in layers}
     selector = Selector(
         "config_list", types, "a Conv2d or Linear layer", ("Conv2d", "Linear"), "only their channels are removed"
     )

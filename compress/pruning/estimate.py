@@ -49,7 +49,7 @@ def estimates(
     """One estimate for each sparsity, every group of layers losing it alike.
 
     Args:
-        model: a float32 module that torch.fx can trace; its parameters may be on the meta device.
+        model: a float32 module that can be traced; its parameters may be on the meta device.
         example: images [N, 3, size, size] on the model's device; only the shape is used.
 
     Raises:
@@ -58,7 +58,7 @@ def estimates(
     size = example.shape[-1]
     parameters, macs = count_parameters(model), count_macs(model, size)
     by_module = macs_by_module(model, size)
-    graph_module = traced_copy(model)
+    graph_module = traced_copy(model, example)
     probe(graph_module, example)
     for sparsity in sparsities:
         channels = Channels(graph_module)

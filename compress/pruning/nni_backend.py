@@ -115,6 +115,7 @@ def _portions(model: nn.Module, plan: Plan) -> Iterator[Plan]:
 def zero_weights(model: nn.Module, plan: Plan, sparsity: float) -> Sparse:
     """See `compress.pruning.zero_weights`; NNI's LevelPruner chooses."""
     result = copy.deepcopy(structure_copy(model))
+    _nni.know_subclasses(model, plan.thinned)
     config = {"op_names": list(plan.thinned), "target_names": ["weight"], "sparse_ratio": sparsity}
     with _nni.quiet(), torch.no_grad():
         _, masks = _pruner_class("LevelPruner")(structure_copy(model), [config]).compress()

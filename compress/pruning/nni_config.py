@@ -22,6 +22,7 @@ def config_list(model: nn.Module, plan: Plan) -> list[dict[str, Any]]:
     NNI removes int(blocks_of_units * sparse_ratio) of the smallest metrics in each metric block; half a unit on top of
     the number wanted makes that count independent of rounding.
     """
+    _nni.know_subclasses(model, plan.layers)
     entries = []
     for index, group in enumerate(plan.groups):
         units = group.channels_before // group.unit // group.blocks

@@ -128,7 +128,7 @@ def factor_scores(
 
 
 def _channels(model: nn.Module, example: Tensor) -> tuple[fx.GraphModule, Channels]:
-    graph_module = traced_copy(model)
+    graph_module = traced_copy(model, example)
     probe(graph_module, example)
     return graph_module, Channels(graph_module)
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from ..attention import is_attention
 from ..errors import PruningError, RequestError
+from ..tracing import torch_base
 from . import config_list as config_lists
 from . import ranking as rankings
 from .channels import LAYERS, Channels, GroupedConv
@@ -86,7 +87,7 @@ def plan(
     loses whole heads.
 
     Args:
-        model: a float32 module that torch.fx can trace, in either mode.
+        model: a float32 module whose forward pass can be traced, in either mode.
         example: one or more images, float32 [N, C, H, W]; only the shape is used.
         sparsity: fraction of output channels to remove from each layer; 0 < sparsity < 1.
         multiple: kept channels are multiples of this.
@@ -105,7 +106,7 @@ def plan(
     _check_arguments(model, example, sparsity, multiple)
     if max_layer_sparsity is not None and not sparsity <= max_layer_sparsity < 1:
         raise RequestError("max_layer_sparsity", max_layer_sparsity, "a fraction from the sparsity to below 1")
-    graph_module = traced_copy(model)
+    graph_module = traced_copy(model, example)
     probe(graph_module, example)
     channels = Channels(graph_module)
     if config_list is not None:
@@ -144,7 +145,7 @@ def plan_without_shrinking(model: nn.Module, *, exclude: Sequence[str] = ()) -> 
         RequestError: `exclude` names no layer of this model.
         PruningError: no layer is left.
     """
-    layers = [name for name, module in model.named_modules() if type(module) in LAYERS]
+    layers = [name for name, module in model.named_modules() if torch_base(type(module)) in LAYERS]
     excluded = {layer for name in exclude for layer in layers_inside(layers, name, "exclude")}
     thinned = tuple(layer for layer in layers if layer not in excluded)
     if not thinned:
@@ -297,8 +298,8 @@ def decide(
     for layer in channels.followers:
         reasons[layer] = "has no channels of its own: it follows the concatenation it reads, channel by channel"
     for name, module in model.named_modules():
-        if (type(module) in LAYERS or is_attention(module)) and name not in channels.own_set:
-            reasons[name] = "is not called by the forward pass, or only inside a module that torch.fx does not open"
+        if (torch_base(type(module)) in LAYERS or is_attention(module)) and name not in channels.own_set:
+            reasons[name] = "is not called by the forward pass, or only inside a module that is not opened"
     _refuse_named(channels, wishes, reasons)
     parts = tuple(f"{name}." for name in channels.attentions)
     reasons = {layer: reason for layer, reason in reasons.items() if not layer.startswith(parts)}

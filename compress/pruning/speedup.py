@@ -23,6 +23,7 @@ from torch import fx, nn
 from .. import _nni
 from ..attention import heads_of, is_attention, keep_heads
 from ..errors import PruningError
+from ..tracing import type_name
 from . import Shrunk, nni_backend
 from .channels import Channels
 from .equality import Difference, check_equal
@@ -54,7 +55,7 @@ def shrink(model: nn.Module, example: torch.Tensor, plan: Plan, pruner: Pruner, 
 def _shrunk(
     model: nn.Module, example: torch.Tensor, plan: Plan, kept: dict[str, torch.Tensor]
 ) -> tuple[nn.Module, Difference]:
-    graph_module = traced_copy(model)
+    graph_module = traced_copy(model, example)
     images = probe(graph_module, example)
     channels = Channels(graph_module)
     result = structure_copy(model)
@@ -105,7 +106,7 @@ def _shrink_host(result: nn.Module, host: Host, kept: dict[str, torch.Tensor], t
     _well_scaled(scratch)
     try:
         with _nni.quiet(), _without_statistics():
-            _speedup_class()(target, trace(scratch), host.inputs, own).run()
+            _speedup_class()(target, trace(scratch, host.inputs), host.inputs, own).run()
     except PruningError:
         raise
     except Exception as error:
@@ -225,7 +226,7 @@ def _replacer_class() -> type:
 
 
 def _replace(name: str, module: nn.Module, functions: dict[str, Any], masks: tuple[Any, Any, Any]) -> None:
-    function = functions.get(type(module).__name__)
+    function = functions.get(type_name(module))
     if function is None:
         raise PruningError(f"NNI cannot shrink {name}, a {type(module).__name__}; exclude the layers before it.")
     smaller = function(module, masks)

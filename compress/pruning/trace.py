@@ -1,95 +1,94 @@
-"""From a user's module to a torch.fx graph, with the user's own source line in every message."""
+"""The graph that pruning works on, with the user's own source line in every message."""
 
 from __future__ import annotations
 
-import copy
-import os
-import sys
-import sysconfig
-import traceback
 from collections import Counter
 from collections.abc import Iterable
-from itertools import chain
-from pathlib import Path
+from functools import partial
+from typing import Any
 
 import torch
 from torch import fx, nn
 
+from .. import tracing
 from ..attention import PrunedMultiheadAttention, heads_of, is_attention
 from ..errors import PruningError
 
-_TORCH = f"{Path(torch.__file__).parent}{os.sep}"
-_LIBRARIES = tuple({f"{sysconfig.get_path(name)}{os.sep}" for name in ("stdlib", "purelib", "platlib")})
 _SMALL_SIZES = (32, 64, 96, 128, 160, 192)
 PROBE_BATCH = 2
 """Images in a probe: two are enough to tell a channel that varies from one that is constant."""
 
 
-def trace(model: nn.Module, *, opens_attention: bool = True) -> fx.GraphModule:
-    """Trace `model`, in the train/eval mode it is in, with torch.fx.
+def trace(model: nn.Module, example: torch.Tensor | None = None, *, opens_attention: bool = True) -> fx.GraphModule:
+    """Trace `model`, in the train/eval mode it is in; see `compress.tracing` for how and with what.
 
     Without `opens_attention` every attention is one node, so that graphs before and after it lost heads have the same.
 
     The graph module shares the modules of `model`. Each function or method call carries `meta["source"]`, the
     user's function, file and line; what is called inside an attention module carries its name as `meta["attention"]`,
-    and the graph module's `meta["attentions"]` has the heads of each.
+    and the graph module's `meta["attentions"]` has the heads of each. `meta["decisions"]` has what the forward pass asked
+    about sizes; the graph then holds for images of the example's size and those for which `meta["holds_for"]` says so.
+
+    Args:
+        example: images [N, C, H, W] of the size that the model is used with, of which only shape, type and device are
+            used; without it, a forward pass that asks about sizes in Python cannot be traced.
 
     Raises:
         PruningError: the forward pass cannot be traced; names the reason and the line.
     """
-    tracer = _Tracer(opens_attention)
     try:
-        graph = tracer.trace(model)
+        captured = tracing.capture(model, example, partial(_Tracer, opens_attention=opens_attention))
     except Exception as error:
-        raise PruningError(
-            f"{type(model).__name__} cannot be traced by torch.fx: {_first_sentence(error)} at {_user_line(error)}. "
-            "Rewrite that line without control flow on tensors, or wrap it with torch.fx.wrap."
-        ) from error
-    _unpack_named_tuple(graph)
-    graph_module = fx.GraphModule(tracer.root, graph, type(model).__name__)
-    attentions = {node.meta["attention"] for node in graph.nodes if "attention" in node.meta}
-    graph_module.meta["attentions"] = {name: heads_of(tracer.root.get_submodule(name)) for name in attentions}
+        raise PruningError(tracing.explained(error, model, example)) from error
+    graph_module = captured.graph_module
+    _unpack_record(graph_module.graph)
+    graph_module.recompile()
+    attentions = {node.meta["attention"] for node in graph_module.graph.nodes if "attention" in node.meta}
+    graph_module.meta["attentions"] = {name: heads_of(model.get_submodule(name)) for name in attentions}
+    graph_module.meta["decisions"], graph_module.meta["holds_for"] = captured.decisions, captured.holds_for
     return graph_module
 
 
-def _unpack_named_tuple(graph: fx.Graph) -> None:
+def _unpack_record(graph: fx.Graph) -> None:
     """Let the graph give the fields themselves: auxiliary heads are usually answered in a named tuple."""
     output = next(node for node in graph.nodes if node.op == "output")
     answer = output.args[0]
-    if isinstance(answer, fx.Node) and isinstance(answer.target, type) and issubclass(answer.target, tuple):
-        output.args = (tuple(answer.args),)
+    if isinstance(answer, fx.Node) and answer.op == "call_function" and isinstance(answer.target, type):
+        output.args = (dict(answer.kwargs) if answer.kwargs else tuple(answer.args),)
         graph.erase_node(answer)
 
 
 def structure_copy(model: nn.Module) -> nn.Module:
     """Copy the modules of `model` but share its tensors: for reading, and for replacing layers one by one."""
-    tensors = chain(model.parameters(), model.buffers())
     try:
-        return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
-    except Exception as error:
+        return tracing.structure_copy(model)
+    except tracing.Untraceable as error:
         raise PruningError(
-            f"{type(model).__name__} cannot be copied: {_first_sentence(error)}. Pruning works on "
-            "a copy, so copy.deepcopy(model) has to work."
+            f"{type(model).__name__} {error.reason}. Pruning works on a copy, so copy.deepcopy(model) has to work."
         ) from error
 
 
-def traced_copy(model: nn.Module) -> fx.GraphModule:
+def traced_copy(model: nn.Module, example: torch.Tensor | None = None) -> fx.GraphModule:
     """Trace a structure copy of `model` in eval mode, with auxiliary heads, which only training uses, as more outputs.
 
     Auxiliary heads read channels that may be pruned, so they have to be in the graph. A module asks its own `training`
     flag whether to call them: the graph is traced with that flag set in the modules around them, and in these alone, so
     that BatchNorm and dropout behave as in eval mode. `meta["training"]` holds their names; see `set_traced_mode`.
 
+    With an `example`, as `trace` takes it, the graph's answers in eval mode are proved to be the model's own.
+
     Raises:
-        PruningError: untraceable, or training takes another way through the network than evaluation.
+        PruningError: untraceable, random, or training takes another way through the network than evaluation.
     """
-    graph_module = trace(structure_copy(model).eval())
+    graph_module = trace(structure_copy(model).eval(), example)
+    if example is not None:
+        _prove(graph_module, model, example)
     unused = unused_modules(graph_module, model)
-    heads = unused - unused_modules(trace(structure_copy(model).train()), model) if unused else set()
+    heads = unused - unused_modules(trace(structure_copy(model).train(), example), model) if unused else set()
     if not heads:
         return graph_module
     around = _modules_around(heads, model)
-    graph_module = trace(set_traced_mode(structure_copy(model), around))
+    graph_module = trace(set_traced_mode(structure_copy(model), around), example)
     graph_module.meta["training"] = around
     missing = unused_modules(graph_module, model) - (unused - heads)
     if missing:
@@ -99,6 +98,13 @@ def traced_copy(model: nn.Module) -> fx.GraphModule:
             "in the form in which it is deployed, and try again."
         )
     return graph_module
+
+
+def _prove(graph_module: fx.GraphModule, model: nn.Module, example: torch.Tensor) -> None:
+    try:
+        tracing.prove(graph_module, structure_copy(model).eval(), probe(graph_module, example))
+    except tracing.Untraceable as error:
+        raise PruningError(tracing.explained(error, model, example)) from error
 
 
 def set_traced_mode(model: nn.Module, training: Iterable[str]) -> nn.Module:
@@ -148,9 +154,14 @@ def probe(graph_module: fx.GraphModule, example: torch.Tensor) -> torch.Tensor:
     """
     channels, height, width = example.shape[1:]
     sizes = [(size, size) for size in _SMALL_SIZES if size < min(height, width)] + [(height, width)]
+    if "probe_size" in graph_module.meta:
+        sizes = [graph_module.meta["probe_size"]]
+    holds_for = graph_module.meta["holds_for"] if graph_module.meta.get("decisions") else lambda images: True
     generator = torch.Generator().manual_seed(0)
     for size in sizes:
         images = torch.rand(PROBE_BATCH, channels, *size, generator=generator).to(example.device)
+        if size not in (sizes[-1], (height, width)) and not holds_for(images):
+            continue
         try:
             with torch.no_grad():
                 _Shapes(graph_module).run(images)
@@ -158,18 +169,19 @@ def probe(graph_module: fx.GraphModule, example: torch.Tensor) -> torch.Tensor:
             if size == sizes[-1]:
                 raise PruningError(
                     f"The network does not run on two images of {channels} x {height} x {width}: "
-                    f"{_first_sentence(error)}. Give an example of the size it was built for."
+                    f"{tracing.first_sentence(error)}. Give an example of the size it was built for."
                 ) from error
             continue
+        graph_module.meta["probe_size"] = size
         return images
     raise AssertionError("the example's own size is always tried")
 
 
-class _Tracer(fx.Tracer):
-    """fx's tracer, remembering where in the user's code each operation stands, and in which attention module."""
+class _Tracer(tracing.ValueTracer):
+    """Remembers in which attention module each operation stands."""
 
-    def __init__(self, opens_attention: bool) -> None:
-        super().__init__()
+    def __init__(self, images: torch.Tensor | None, opens_attention: bool) -> None:
+        super().__init__(images)
         self._opens_attention = opens_attention
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
@@ -177,14 +189,8 @@ class _Tracer(fx.Tracer):
             return True
         return isinstance(m, PrunedMultiheadAttention) or super().is_leaf_module(m, module_qualified_name)
 
-    def create_node(self, kind, target, args, kwargs, name=None, type_expr=None):  # type: ignore[no-untyped-def]
+    def create_node(self, kind: str, target: Any, args: Any, kwargs: Any, name: Any = None, type_expr: Any = None) -> Any:
         node = super().create_node(kind, target, args, kwargs, name, type_expr)
-        frame = sys._getframe(1)
-        while frame is not None and frame.f_code.co_filename.startswith((_TORCH, __file__)):
-            frame = frame.f_back
-        if frame is not None and kind in ("call_function", "call_method"):
-            code = frame.f_code
-            node.meta["source"] = f"{code.co_name} ({Path(code.co_filename).name}, line {frame.f_lineno})"
         for path, _ in self.module_stack.values():
             if is_attention(self.root.get_submodule(path)):
                 node.meta["attention"] = path
@@ -209,15 +215,3 @@ def call_counts(graph_module: fx.GraphModule) -> Counter[str]:
     """How often the forward pass calls each module."""
     return Counter(str(node.target) for node in graph_module.graph.nodes if node.op == "call_module")
 
-
-def _first_sentence(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return (lines[0] if lines else type(error).__name__).rstrip(".")
-
-
-def _user_line(error: BaseException) -> str:
-    frames = traceback.extract_tb(error.__traceback__)
-    callers = [frame for frame in frames if not frame.filename.startswith((_TORCH, __file__))]
-    own = [frame for frame in callers if not frame.filename.startswith(_LIBRARIES)]
-    frame = (own or callers or frames)[-1]
-    return f"{Path(frame.filename).name}, line {frame.lineno}, in {frame.name}: `{frame.line}`"

@@ -65,6 +65,7 @@ def slim(model: nn.Module, example: Tensor, plan: Plan, how: Training) -> Masks:
     """
     groups = normalised_groups(model, example, plan)
     norms = sorted({name for group in groups for name, _ in group})
+    _nni.know_subclasses(model, norms)
     config = [{"op_names": norms, "target_names": ["weight"], "sparse_ratio": 0.5}]  # its masks are not used
     evaluator = training_evaluator(model, how)
     pruner = _slim_class()(model, config, evaluator, how.steps, _penalty(how) * len(norms))

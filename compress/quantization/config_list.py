@@ -20,6 +20,7 @@ from torch import fx, nn
 from compress.nni_entries import Entry, Selector
 from compress.quantization.bits import FLOAT, BitPlan, LayerBits
 from compress.quantization.prepare import quantization_points, quantized_layers, readers_of
+from compress.tracing import type_name
 
 FIELD = "quantization_config_list"
 _NEW = {"target_names", "quant_dtype", "quant_scheme", "granularity", "target_settings"}
@@ -49,7 +50,7 @@ def translate(model: nn.Module, prepared: fx.GraphModule, entries: Sequence[Entr
     Raises:
         RequestError: an unknown key, both styles of keys, a name that does not exist, or what cannot be honoured.
     """
-    types = {name: type(module).__name__ for name, module in model.named_modules()}
+    types = {name: type_name(module) for name, module in model.named_modules()}
     known = {name: kind for name, kind in types.items() if kind in (*_LAYERS, *_OTHERS)}
     selector = Selector(FIELD, known, "a layer", (*_LAYERS, *_OTHERS), "NNI quantizes these")
     selector.refuse_keys(entries, _NEW, _OLD, _REFUSED)
