@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from compress import uploads
+from compress import refusals
 
 MAX_DIRECTORY_BYTES_PER_ENTRY = 512
 MAX_HEADER_BYTES = 4 * 2**20
@@ -161,7 +161,7 @@ def _why_no_zip(path: Path) -> str:
         return "it is empty"
     if start.startswith(b"PK"):
         return "its zip directory is missing, as after an interrupted transfer"
-    return f"it is {uploads.archive(start)}, not a zip" if uploads.archive(start) else "it is not a zip"
+    return f"it is {refusals.archive(start)}, not a zip" if refusals.archive(start) else "it is not a zip"
 
 
 def checksum_failure(path: Path) -> str | None:

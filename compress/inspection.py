@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from compress import containers, naming, pickles, uploads
+from compress import containers, naming, pickles, refusals
 from compress.containers import ITEM_BYTES, TensorEntry
 from compress.errors import CheckpointError
 from compress.pickles import StoredTensor
-from compress.uploads import RESAVE
+from compress.refusals import RESAVE
 
 MAX_FILE_BYTES = 2 * 2**30
 MAX_ENTRIES = 10_000
@@ -56,11 +56,11 @@ def inspect(path: Path) -> Inspected:
     if start.startswith(b"PK"):
         keys, tensors = _unwrapped(path, _index_of_zip(path))
         inspected = Inspected(keys, tensors, {}, size, True)
-    elif path.suffix.lower() == ".safetensors" and uploads.told_by(start, ".safetensors")[0] in _SAFETENSORS:
+    elif path.suffix.lower() == ".safetensors" and refusals.told_by(start, ".safetensors")[0] in _SAFETENSORS:
         header = _safetensors_header(path)
         inspected = Inspected((), header.tensors, header.metadata, size, False)
     else:
-        raise _refusal(path, *uploads.told_by(start, path.suffix.lower()))
+        raise _refusal(path, *refusals.told_by(start, path.suffix.lower()))
     _check(path, inspected)
     return inspected
 
@@ -91,14 +91,14 @@ def _look(path: Path) -> tuple[int, bytes]:
 
 
 def _refusal(path: Path, kind: str, what: str = "") -> CheckpointError:
-    return CheckpointError(uploads.sentence(path.name, kind, what))
+    return CheckpointError(refusals.sentence(path.name, kind, what))
 
 
 def _safetensors_header(path: Path) -> containers.SafetensorsHeader:
     try:
         return containers.read_safetensors_header(path)
     except containers.UnknownFormat as name:
-        kind = uploads.number_format(str(name))
+        kind = refusals.number_format(str(name))
         if kind is not None:
             raise _refusal(path, kind, str(name)) from name
         raise CheckpointError(
@@ -130,7 +130,7 @@ def _index_of_zip(path: Path) -> Any:
     except containers.Refused as reason:
         raise CheckpointError(f"{path.name} is not a usable checkpoint: {reason}. {RESAVE}") from reason
     except pickles.ForeignGlobal as foreign:
-        kind, name = uploads.named(f"{foreign.module}.{foreign.name}", foreign.others)
+        kind, name = refusals.named(f"{foreign.module}.{foreign.name}", foreign.others)
         raise _refusal(path, kind, containers.printable(name)) from foreign
     damaged = containers.checksum_failure(path)
     if damaged is not None:
@@ -168,7 +168,7 @@ def _check_names(path: Path, names: list[str]) -> str:
     root = names[0].partition("/")[0] + "/" if names else ""
     inside = {name.removeprefix(root) for name in names}
     if "data.pkl" not in inside or inside & {"constants.pkl", "archive_format"}:
-        if kind := uploads.in_zip(inside):
+        if kind := refusals.in_zip(inside):
             raise _refusal(path, *kind)
     if len(inside) != len(names):
         raise containers.Refused("it holds two entries of one name")

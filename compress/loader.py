@@ -21,8 +21,8 @@ from compress import containers, processes
 from compress.containers import TensorEntry
 from compress.errors import CheckpointError, StorageError
 from compress.inspection import Inspected
+from compress.refusals import RESAVE
 from compress.unpacking import FOUND, NEGATIVE, NO_ROOM, NOT_CONFINED, NOT_FINITE, WRITTEN, Order
-from compress.uploads import RESAVE
 
 START_S = 120
 """Importing torch, on a machine that is busy."""

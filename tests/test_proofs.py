@@ -109,7 +109,9 @@ def test_an_in_place_operation_taken_for_another_is_found(monkeypatch):
                 module.inplace = False
 
     monkeypatch.setattr("compress.quantization.decompose.make_functional", forget)
-    with pytest.raises(HandoffError, match=r"model, torch and traced graph, torch answer differently: .* They part between"):
+    with pytest.raises(
+        HandoffError, match=r"model, torch and traced graph, torch answer differently: .* They part between"
+    ):
         prepare(built(InPlaceSkip), images())
 
 
@@ -131,7 +133,9 @@ def test_points_that_are_set_wrongly_are_found_and_the_place_is_named(monkeypatc
         node.replace_input_with(node.args[0], node.args[0].args[0].args[0])
 
     monkeypatch.setattr(prepare_file, "insert_points", wrong)
-    with pytest.raises(HandoffError, match=r"prepared graph, torch answer differently.* They part between act and conv\."):
+    with pytest.raises(
+        HandoffError, match=r"prepared graph, torch answer differently.* They part between act and conv\."
+    ):
         prepare(built(InPlaceSkip), images())
 
 

@@ -86,7 +86,11 @@ def test_a_runtime_that_refuses_is_a_problem_only_when_it_was_asked_for(monkeypa
         (True, {}, "Every parameter of the model is frozen. Unfreeze some, or set --finetune-epochs and"),
         (True, {"finetune_epochs": 0, "qat_epochs": 0}, None),
         (False, {"train_batch_size": 64}, "There are too few training images for one batch."),
-        (False, {"pruner": "taylor", "finetune_epochs": 0, "qat_epochs": 0, "train_batch_size": 64}, "There are too few"),
+        (
+            False,
+            {"pruner": "taylor", "finetune_epochs": 0, "qat_epochs": 0, "train_batch_size": 64},
+            "There are too few",
+        ),
     ],
 )
 def test_what_training_would_stop_on_is_a_problem_before_anything_is_spent(tmp_path, frozen, asked, sentence):

@@ -14,7 +14,12 @@ class InPlaceSkip(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.stem, self.act, self.conv, self.head = nn.Conv2d(3, 8, 3), nn.ReLU(inplace=True), nn.Conv2d(8, 8, 1), _head()
+        self.stem, self.act, self.conv, self.head = (
+            nn.Conv2d(3, 8, 3),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(8, 8, 1),
+            _head(),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.stem(x)
@@ -81,7 +86,12 @@ class Odd(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.stem, self.one, self.two, self.three = nn.Conv2d(3, 8, 3), nn.Conv2d(16, 8, 1), nn.Conv2d(16, 8, 1), nn.Conv2d(8, 8, 1)
+        self.stem, self.one, self.two, self.three = (
+            nn.Conv2d(3, 8, 3),
+            nn.Conv2d(16, 8, 1),
+            nn.Conv2d(16, 8, 1),
+            nn.Conv2d(8, 8, 1),
+        )
         self.fc = nn.Linear(8, 4)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -110,7 +120,9 @@ class Called(nn.Module):
 
 
 def _head() -> nn.Module:
-    return nn.Sequential(nn.Conv2d(8, 8, 1), nn.ReLU(inplace=True), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
+    return nn.Sequential(
+        nn.Conv2d(8, 8, 1), nn.ReLU(inplace=True), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)
+    )
 
 
 def built(kind: type[nn.Module]) -> nn.Module:

@@ -16,7 +16,7 @@ from checkpoint_files import small_state
 from safetensors.torch import save_file
 from torture.hostile import NO_LOADER
 
-from compress import checkpoints, inspection, uploads
+from compress import checkpoints, inspection, refusals
 from compress.errors import CheckpointError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -192,7 +192,7 @@ def test_a_safetensors_file_is_not_taken_for_what_its_first_bytes_look_like(leng
 
 
 def test_the_table_is_documented():
-    assert uploads.table() in (ROOT / "docs" / "uploads.md").read_text(encoding="utf-8")
+    assert refusals.table() in (ROOT / "docs" / "uploads.md").read_text(encoding="utf-8")
 
 
 def test_only_what_resaving_mends_is_told_to_be_saved_again():
@@ -208,4 +208,4 @@ def test_only_what_resaving_mends_is_told_to_be_saved_again():
         "shape",
         "mixed",
     ):
-        assert uploads.RESAVE not in uploads.KINDS[kind].remedy
+        assert refusals.RESAVE not in refusals.KINDS[kind].remedy
