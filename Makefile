@@ -7,7 +7,7 @@ COUNT ?= 1000000
 OUT ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help setup setup-dev browser demo app bench-app pictures test test-slow test-gpu lint bench pruners-table quantizers-table quantized-models-table strategies-table coverage torture fuzz assets clean bench-peers
+.PHONY: help setup setup-dev browser demo app bench-app pictures test test-slow test-gpu lint bench pruners-table quantizers-table quantized-models-table strategies-table coverage torture mutants fuzz assets clean bench-peers
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-23s %s\n", $$1, $$2}'
@@ -78,6 +78,9 @@ coverage: setup  ## docs/coverage.md: every torchvision classifier, proved; hour
 
 torture: setup-dev  ## hostile uploads and faults, all of them, and the table of what held; ROWS="hostile ..." for some
 	PYTHONPATH=tests $(PY) -W ignore -m torture $(ROWS)
+
+mutants: setup-dev  ## each protection taken out in turn: does a test miss it? an hour; NAMES="names keys" for some
+	nice $(PY) scripts/mutate.py $(or $(NAMES),--all)
 
 fuzz: setup-dev  ## a million random mutants of checkpoints and zips, hours; SEED=7 and COUNT=1000 for others
 	PYTHONPATH=tests $(PY) -W ignore -m torture.mutants --seed $(SEED) --count $(COUNT) --folder build/fuzz
