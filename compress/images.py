@@ -22,12 +22,16 @@ MAX_ASPECT = 100
 """Longer over shorter side. Resizing keeps it, so a strip of 14 x 990,000 pixels would become one of gigabytes."""
 MAX_INPUT, MAX_RESIZE = 2048, 4096
 """Pixels of a side: of a model's input, and of the shorter side before the crop."""
+MAX_SCANS = 100
+"""Of a JPEG file. A progressive one has about ten, and each is a walk over all of its pixels."""
 INTERPOLATIONS = ("bilinear", "bicubic")
 THUMBNAIL = 32
 """Largest side, in pixels, of an image that is padded instead of cropped; see `Preprocessing`."""
 CROP_RATIO = 256 / 224
 """Shorter side before the crop over the input size, where no `resize_size` is given; torchvision's usual recipe."""
 
+_SCAN = b"\xff\xda"
+"""Begins a scan of a JPEG file; within one, 255 is never followed by this."""
 _EIGHT_BIT_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")
 
 
@@ -117,6 +121,8 @@ def decode(data: bytes) -> Image.Image:
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             _refuse_unsuitable(image)
+            if image.format in ("JPEG", "MPO") and data.count(_SCAN) > MAX_SCANS:
+                raise Unreadable(f"a JPEG file of more than {MAX_SCANS} scans")
             image.load()
             return _to_rgb(ImageOps.exif_transpose(image))
     except UnidentifiedImageError as error:

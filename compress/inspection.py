@@ -32,6 +32,7 @@ _TENSOR_NAME = re.compile(r"[A-Za-z0-9_.-]{1,200}")  # torchvision's regnets hav
 _ENTRY_NAME = re.compile(
     r"(data\.pkl|version|byteorder|\.format_version|\.storage_alignment|\.data/serialization_id|data/\d+)"
 )
+_BESIDE_TENSORS = (StoredTensor, int, float, str, type(None))
 _SAFETENSORS = ("misnamed safetensors", "unknown")
 """What the start of a file named .safetensors may look like."""
 
@@ -207,14 +208,13 @@ def _unwrapped(path: Path, described: Any) -> tuple[tuple[str, ...], dict[str, T
 
 def _refuse_others(path: Path, described: Mapping[Any, Any], has_tensors: bool) -> None:
     """Raises CheckpointError where there are no tensors, or more than numbers and text among them."""
-    others = {
-        key: value for key, value in described.items() if not isinstance(value, StoredTensor | int | float | str | None)
-    }
-    names = [naming.shown(str(key)) for key, value in others.items() if isinstance(value, dict) or has_tensors]
+    others = [(key, value) for key, value in described.items() if not isinstance(value, _BESIDE_TENSORS)]
     if has_tensors and others:
-        raise _refusal(path, "mixed", f"{_kind(next(iter(others.values())))} ({names[0]})")
+        key, value = others[0]
+        raise _refusal(path, "mixed", f"{_kind(value)} ({naming.shown(str(key))})")
     if not has_tensors:
-        raise _refusal(path, "several", ", ".join(names[:3])) if names else _refusal(path, "nothing")
+        inner = [naming.shown(str(key)) for key, value in others[:3] if isinstance(value, dict)]
+        raise _refusal(path, "several", ", ".join(inner)) if inner else _refusal(path, "nothing")
 
 
 def _kind(value: Any) -> str:

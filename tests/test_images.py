@@ -63,6 +63,14 @@ def huge_png() -> bytes:
     return bytes(data_bytes)
 
 
+def many_scans() -> bytes:
+    """The last scan of a progressive JPEG, again and again: 20 MB of them take minutes."""
+    content = encoded(photo(0, (64, 64)), "JPEG", progressive=True)
+    assert 3 < content.count(b"\xff\xda") < 20 and images.decode(content).size == (64, 64)
+    last = content.rindex(b"\xff\xda")
+    return content[:last] + content[last:-2] * 200 + content[-2:]
+
+
 def animated() -> bytes:
     return encoded(photo(0), "WEBP", save_all=True, append_images=[photo(1)])
 
@@ -79,6 +87,7 @@ def animated() -> bytes:
         (deep_png, "more than 8 bits"),
         (huge_png, "more than 25 million pixels"),
         (animated, "animated"),
+        (many_scans, "a JPEG file of more than 100 scans"),
         (lambda: b"\xff" * (20 * 2**20 + 1), "larger than 20 MiB"),
     ],
 )

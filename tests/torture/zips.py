@@ -115,6 +115,11 @@ def _strip() -> bytes:
     return encoded(Image.new("1", (14, 990_000)))
 
 
+def _many_scans() -> bytes:
+    data = encoded(photo(903, (16, 16)), "JPEG", progressive=True)
+    return data[:-2] + data[data.rindex(b"\xff\xda") : -2] * 100 + data[-2:]
+
+
 def _turned() -> bytes:
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -225,6 +230,7 @@ CASES: dict[str, Case] = {
     ),
     "over 25 million pixels": Case(_with(cat__h_dot_png=_huge_header), SKIPPED, "more than 25 million", ALL),
     "one side over 100 times the other": Case(_with(cat__s_dot_png=_strip), SKIPPED, "over 100 times the other", ALL),
+    "a JPEG of over 100 scans": Case(_with(cat__s_dot_jpg=_many_scans), SKIPPED, "more than 100 scans", ALL),
     "over 5 % of unusable images": Case(
         _plain(pets() | {f"cat/bad{n}.png": b"x" for n in range(4)}), REFUSED, "4 of 52 images"
     ),
