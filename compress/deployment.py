@@ -16,7 +16,7 @@ from torch import Tensor
 from compress import evaluation, handoffs, ledger, onnx_export, quantization, stages
 from compress.engines import RUNTIMES, BuildSpec, Built, Precision, Runtime, Session
 from compress.engines.remote import recording
-from compress.errors import EngineError, HandoffError
+from compress.errors import MORE_MEMORY, EngineError, HandoffError
 from compress.files import atomic, write_text
 from compress.runs import Run
 from compress.sources import Source
@@ -245,9 +245,10 @@ def _compare_file(path: Path, source: Source, images: Sequence[Tensor]) -> np.nd
         with RUNTIMES["onnxruntime"].load(path, spec) as session:
             return evaluation.logits(session.run, images)
     except EngineError as error:
+        short = error.advice == MORE_MEMORY
+        advice = "End other programs on this machine and resume the run." if short else "Please report this model."
         raise HandoffError(
-            f"{path.name} cannot be proved equal to the model that it was made from: {error.what} The file is not handed on; "
-            "please report this model."
+            f"{path.name} cannot be proved equal to the model that it was made from: {error.what} {advice}"
         ) from error
 
 

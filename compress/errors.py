@@ -52,10 +52,14 @@ class HandoffError(CompressError):
     """A model changed its answers on the way from one form to the next; carries both numbers."""
 
 
+OTHER_RUNTIME = "Choose another runtime."
+MORE_MEMORY = "End other programs on this machine, or choose another runtime."
+
+
 class EngineError(HandoffError):
     """A runtime refused a file, failed on it, or its process ended: its name, what happened, and what to do next."""
 
-    def __init__(self, runtime: str, what: str, advice: str = "Choose another runtime.") -> None:
+    def __init__(self, runtime: str, what: str, advice: str = OTHER_RUNTIME) -> None:
         super().__init__(f"{what} {advice}".strip())
         self.runtime, self.what, self.advice = runtime, what, advice
 

@@ -14,6 +14,7 @@ import numpy as np
 from compress.benchmark import Pace
 from compress.engines import BuildSpec, Kernel, Session
 from compress.engines.onnxruntime import OnnxRuntime
+from compress.errors import EngineError
 
 HOLDING_THE_LOCK = ctypes.PyDLL(None)
 """Its calls keep Python's lock, as those of a library that never gives it back."""
@@ -34,6 +35,12 @@ def _raise() -> None:
     raise ValueError("At conv1: primitive descriptor was not found in its own words")
 
 
+def _want_too_much() -> None:
+    raise EngineError("openvino", "OpenVINO cannot compile it.") from RuntimeError(
+        "Exception from x.cpp: std::bad_alloc"
+    )
+
+
 def _say(words: bytes) -> None:
     os.write(2, words)
     os.abort()
@@ -48,6 +55,7 @@ FAULTS: dict[str, Callable[[], object]] = {
     "spin": _spin,
     "raise": _raise,
     "garbage": lambda: _say(b"garbage " * 400_000 + b"\nlast words\n"),
+    "no memory": _want_too_much,
     "allocate": lambda: _say(
         b"terminate called after throwing an instance of 'std::bad_alloc'\n  what():  std::bad_alloc\n"
     ),

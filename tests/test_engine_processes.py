@@ -76,6 +76,8 @@ def answered(model: Path) -> np.ndarray:
         ("compile: kill", KILLED.format("compiled model.onnx")),
         ("compile: allocate", "ended by signal 6 (SIGABRT) while it compiled model.onnx, out of memory. End other programs on this "
          "machine, or choose another runtime."),
+        ("compile: no memory", "ran out of memory while it compiled model.onnx. End other programs on this machine, or choose "
+         "another runtime."),
         ("compile: exit", "ended by exit code 0 while it compiled model.onnx. Choose another runtime."),
         ("compile: garbage", "ended by signal 6 (SIGABRT) while it compiled model.onnx. Choose another runtime."),
         ("compile: raise", "failed while it compiled model.onnx, at the layer conv1 (Conv). Choose another runtime."),

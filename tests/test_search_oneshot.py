@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from compress import recipes
-from compress.errors import HandoffError, RequestError, RunError
+from compress.errors import EngineError, HandoffError, RequestError, RunError
 from compress.request import Request
 from compress.search import oneshot as oneshots
 from compress.search import stopwatch
@@ -215,6 +215,35 @@ def test_a_runtime_that_refuses_the_file_is_left_out_unless_it_is_asked_for(ones
         monkeypatch.setattr(oneshot._stopwatch, "base", oneshot.base.model_copy(update={"runtime": "picky"}))
         with pytest.raises(HandoffError, match="An operator is missing"):
             oneshot._stopwatch._sessions(stack, here, load)
+
+
+def test_a_runtime_that_fails_in_the_race_is_left_out_unless_it_is_asked_for(oneshot, monkeypatch):
+    said = []
+    monkeypatch.setattr(oneshot._stopwatch, "_notify", said.append)
+
+    def race(sessions):
+        if "crashing" in sessions:
+            raise EngineError("openvino", "OpenVINO ended by signal 11 (SIGSEGV) while it was timed.")
+        return [f"time of {session}" for session in sessions]
+
+    monkeypatch.setattr(oneshot._stopwatch, "_race", race)
+    sessions = {"openvino": "crashing", "onnxruntime": "sound"}
+    assert oneshot._stopwatch._timings(sessions) == {"onnxruntime": "time of sound"}
+    assert said == [
+        "without OpenVINO: OpenVINO ended by signal 11 (SIGSEGV) while it was timed. Choose another runtime."
+    ]
+    with pytest.raises(EngineError, match="signal 11"):
+        oneshot._stopwatch._timings({"openvino": "crashing"})
+    monkeypatch.setattr(oneshot._stopwatch, "base", oneshot.base.model_copy(update={"runtime": "openvino"}))
+    with pytest.raises(EngineError, match="signal 11"):
+        oneshot._stopwatch._timings(sessions)
+
+
+def test_a_reference_whose_process_is_gone_is_loaded_again(oneshot):
+    before = oneshot._stopwatch._reference
+    before._process.end()
+    found = oneshot.evaluate(candidate(0.25, 0.25, 0.25))
+    assert found.latency_ms > 0 and oneshot._stopwatch._reference is not before
 
 
 @pytest.mark.parametrize("pruner", ["level", "none", "agp"])

@@ -1,5 +1,8 @@
 """The runtimes behind one small interface. Only the module of a runtime imports that runtime, and only when used.
 
+A runtime compiles and executes in a process of its own, because a crash of its native code would end this one: see `remote`
+for how files are loaded there, `process` for how it fails, `worker` for what it does.
+
 runtime = RUNTIMES["onnxruntime"]
 with runtime.load(path, BuildSpec(input_size=224, threads=1)) as session:
     logits, kernels = session.run(images), session.kernels()

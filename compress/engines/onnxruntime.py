@@ -127,8 +127,8 @@ class _GpuSession(_OnnxRuntimeSession):
         self._session = _load(path, _options(spec), providers)
         if (used := self._session.get_providers())[0] != provider:
             raise HandoffError(
-                f"ONNX Runtime was asked for its {provider} and fell back to {used[0]}; see its log for the CUDA or "
-                "TensorRT library that is missing, or choose onnxruntime."
+                f"ONNX Runtime was asked for its {provider} and fell back to {used[0]}: install the CUDA or TensorRT "
+                "library that the log of the run names, or choose onnxruntime."
             )
         nodes = nodes_by_provider(path, _options(spec), providers, spec)
         if not nodes[provider]:

@@ -25,7 +25,7 @@ import numpy as np
 from compress import processes
 from compress.engines import wire
 from compress.engines.base import Runtime
-from compress.errors import EngineError
+from compress.errors import MORE_MEMORY, OTHER_RUNTIME, EngineError
 
 SILENT_S = 300.0
 """Without computing anything, after which a runtime counts as hanging; shorter than what counts for a whole run."""
@@ -38,8 +38,6 @@ CONSOLE_BYTES = 1 << 20
 """Of what a runtime prints, at most this much is kept until it ends."""
 LAST_WORDS = 500
 _NO_MEMORY = "std::bad_alloc"
-_ADVICE = "Choose another runtime."
-_MEMORY_ADVICE = "End other programs on this machine, or choose another runtime."
 
 log = logging.getLogger("compress")
 
@@ -84,7 +82,7 @@ class RuntimeProcess:
             self._console.close()
             shutil.rmtree(self._folder, ignore_errors=True)
             what = f"No process could be started for {runtime.title} ({error.strerror})."
-            raise EngineError(runtime.name, what, _MEMORY_ADVICE) from error
+            raise EngineError(runtime.name, what, MORE_MEMORY) from error
         finally:
             theirs.close()
             os.close(lifeline)
@@ -146,17 +144,16 @@ class RuntimeProcess:
         try:
             code = self._process.wait(TICK_S)
         except subprocess.TimeoutExpired:
-            return f"broke off while it {doing}", _ADVICE
+            return f"broke off while it {doing}", OTHER_RUNTIME
         if code == -signal.SIGKILL:
             how = f"was killed (signal 9) while it {doing}, as happens when the machine runs out of memory"
-            return how, _MEMORY_ADVICE
+            return how, MORE_MEMORY
         how = f"ended by {_name(-code) if code < 0 else f'exit code {code}'} while it {doing}"
-        return (f"{how}, out of memory", _MEMORY_ADVICE) if _NO_MEMORY in self._last_words() else (how, _ADVICE)
+        return (f"{how}, out of memory", MORE_MEMORY) if _NO_MEMORY in self._last_words() else (how, OTHER_RUNTIME)
 
-    def _fail(self, how: str, advice: str = _ADVICE) -> NoReturn:
+    def _fail(self, how: str, advice: str = OTHER_RUNTIME) -> NoReturn:
         """Ends the process, and with it all that was loaded."""
-        if last := self._last_words():
-            log.info("last output of %s: %s", self._runtime.name, last)
+        self._log_output()
         self._failure = f"{self._runtime.title} {how}.", advice
         self.end()
         raise EngineError(self._runtime.name, *self._failure)
@@ -165,14 +162,19 @@ class RuntimeProcess:
         if "os_error" in header:
             raise OSError(*header["os_error"])
         if header.get("detail"):
-            log.info("%s, which %s, says: %s", self._runtime.name, doing, header["detail"])
+            log.info("%s, when it %s, said: %s", self._runtime.name, doing, header["detail"])
+            self._log_output()
         if "refused" in header:
             raise EngineError(self._runtime.name, header["refused"], header["advice"])
         if "failed" in header:
             why = "ran out of memory" if header["memory"] else "failed"
             where = f", at {header['failed']}" if header["failed"] else ""
-            advice = _MEMORY_ADVICE if header["memory"] else _ADVICE
+            advice = MORE_MEMORY if header["memory"] else OTHER_RUNTIME
             raise EngineError(self._runtime.name, f"{self._runtime.title} {why} while it {doing}{where}.", advice)
+
+    def _log_output(self) -> None:
+        if last := self._last_words():
+            log.info("last output of %s: %s", self._runtime.name, last)
 
     def _last_words(self) -> str:
         self._console.seek(max(0, self._console.seek(0, os.SEEK_END) - 4096))

@@ -9,6 +9,7 @@ import functools
 import importlib
 import json
 import re
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -54,6 +55,8 @@ def logger_of(module: str) -> Any:
 
         def log(self, severity: Any, message: str) -> None:
             self.messages.append(message)
+            if "rror" in message:
+                sys.stderr.write(f"{message}\n")  # the last one is kept, see `engines.process`
 
     return Collector()
 

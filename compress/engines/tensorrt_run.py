@@ -76,7 +76,7 @@ def inspect_engine(bindings: ModuleType, logger: Any, plan: bytes) -> str:
         engine = runtime.deserialize_cuda_engine(plan)
         if engine is None:
             raise HandoffError(
-                f"{bindings.__name__} cannot load the engine that it just built; its log has the reason."
+                f"{bindings.__name__} cannot load the engine that it just built; the log has its reason."
             )
         inspector = engine.create_engine_inspector()
         text = inspector.get_engine_information(bindings.LayerInformationFormat.JSON)
@@ -142,7 +142,7 @@ class TensorRTSession(Session):
                 driver.memcpy_dtoh_async(self._logits[:count], self._device_logits, self._stream)
             self._stream.synchronize()  # also after a failure: the copy still reads the host buffer
             if not done:
-                raise HandoffError(f"TensorRT could not run a batch of {count} images; its log has the reason.")
+                raise HandoffError(f"TensorRT could not run a batch of {count} images; the log has its reason.")
         return self._logits[:count].copy()
 
     def kernels(self) -> tuple[Kernel, ...]:

@@ -30,6 +30,8 @@ from compress.errors import CompressError, EngineError
 KILLED_FIRST = "500"
 """Added to the badness by which Linux chooses whom to kill when memory runs out: this process, not the run that started it."""
 
+_NO_MEMORY = ("bad_alloc", "out of memory", "failed to allocate memory")
+
 Answer = tuple[dict[str, Any], dict[str, np.ndarray]]
 
 
@@ -101,14 +103,21 @@ def _answered(worker: _Worker, order: str, arguments: dict[str, Any]) -> Answer:
     try:
         return getattr(worker, order)(**arguments)
     except CompressError as error:
+        if error.__cause__ and _ran_out(error.__cause__):
+            return {"failed": None, "memory": True, "detail": str(error.__cause__)}, {}
         what, advice = (error.what, error.advice) if isinstance(error, EngineError) else (str(error), "")
-        return {"refused": what, "advice": advice, "detail": str(error.__cause__ or "")}, {}
-    except OSError as error:
-        return {"os_error": [error.errno, error.strerror or str(error), error.filename]}, {}
+        return {"refused": what, "advice": advice, "detail": str(error.__cause__ or what)}, {}
     except Exception as error:  # noqa: BLE001 - whatever a runtime raises, its own words are for the log
+        if order == "compile" and isinstance(error, OSError) and error.errno:  # the disk's refusal of the engine
+            return {"os_error": [error.errno, error.strerror, error.filename]}, {}
         subject = blamed_layer(Path(arguments["path"]), str(error)) if "path" in arguments else None
         detail = f"{type(error).__name__}: {error}"
-        return {"failed": subject, "memory": memory.ran_out(error), "detail": detail}, {}
+        return {"failed": subject, "memory": _ran_out(error), "detail": detail}, {}
+
+
+def _ran_out(error: BaseException) -> bool:
+    """Whether it says that memory ran out, in the words of any runtime."""
+    return memory.ran_out(error) or any(words in str(error).lower() for words in _NO_MEMORY)
 
 
 def _spec(fields: dict[str, Any]) -> BuildSpec:
