@@ -376,6 +376,36 @@ def test_hooks_that_change_the_answers_are_refused_by_name(build, name):
     assert f"a hook of {name} changes them: write what the hook does into forward" in refusal(build())
 
 
+def test_the_hooks_of_a_wrapped_child_are_found():
+    child = nn.DataParallel(hooked("conv2", "hook", lambda module, inputs, output: 2 * output))
+    assert "a hook of `0.conv2` changes them" in refusal(nn.Sequential(child))
+    child.register_forward_hook(lambda module, inputs, output: 2 * output)
+    assert "put the hook on the module inside it" in refusal(child)
+
+
+class Greeting(Net):
+    def __call__(self, x):
+        return 2 * super().__call__(x)
+
+
+def test_a_call_beside_forward_is_refused():
+    assert "its class also has a __call__ of its own" in refusal(Greeting())
+
+
+class Forgetful(Net):
+    """Its train() returns nothing, as people write it to keep a BatchNorm in eval mode."""
+
+    def train(self, mode: bool = True) -> None:
+        super().train(mode)
+        self.norm1.eval()
+
+
+def test_a_train_that_returns_nothing_returns_the_module():
+    model = opened(Forgetful()).model
+    assert model.eval() is model and model.train() is model and type(model).__name__ == "Forgetful"
+    assert model.norm2.training and not model.norm1.training
+
+
 def test_what_cannot_be_copied_is_named():
     net = Net()
     net.conv2.lock = threading.Lock()
@@ -537,6 +567,18 @@ def test_inputs_without_defaults_are_named(build, names):
     assert f"this one also needs {names}: give {names} a default value" in refusal(build())
 
 
+class Viewed(Sized):
+    """Makes more rows of larger images, and so raises nothing."""
+
+    def forward(self, x):
+        return self.head(self.conv(x).relu().view(-1, self.head.in_features))
+
+
+class OneAtATime(Net):
+    def forward(self, x):
+        return super().forward(x.view(1, 3, SIZE, SIZE))
+
+
 @pytest.mark.parametrize(
     ("build", "told"),
     [
@@ -545,13 +587,18 @@ def test_inputs_without_defaults_are_named(build, names):
         (lambda: Sized(28, 28, 1), "it takes grey ones, of 1 channel, of 28 pixels (input_size=28)"),
         (
             lambda: Sized(64, 64),
-            "input_size: got 32, expected a size that the module takes: of 28 to 512 pixels it takes 64.",
+            "input_size: got 32, expected a size that the module takes: of 16 to 512 pixels it takes 64.",
         ),
         (
             lambda: Sized(32, 96),
             "height x width such as 32 x 96, 48 x 64, 64 x 48, 96 x 32. Let a module around it resize",
         ),
         (lambda: Sized(64, 128, 1), "and 1 channel. Let a module around it resize"),
+        (
+            lambda: Viewed(16, 16),
+            "input_size: got 32, expected a size that the module takes: of 16 to 512 pixels it takes 16.",
+        ),
+        (OneAtATime, "it takes one at a time: write x.shape[0] in place of 1"),
     ],
 )
 def test_the_true_reason_why_images_do_not_fit(build, told):

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from compress.errors import HandoffError, RequestError
+from compress import memory
+from compress.errors import CompressError, HandoffError, RequestError, RunError
 from compress.own_modules import answers, calling, copying, inputs, permanent, tensors, wrappers
 
 __all__ = ["OwnModule", "open_module", "unwrapped"]
@@ -73,29 +74,37 @@ def _plain_copy(bare: nn.Module, *, hooks: bool) -> tuple[nn.Module, list[str]]:
     """A copy in eval mode that is called with images alone, and what was done to it."""
     own = copying.copied(bare, hooks=hooks)
     notes = wrappers.unwrap_children(own) + tensors.to_float32(own)
-    own, defaults = calling.taking_images(own.eval())
+    own, defaults = calling.taking_images(calling.returning_itself(own))
     return own, notes + defaults
 
 
 def _first_answer(own: nn.Module, bare: nn.Module, images: Tensor) -> object:
     try:
-        return calling.run(own, images)
-    except Exception as error:  # noqa: BLE001 - what a user's own module raises is its author's choice
-        inputs.pass_on_lack_of_memory(error)
-        if hooked := copying.hooked_modules(bare):
+        answer = calling.run(own, images)
+    except CompressError:
+        raise
+    except Exception as error:  # what a user's own module raises is its author's choice
+        if memory.ran_out(error):
+            raise RunError(
+                f"Memory ran out while {type(bare).__name__} was tried on two images of {images.shape[2]} pixels. End other "
+                "programs on this machine, or give a smaller input_size."
+            ) from error
+        if copying.hooked_modules(bare):
             with_hooks, _ = _plain_copy(bare, hooks=True)
-            if calling.runs(with_hooks, images):
-                raise _needs_hooks(bare, hooked[0]) from error
-        raise inputs.refusal(own, images, error) from error
+            if inputs.takes(with_hooks, images):
+                raise _needs_hooks(bare, copying.hooked_modules(with_hooks)[0]) from error
+        raise inputs.refusal(own, images, inputs.raised(error)) from error
+    if not answers.has_rows(answer, len(images)):
+        raise inputs.refusal(own, images, f"it answered {len(images)} of them with {answers.listed(answer)}")
+    return answer
 
 
 def _check_hooks(bare: nn.Module, before: object, images: Tensor) -> list[str]:
     """Hooks stay on the user's module only: those that look on are left out, one that changes the answers is refused."""
-    hooked = copying.hooked_modules(bare)
-    if not hooked:
+    if not copying.hooked_modules(bare):
         return []
     own, _ = _plain_copy(bare, hooks=True)
-    answer = calling.run(own, images)
+    hooked, answer = copying.hooked_modules(own), calling.run(own, images)
     if not answers.are_equal(before, answer):
         for name in hooked:
             copying.drop_hooks(own.get_submodule(name))

@@ -98,6 +98,12 @@ def are_equal(one: object, other: object) -> bool:
     )
 
 
+def has_rows(answer: object, n: int) -> bool:
+    """Whether a tensor in the answer has a row for each of n images; one that flattens too large maps has more of them."""
+    batches = [leaf for _, leaf in _leaves(answer, ()) if leaf.ndim > 1]
+    return not batches or any(leaf.shape[0] == n for leaf in batches)
+
+
 def _leaves(value: object, path: Path) -> Iterator[tuple[Path, Tensor]]:
     """The tensors in an answer, and where they are."""
     if isinstance(value, Tensor):
@@ -137,7 +143,7 @@ def _fault(
     n = len(images)
     if len(found) > 1:
         return (
-            f"a classifier that answers with one tensor of class scores, and it answered {_listed(answer, leaves, n)}; of "
+            f"a classifier that answers with one tensor of class scores, and it answered {listed(answer, n)}; of "
             f"several answers, give a module that returns the one to compress, or name it {LOGITS!r} in a dictionary"
         )
     single = [leaf for _, leaf in leaves if leaf.is_floating_point() and leaf.numel() == n == leaf.shape[0]]
@@ -150,7 +156,7 @@ def _fault(
         )
     return (
         "a classifier that answers an image batch with one row of class scores each, [N, classes], and it answered "
-        f"{_listed(answer, leaves, n)}"
+        f"{listed(answer, n)}"
     )
 
 
@@ -174,7 +180,9 @@ def _two_of_one(model: nn.Module, images: Tensor) -> str:
     )
 
 
-def _listed(answer: object, leaves: list[tuple[Path, Tensor]], n: int) -> str:
+def listed(answer: object, n: int = 0) -> str:
+    """An answer in words, with the shape of each tensor; a first dimension of `n` is spoken of as N."""
+    leaves = list(_leaves(answer, ()))
     if isinstance(answer, Tensor):
         return f"a tensor of shape {_shape(answer, n)}"
     if not leaves:

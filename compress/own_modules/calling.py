@@ -25,14 +25,6 @@ def run(model: nn.Module, images: Tensor) -> Any:
         return model(images)
 
 
-def runs(model: nn.Module, images: Tensor) -> bool:
-    try:
-        run(model, images)
-    except Exception:  # noqa: BLE001 - what a user's own module raises is its author's choice
-        return False
-    return True
-
-
 def taking_images(model: nn.Module) -> tuple[nn.Module, list[str]]:
     """`model` with a forward of one input, and which inputs keep their defaults.
 
@@ -57,13 +49,30 @@ def taking_images(model: nn.Module) -> tuple[nn.Module, list[str]]:
 
 def with_forward(model: nn.Module, forward: Callable[[nn.Module, Tensor], Any]) -> nn.Module:
     """`model` itself as an instance of a subclass with this forward, under the old name; so its layers keep theirs."""
+    vars(model).pop("forward", None)
+    return _subclassed(model, forward=forward)
+
+
+def returning_itself(model: nn.Module) -> nn.Module:
+    """`model` in eval mode; a train() of its own that returns nothing returns the module as torch's does."""
+    if model.eval() is model:
+        return model
+    inner = type(model).train
+
+    def train(self: nn.Module, mode: bool = True) -> nn.Module:
+        inner(self, mode)
+        return self
+
+    return _subclassed(model, train=train).eval()
+
+
+def _subclassed(model: nn.Module, **methods: Callable[..., Any]) -> nn.Module:
     kind = type(model)
     base = (
         nn.Module if issubclass(kind, fx.GraphModule) else kind
     )  # a GraphModule writes its own forward again and again
     names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
-    vars(model).pop("forward", None)
-    model.__class__ = type(kind)(kind.__name__, (base,), {**names, "forward": forward})
+    model.__class__ = type(kind)(kind.__name__, (base,), names | methods)
     return model
 
 
@@ -81,6 +90,13 @@ def _forward_of(model: nn.Module) -> Callable[..., Any]:
             type(model).__name__,
             "a module whose class says what forward does, and here a function was put in its place: write a subclass with "
             "this forward",
+        )
+    if type(model).__call__ is not nn.Module.__call__ and not isinstance(model, fx.GraphModule):
+        raise RequestError(
+            "model",
+            type(model).__name__,
+            "a module whose forward computes the answers, and its class also has a __call__ of its own: write what that does "
+            "into forward",
         )
     if type(model).forward is nn.Module.forward:
         children = [

@@ -12,11 +12,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from compress import memory
-from compress.errors import CompressError, RequestError
-from compress.own_modules import calling
+from compress.errors import RequestError
+from compress.own_modules import answers, calling
 
-SIZES = (28, 32, 48, 56, 64, 84, 96, 112, 128, 160, 192, 224, 227, 240, 256, 288, 299, 320, 384, 448, 512)
+SIZES = (16, 28, 32, 48, 56, 64, 84, 96, 112, 128, 160, 192, 224, 227, 240, 256, 288, 299, 320, 384, 448, 512)
 SIDES = (32, 48, 64, 96, 128, 192, 224, 256, 320, 384)
 """Of images that are not square."""
 PATIENCE_S = 10
@@ -29,21 +28,26 @@ def example(size: int, channels: int = 3, width: int | None = None) -> Tensor:
     return torch.rand(2, channels, size, width or size, generator=torch.Generator().manual_seed(0))
 
 
-def pass_on_lack_of_memory(error: BaseException) -> None:
-    if isinstance(error, MemoryError) or isinstance(error, RuntimeError) and memory.ran_out(error):
-        raise error
+def takes(model: nn.Module, images: Tensor) -> bool:
+    """Whether `model` runs on the images and answers with a row for each; one that flattens larger maps gives more."""
+    try:
+        return answers.has_rows(calling.run(model, images), len(images))
+    except Exception:  # noqa: BLE001 - what a user's own module raises is its author's choice
+        return False
 
 
-def refusal(model: nn.Module, images: Tensor, error: Exception) -> CompressError:
-    """What to tell of `error`, which `model` raised on `images`: other images that it takes, or its own line."""
-    if isinstance(error, CompressError):
-        return error
+def refusal(model: nn.Module, images: Tensor, problem: str) -> RequestError:
+    """What to tell of a `model` that does not take `images`: others that it takes, or the problem itself."""
     size, until = images.shape[2], time.monotonic() + PATIENCE_S
+    if takes(model, images[:1]):
+        return _refused(
+            model, "a module for any number of images, and it takes one at a time: write x.shape[0] in place of 1"
+        )
     channels = _channels(model)
     for count in channels:  # the requested size first, then others
-        if calling.runs(model, example(size, count)):
+        if takes(model, example(size, count)):
             return _other_channels(model, count)
-    squares = [one for one in _within(SIZES, until) if calling.runs(model, example(one))]
+    squares = [one for one in _within(SIZES, until) if takes(model, example(one))]
     if squares:
         return RequestError(
             "input_size",
@@ -51,20 +55,19 @@ def refusal(model: nn.Module, images: Tensor, error: Exception) -> CompressError
             f"a size that the module takes: of {SIZES[0]} to {SIZES[-1]} pixels it takes {_joined(squares)}",
         )
     for count, one in _within(product(channels, SIZES), until):
-        if calling.runs(model, example(one, count)):
+        if takes(model, example(one, count)):
             return _other_channels(model, count, one)
     oblong = [
         (count, height, width)
         for count, height, width in _within(product((3, *channels), SIDES, SIDES), until)
-        if height != width and calling.runs(model, example(height, count, width))
+        if height != width and takes(model, example(height, count, width))
     ]
     if oblong:
         return _not_square(model, oblong)
-    return RequestError(
-        "model",
-        type(model).__name__,
-        f"a module that takes images [N, 3, {size}, {size}], and it raised {_raised(error)}; no other size that was tried does "
-        f"either. Mend that line, or try the module on torch.rand(2, 3, {size}, {size}) with the size it was made for",
+    return _refused(
+        model,
+        f"a module that takes images [N, 3, {size}, {size}], and {problem}; no other size that was tried does either. Mend "
+        f"that, or try the module on torch.rand(2, 3, {size}, {size}) with the size it was made for",
     )
 
 
@@ -83,16 +86,14 @@ def _within(values: object, until: float) -> Iterator:  # type: ignore[type-arg]
 def _other_channels(model: nn.Module, count: int, size: int | None = None) -> RequestError:
     at = f", of {size} pixels (input_size={size})" if size else ""
     if count == 1:
-        return RequestError(
-            "model",
-            type(model).__name__,
+        return _refused(
+            model,
             f"a classifier of RGB images, and it takes grey ones, of 1 channel{at}: images are read as RGB, so let a module "
             "around it take the mean first, `def forward(self, x): return self.model(x.mean(1, keepdim=True))`, with equal "
             "mean and std for the three channels",
         )
-    return RequestError(
-        "model",
-        type(model).__name__,
+    return _refused(
+        model,
         f"a classifier of RGB images, and it takes {count} channels{at}: images are read as RGB, so give a module around it "
         f"whose forward makes the {count} channels of three",
     )
@@ -104,16 +105,15 @@ def _not_square(model: nn.Module, found: list[tuple[int, int, int]]) -> RequestE
     such = ", ".join(f"{height} x {width}" for one, height, width in found[:4] if one == count)
     grey = f" and {count} channel{'s' if count > 1 else ''}" if count != 3 else ""
     mean = ".mean(1, keepdim=True)" if count == 1 else ""
-    return RequestError(
-        "model",
-        type(model).__name__,
+    return _refused(
+        model,
         f"a classifier of square RGB images, and it takes other ones: height x width such as {such}{grey}. Let a module around "
         "it resize to those of its training first, `def forward(self, x): return "
         f"self.model(torch.nn.functional.interpolate(x{mean}, ({height}, {width})))`",
     )
 
 
-def _raised(error: Exception) -> str:
+def raised(error: Exception) -> str:
     """The error and the user's own line."""
     text = str(error).splitlines()[0].rstrip(".") if str(error) else ""
     frames = traceback.extract_tb(error.__traceback__)
@@ -122,7 +122,11 @@ def _raised(error: Exception) -> str:
     where = (
         f" at {Path(own[-1].filename).name}, line {own[-1].lineno}, in {own[-1].name}: `{own[-1].line}`" if own else ""
     )
-    return f"{type(error).__name__}{f' ({text})' if text else ''}{where}"
+    return f"it raised {type(error).__name__}{f' ({text})' if text else ''}{where}"
+
+
+def _refused(model: nn.Module, allowed: str) -> RequestError:
+    return RequestError("model", type(model).__name__, allowed)
 
 
 def _joined(sizes: list[int]) -> str:

@@ -17,6 +17,9 @@ _INSIDE = {
     "torch.nn.parallel.distributed.DistributedDataParallel": "module",
     "torch.optim.swa_utils.AveragedModel": "module",
     "torch._dynamo.eval_frame.OptimizedModule": "_orig_mod",
+    "timm.utils.model_ema.ModelEmaV2": "module",
+    "timm.utils.model_ema.ModelEmaV3": "module",
+    "deepspeed.runtime.engine.DeepSpeedEngine": "module",
 }
 """Class of a wrapper -> the attribute that holds the module. By name: torch._dynamo takes a second to import."""
 _SPOKEN = {"OptimizedModule": "torch.compile"}
@@ -43,10 +46,11 @@ def unwrap(model: nn.Module) -> tuple[nn.Module, list[str]]:
     """
     taken = []
     while (attribute := _inside(model)) is not None:
+        _refuse_hooks(model)
         taken.append(_spoken(model))
         model = getattr(model, attribute)
     _refuse_fixed_code(model)
-    return model, [f"{_listed(taken)} around the module was taken off."] if taken else []
+    return model, [f"{' and '.join(taken)} around the module was taken off."] if taken else []
 
 
 def unwrap_children(model: nn.Module) -> list[str]:
@@ -55,6 +59,7 @@ def unwrap_children(model: nn.Module) -> list[str]:
     for name, parent in list(model.named_modules()):
         for key, child in parent._modules.items():
             while child is not None and (attribute := _inside(child)) is not None:
+                _refuse_hooks(child)
                 taken.append(f"{_spoken(child)} around `{f'{name}.{key}'.lstrip('.')}`")
                 child = parent._modules[key] = getattr(child, attribute)
     return [f"{note} was taken off." for note in taken]
@@ -62,6 +67,15 @@ def unwrap_children(model: nn.Module) -> list[str]:
 
 def _inside(model: nn.Module) -> str | None:
     return next((_INSIDE[name] for name in _class_names(model) if name in _INSIDE), None)
+
+
+def _refuse_hooks(wrapper: nn.Module) -> None:
+    if vars(wrapper).get("_forward_hooks") or vars(wrapper).get("_forward_pre_hooks"):
+        raise RequestError(
+            "model",
+            _spoken(wrapper),
+            "a wrapper without hooks, for it is taken off: put the hook on the module inside it",
+        )
 
 
 def _class_names(model: nn.Module) -> list[str]:
@@ -133,7 +147,3 @@ def _advice_on_mapping(values: Mapping[Any, Any]) -> str:
         if isinstance(value, nn.Module):
             return f"this is a dictionary that holds one: give model=...[{key!r}]"
     return "this is a dictionary of weights: build the module, call its load_state_dict with them, and give the module"
-
-
-def _listed(names: list[str]) -> str:
-    return " and ".join(names)
