@@ -136,7 +136,7 @@ def test_sizes_that_the_model_does_not_take_are_recorded_as_such(dataset):
     weights = torch.linalg.lstsq(inputs.T @ inputs + 10 * torch.eye(256), inputs.T @ targets).solution
     linear = nn.Linear(256, 10, bias=False)
     linear.weight = nn.Parameter(weights.T)
-    fixed = nn.Sequential(FirstChannel(), nn.AvgPool2d(2), nn.Flatten(), linear)
+    fixed = nn.Sequential(OfKnownSize(), FirstChannel(), nn.AvgPool2d(2), nn.Flatten(), linear)
 
     checked = baseline.gate(fixed, dataset, dataset.train.preprocessing, seed=0)
 
@@ -145,6 +145,23 @@ def test_sizes_that_the_model_does_not_take_are_recorded_as_such(dataset):
         "--input-size 28",
         "--input-size 224",
     }
+
+
+class OfKnownSize(nn.Module):
+    """Raises what no layer of torch does."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return images * {32: 1}[images.shape[2]]
+
+
+class FewAtOnce(nn.Module):
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return {1: images, 2: images}[len(images)].flatten(1)[:, :10]
+
+
+def test_a_model_for_few_images_at_once_is_told_so(dataset):
+    with pytest.raises(BaselineError, match=r"takes two images, but not a batch of 64 \(KeyError\): write its forward"):
+        baseline.gate(FewAtOnce(), dataset, dataset.train.preprocessing, seed=0)
 
 
 class FirstChannel(nn.Module):
