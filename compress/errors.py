@@ -7,6 +7,9 @@ Python show it as it stands, so it never carries a traceback or another library'
 import difflib
 from collections.abc import Iterable
 
+MOST_SHOWN = 300
+"""Characters of a value in the sentence that refuses it."""
+
 
 class CompressError(Exception):
     """Anything Espalier refuses or fails to do; its text is written for the user."""
@@ -16,7 +19,8 @@ class RequestError(CompressError):
     """A field of the request is outside what is accepted, or contradicts another field."""
 
     def __init__(self, field: str, got: object, allowed: str) -> None:
-        super().__init__(f"{field}: got {got!r}, expected {allowed}.")
+        shown = repr(got) if len(repr(got)) <= MOST_SHOWN else f"{repr(got)[:MOST_SHOWN]}..."
+        super().__init__(f"{field}: got {shown}, expected {allowed}.")
         self.field, self.got, self.allowed = field, got, allowed
 
 

@@ -249,11 +249,15 @@ class Queue:
         """The run's folder. Raises `RunError` when there is no such run."""
         return self._folders.run(self._row(job_id).job_id)
 
-    def log_tail(self, job_id: str, max_bytes: int = 16_384) -> str:
-        """The end of the run's log; for one that failed, of what its process printed as well."""
+    def log_tail(self, job_id: str, max_bytes: int = 16_384, *, console: bool = True) -> str:
+        """The end of the run's log; for one that failed, of what its process printed as well.
+
+        Args:
+            console: with what the process printed, which can hold tracebacks and paths of this machine.
+        """
         row = self._row(job_id)
         text = jobs_files.tail(self._folders.run(job_id) / "log.txt", max_bytes)
-        if row.state == "failed":
+        if row.state == "failed" and console:
             text += jobs_files.tail(self._folders.console(job_id), max_bytes)
         return text
 

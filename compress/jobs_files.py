@@ -32,7 +32,7 @@ class Folders:
     """
 
     def __init__(self, data_dir: Path) -> None:
-        self.runs = _made(data_dir / "runs").resolve()
+        self.runs = _made(_made(data_dir) / "runs").resolve()
         self.deleted = _made(self.runs / ".deleted")  # on the same disk, and nobody else's, also where `runs` is a link
         self._formerly_deleted = data_dir / "deleted"  # where versions before this one put runs away
         self._consoles, self._kept = _made(data_dir / "consoles"), _made(data_dir / "kept")
@@ -79,7 +79,7 @@ class Folders:
 
 def _made(folder: Path) -> Path:
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     except OSError as error:
         raise storage_error(folder, error) from error
     return folder
@@ -113,7 +113,7 @@ def interrupted(returncode: int | None, *, stopped: bool = False) -> str:
         cause = ", often because the machine ran out of memory" if returncode == -9 else ""
         why = f"Its process was killed (signal {-returncode}{cause})"
     elif returncode:
-        why = f"Its process ended with exit code {returncode}; the log shows more"
+        why = f"Its process ended with exit code {returncode}; what it printed is in the run's file under consoles on the server"
     return f"The run was interrupted. {why}. Resume it: finished stages are not repeated."
 
 

@@ -46,6 +46,10 @@ def _field(default: Any, help: str, allowed: str, **limits: Any) -> Any:
     return Field(default, description=help, json_schema_extra={"allowed": allowed}, **limits)
 
 
+MOST_PATH = 4096
+"""Characters of a path, as Linux has it."""
+
+
 class Request(BaseModel):
     """One compression job. Raises `RequestError` on any value or combination that cannot work."""
 
@@ -57,6 +61,7 @@ class Request(BaseModel):
         "torchvision classifier, as `compress models` lists them; `custom` with compress.run(model=...)",
         "the name of a torchvision classifier; `python -m compress models` lists them",
         min_length=1,
+        max_length=100,
     )
     checkpoint: str = _field(
         "auto",
@@ -64,6 +69,7 @@ class Request(BaseModel):
         "`random`, or `auto`: the bundled checkpoint for resnet18 on fashion-mnist, else `published`",
         "a file, `hf://owner/name`, `published`, `random` or `auto`",
         min_length=1,
+        max_length=MOST_PATH,
     )
     # ---- the data ---------------------------------------------------------------------------------------------
     data: str = _field(
@@ -71,6 +77,7 @@ class Request(BaseModel):
         "`fashion-mnist` (bundled), a folder or .zip of images, or `none`",
         "`fashion-mnist`, a folder, a .zip, or `none`",
         min_length=1,
+        max_length=MOST_PATH,
     )
     input_size: int | None = _field(
         None,

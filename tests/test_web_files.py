@@ -89,7 +89,7 @@ OPEN = {
     "GET /healthz", "GET /runs/{job_id}/files/{name:path}", "GET /runs/{job_id}/files.zip", "POST /gradio_api/upload",
     "GET /gradio_api/upload_progress", "GET /", "GET /assets/{path:path}", "GET /static/{path:path}", "GET /svelte/{path:path}",
     "GET /theme.css", "GET /gradio_api/theme.css", "GET /favicon.ico", "GET /robots.txt", "GET /manifest.json",
-    "GET /gradio_api/startup-events", "GET /gradio_api/heartbeat/{session_hash}", "POST /gradio_api/queue/join",
+    "GET /gradio_api/startup-events", "GET /gradio_api/app_id", "GET /gradio_api/heartbeat/{session_hash}", "POST /gradio_api/queue/join",
     "GET /gradio_api/queue/data", "POST /gradio_api/run/{api_name}", "POST /gradio_api/api/{api_name}",
     "POST /gradio_api/cancel", "POST /gradio_api/reset", "GET /config", "GET /gradio_api/info", "GET /gradio_api/openapi.json",
     "POST /gradio_api/call/v2/{api_name}", "POST /gradio_api/call/{api_name}", "GET /gradio_api/call/{api_name}/{event_id}",
@@ -99,7 +99,7 @@ OPEN = {
 CLOSED = {
     "GET /openapi.json", "POST /login", "GET /logout", "GET /gradio_api/deep_link", "GET /pwa_icon", "GET /pwa_icon/{size}",
     "GET /monitoring", "GET /monitoring/summary", "GET /monitoring/{key}", "GET /gradio_api/user", "GET /gradio_api/login_check",
-    "GET /gradio_api/token", "GET /gradio_api/app_id", "GET /gradio_api/dev/reload", "GET /gradio_api/runs",
+    "GET /gradio_api/token", "GET /gradio_api/dev/reload", "GET /gradio_api/runs",
     "GET /gradio_api/custom_component/{id}/{environment}/{type}/{file_name}", "GET /gradio_api/proxy={url_path:path}",
     "GET /gradio_api/file={path_or_url:path}", "GET /gradio_api/file/{path:path}", "POST /gradio_api/stream/{event_id}",
     "POST /gradio_api/stream/{event_id}/close", "GET /gradio_api/stream/{session_hash}/{run}/{component_id}/playlist.m3u8",
@@ -233,8 +233,8 @@ def test_an_own_upload_is_handed_on_as_its_id() -> None:
         (json.dumps({"data": ["[" * 30 + "]" * 30]}).encode(), "more than 24 lists or objects"),
         (b"[" + b"1," * 60_000 + b"1]", "more than 50000 values"),
         (b'{"data": [}', r"is not valid JSON \(line 1, column 11\)"),
-        (b'{"data": [], "session_hash": "a/../b"}', "session_hash: expected up to 64 letters"),
-        (b'{"data": [], "session_hash": [1]}', "session_hash: got list"),
+        (b'{"data": [], "session_hash": "a/../b"}', "session_hash: expected a text of up to 64 letters"),
+        (b'{"data": [], "session_hash": [1]}', "session_hash: expected a text"),
     ],
 )  # fmt: skip
 def test_what_two_readers_could_understand_differently_is_refused(raw: bytes, told: str) -> None:

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, TypedDict, get_type_hints
 
 import gradio as gr
 
-from compress.errors import CompressError, RequestError, RunError
+from compress.errors import RequestError, RunError
 from compress.hub import SCHEME as HUB_SCHEME
 from compress.jobs import Queue, Status
 from compress.jobs_files import UPLOAD_FIELDS
@@ -21,11 +22,14 @@ from compress.request import Request
 from compress.ui.form import CHECKPOINT_SOURCES, DATA_SOURCES
 from compress.ui.handlers import App
 from compress.ui.rights import run_key
+from compress.ui.told import public, without_traceback
 from compress.ui.views_results import file_url
 from compress.ui.visits import Visit
 
 NAMED_SOURCES = {"checkpoint": CHECKPOINT_SOURCES, "data": DATA_SOURCES, "class_map": ()}
 """What a visitor may give as text where a shell takes a path: never a path of the server."""
+MAX_TEXT = 500
+"""Characters of an id, a key or a name."""
 
 
 class File(TypedDict):
@@ -47,8 +51,7 @@ def add_endpoints(app: App) -> None:
         gr.api(
             named,
             api_name=function.__name__,
-            queue=function == endpoints.check,
-            concurrency_limit=1 if function == endpoints.check else None,
+            queue=False,
         )
 
 
@@ -63,11 +66,13 @@ class Endpoints:
         owner = "" if visitor is None else Visit.of(visitor).who
         request, files = self._request(values, owner)
         job_id = self._queue.submit(request, files=files, owner=owner)
-        return self._queue.status(job_id).as_dict() | {"key": run_key(job_id)}
+        return public(self._queue.status(job_id)).as_dict() | {"key": run_key(job_id)}
 
-    def check(self, visitor: gr.Request | None, **values: Any) -> dict[str, Any]:
-        request, files = self._request(values, "" if visitor is None else Visit.of(visitor).who)
-        return self._app.check(request.model_copy(update={field: str(path) for field, path in files.items()}))
+    async def check(self, visitor: gr.Request | None, **values: Any) -> dict[str, Any]:
+        who = "" if visitor is None else Visit.of(visitor).who
+        request, files = self._request(values, who)
+        request = request.model_copy(update={field: str(path) for field, path in files.items()})
+        return await self._app.turns.take(who, partial(self._app.check, request))
 
     def status(self, job_id: str) -> dict[str, Any]:
         """How a run is doing.
@@ -80,7 +85,7 @@ class Endpoints:
             (0..1 of the run), seconds_left (of the stage), error (one sentence), and of a finished run its files.
         """
         status = self._queue.status(job_id)
-        return status.as_dict() | {"files": self._files(status)}
+        return public(status).as_dict() | {"files": self._files(status)}
 
     def cancel(self, job_id: str, key: str = "", visitor: gr.Request | None = None) -> dict[str, Any]:
         """Ends a run. When this returns, at most 5 s later, none of its processes lives.
@@ -93,7 +98,7 @@ class Endpoints:
             The run's status.
         """
         self._refuse_strangers(job_id, key, visitor)
-        return self._queue.cancel(job_id).as_dict()
+        return public(self._queue.cancel(job_id)).as_dict()
 
     def resume(self, job_id: str, key: str = "", visitor: gr.Request | None = None) -> dict[str, Any]:
         """Queues a failed or cancelled run again; finished stages are not repeated.
@@ -106,7 +111,7 @@ class Endpoints:
             The run's status.
         """
         self._refuse_strangers(job_id, key, visitor)
-        return self._queue.resume(job_id).as_dict()
+        return public(self._queue.resume(job_id)).as_dict()
 
     def list(self, limit: int = 50) -> list[dict[str, Any]]:
         """The latest runs, newest first, where the server shows everybody's runs.
@@ -124,7 +129,7 @@ class Endpoints:
             )
         if not 1 <= limit <= 1000:
             raise RequestError("limit", limit, "a whole number from 1 to 1000")
-        return [status.as_dict() for status in self._queue.list(limit)]
+        return [public(status).as_dict() for status in self._queue.list(limit)]
 
     def artifact(self, job_id: str, name: str) -> File:
         """A file of a finished run, after its hash was compared with the run's manifest.
@@ -212,9 +217,16 @@ def _with_request_parameters(function: Callable[..., Any], description: str) -> 
     if takes_visitor:
         parameters.insert(0, ("visitor", gr.Request, None))  # filled in by Gradio, and no parameter of the endpoint
 
-    def endpoint(*positional: Any, **values: Any) -> Any:
-        return told(**dict(zip((name for name, _, _ in parameters), positional, strict=False)) | values)
+    def named(positional: tuple[Any, ...]) -> dict[str, Any]:
+        return dict(zip((name for name, _, _ in parameters), positional, strict=False))
 
+    def call(*positional: Any, **values: Any) -> Any:
+        return told(**named(positional) | values)
+
+    async def wait(*positional: Any, **values: Any) -> Any:
+        return await told(**named(positional) | values)
+
+    endpoint = wait if inspect.iscoroutinefunction(function) else call
     endpoint.__name__ = function.__name__
     endpoint.__doc__ = description.format(arguments="\n".join(lines))
     endpoint.__annotations__ = {name: kind for name, kind, _ in parameters} | {"return": dict[str, Any]}
@@ -229,15 +241,36 @@ def _with_request_parameters(function: Callable[..., Any], description: str) -> 
 
 
 def _told(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` with refusals turned into the error that reaches the client word for word."""
+    """`function` with refusals turned into the error that reaches the client word for word.
 
-    def endpoint(*positional: Any, **named: Any) -> Any:
-        try:
-            return function(*positional, **named)
-        except CompressError as error:
-            raise gr.Error(str(error), print_exception=False) from error
+    Texts and numbers are held to their types here, for all endpoints alike; fields of a request are by `Request`.
+    """
+    signature = inspect.signature(function, eval_str=True)
 
+    def refuse_wrong_types(positional: tuple[Any, ...], named: dict[str, Any]) -> None:
+        for name, value in signature.bind_partial(*positional, **named).arguments.items():
+            kind = signature.parameters[name].annotation
+            if kind is str and not (isinstance(value, str) and len(value) <= MAX_TEXT):
+                raise RequestError(name, _short(value), f"a text of up to {MAX_TEXT} characters")
+            if kind is int and (not isinstance(value, int) or isinstance(value, bool)):
+                raise RequestError(name, _short(value), "a whole number")
+
+    @without_traceback
+    def call(*positional: Any, **named: Any) -> Any:
+        refuse_wrong_types(positional, named)
+        return function(*positional, **named)
+
+    @without_traceback
+    async def wait(*positional: Any, **named: Any) -> Any:
+        return await function(*positional, **named)
+
+    endpoint = wait if inspect.iscoroutinefunction(function) else call
     endpoint.__name__, endpoint.__doc__ = function.__name__, inspect.getdoc(function)
     endpoint.__annotations__ = get_type_hints(function)
-    endpoint.__signature__ = inspect.signature(function, eval_str=True)  # type: ignore[attr-defined]
+    endpoint.__signature__ = signature  # type: ignore[attr-defined]
     return endpoint
+
+
+def _short(value: Any) -> Any:
+    """As much of a wrong value as a sentence holds."""
+    return value[:50] if isinstance(value, str) else value if isinstance(value, int | float) else type(value).__name__

@@ -33,11 +33,14 @@ class BodyError(CompressError):
     """The body of a request is refused."""
 
 
-def handed_on(raw: bytes, is_upload: Callable[[str], bool]) -> bytes:
+def handed_on(
+    raw: bytes, is_upload: Callable[[str], bool], refuses_session: Callable[[str], bool] = lambda session: False
+) -> bytes:
     """The body as Gradio gets it.
 
     Args:
         is_upload: whether the visitor whose request it is has uploaded a file with this id.
+        refuses_session: whether a session gets no more answers.
 
     Raises:
         BodyError: it is no JSON, holds something that JSON has no words for, or names a file that is no such upload.
@@ -45,14 +48,21 @@ def handed_on(raw: bytes, is_upload: Callable[[str], bool]) -> bytes:
     if not raw.strip():
         return b""
     body = _read(raw)
-    if isinstance(body, dict) and not isinstance(session := body.get("session_hash"), str | None):
-        raise BodyError(f"session_hash: got {type(session).__name__}, expected a text.")
-    if isinstance(body, dict) and (session := body.get("session_hash")) and not SESSION.fullmatch(session):
-        raise BodyError("session_hash: expected up to 64 letters, digits, - and _.")
+    if isinstance(body, dict):
+        _refuse_session(body.get("session_hash"), refuses_session)
     try:
         return json.dumps(_Walk(is_upload).of(body), ensure_ascii=False, allow_nan=False).encode()
     except UnicodeEncodeError:
         raise BodyError("The body of this request holds text that is no Unicode (half of a surrogate pair).") from None
+
+
+def _refuse_session(session: Any, refuses: Callable[[str], bool]) -> None:
+    if session in (None, ""):
+        return
+    if not isinstance(session, str) or not SESSION.fullmatch(session):
+        raise BodyError("session_hash: expected a text of up to 64 letters, digits, - and _.")
+    if refuses(session):
+        raise BodyError("Many answers wait in this session: fetch them before you ask for more.")
 
 
 def _read(raw: bytes) -> Any:

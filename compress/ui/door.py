@@ -15,9 +15,10 @@ from urllib.parse import parse_qsl
 from fastapi.responses import JSONResponse, PlainTextResponse
 
 from compress.ui.bodies import BodyError, handed_on
-from compress.ui.limits import UPLOAD, Message, Receive, Scope, Send
+from compress.ui.limits import TOO_MANY, UPLOAD, Message, Receive, Scope, Send
 from compress.ui.login import HEALTH
 from compress.ui.receiving import PROGRESS
+from compress.ui.streams import Streams, StreamsError
 from compress.ui.visits import visitor_of
 
 READ = ("GET", "HEAD")
@@ -48,7 +49,7 @@ PAGE = (
     Route(("GET",), rf"/(assets|static|svelte)/{FILES}"),
     Route(("GET",), rf"({API})?/theme\.css"),
     Route(("GET",), r"/(favicon\.ico|robots\.txt|manifest\.json)"),
-    Route(("GET",), rf"{API}/startup-events"),  # the page starts Gradio's queue with it
+    Route(("GET",), rf"{API}/(startup-events|app_id/?)"),  # starts Gradio's queue; tells a page that the server began anew
     Route(("GET",), rf"{API}/heartbeat/{EVENT}", stream=True),
 )
 EVENTS = (
@@ -84,10 +85,19 @@ class Door:
     Args:
         routes: those that are open.
         is_upload: (id, visitor) -> whether this visitor has uploaded a file with this id.
+        refuses_session: whether so many answers wait for a session that it gets no more.
     """
 
-    def __init__(self, app: Any, routes: Sequence[Route], is_upload: Callable[[str, str], bool]) -> None:
-        self.app, self._is_upload = app, is_upload
+    def __init__(
+        self,
+        app: Any,
+        routes: Sequence[Route],
+        is_upload: Callable[[str, str], bool],
+        refuses_session: Callable[[str], bool] = lambda session: False,
+        streams: Streams | None = None,
+    ) -> None:
+        self.app, self._is_upload, self._refuses_session = app, is_upload, refuses_session
+        self._streams = streams or Streams()
         self._routes = [(re.compile(route.path), route) for route in routes]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -103,12 +113,26 @@ class Door:
             text = "There is nothing at this address."
             await PlainTextResponse(text, status_code=405 if found and route is None else 404)(scope, receive, send)
             return
-        if not route.json:
-            await self.app(scope, receive, send)
-            return
         visitor = visitor_of(scope)
+        if route.stream:
+            await self._stream(visitor, scope, receive, send)
+        elif route.json:
+            await self._body(visitor, scope, receive, send)
+        else:
+            await self.app(scope, receive, send)
+
+    async def _stream(self, visitor: str, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            body = handed_on(await _whole(receive), lambda upload_id: self._is_upload(upload_id, visitor))
+            with self._streams.listening(visitor):
+                await self.app(scope, receive, send)
+        except StreamsError as error:
+            await PlainTextResponse(str(error), status_code=TOO_MANY)(scope, receive, send)
+
+    async def _body(self, visitor: str, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            body = handed_on(
+                await _whole(receive), lambda upload_id: self._is_upload(upload_id, visitor), self._refuses_session
+            )
         except BodyError as error:
             told = {"error": str(error), "detail": str(error)}  # as Gradio's page and gradio_client look for it
             await JSONResponse(told, status_code=400)(scope, receive, send)

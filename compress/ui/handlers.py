@@ -30,6 +30,8 @@ from compress.ui.phone import narrowed
 from compress.ui.rights import Rights, run_key
 from compress.ui.settings import Settings
 from compress.ui.shell import Offer
+from compress.ui.told import public, without_folders
+from compress.ui.turns import Turns
 from compress.ui.uploads import Uploads
 from compress.ui.visits import Context, Visit
 from compress.ui.words import ENGLISH, texts, word
@@ -65,6 +67,7 @@ class App:
         self.uploads = Uploads(
             settings.uploads, most_bytes=2 * largest, most_bytes_in_all=16 * largest, age_s=UPLOAD_AGE_S
         )
+        self.turns, self.counts = Turns(), Turns()
         self.estimates = Estimates(settings.data_dir / "estimates", count)
 
     # ---- the start view -----------------------------------------------------------------------------------------
@@ -213,12 +216,12 @@ class App:
         if not job_id:
             return {}
         try:
-            status, kept = self.queue.status(job_id), self.queue.is_kept(job_id)
+            status, kept = public(self.queue.status(job_id)), self.queue.is_kept(job_id)
             mine = self.rights.may_change(job_id, key, visit.login)
             shown = {
                 "head": views.run_head(status, kept=kept, mine=mine),
                 "live": views.progress(status) + views.ending(status),
-                "log": views.log_text(self.queue.log_tail(job_id)),
+                "log": views.log_text(without_folders(self.queue.log_tail(job_id, console=False))),
                 "links": views_runs.links(job_id, finished=status.state == "done"),
             }
         except CompressError as error:

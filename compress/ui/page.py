@@ -10,10 +10,10 @@ from gradio.components import Component
 
 from compress.ui import sharing, views
 from compress.ui.api import add_endpoints
+from compress.ui.events import connect
 from compress.ui.form import UploadField, main_fields, more_fields
 from compress.ui.handlers import CHARTS, App, Updates
 from compress.ui.uploads import IMAGE_TYPES
-from compress.ui.visits import Visit
 from compress.ui.words import word
 
 POLL_S = 1.0
@@ -154,32 +154,8 @@ def _connect(page: gr.Blocks, app: App, parts: Parts, names: list[str]) -> None:
     def values(given: tuple[Any, ...]) -> dict[str, Any]:
         return dict(zip((name for name in names if name != "hint"), given, strict=True))
 
-    def on(
-        event: Any,
-        handler: Callable[..., Updates],
-        inputs: list[Any],
-        outputs: list[str],
-        *,
-        visited: bool = False,
-        **options: Any,
-    ) -> Any:
-        """Connects a handler; with `visited` it is told first whose request it answers."""
-
-        def call(*given: Any) -> Any:
-            updates = handler(*given)
-            found = [updates.get(name, gr.skip()) for name in outputs]
-            return found if len(found) > 1 else found[0]
-
-        def call_for(visitor: gr.Request, *given: Any) -> Any:
-            return call(Visit.of(visitor), *given)
-
-        return event(
-            call_for if visited else call,
-            inputs,
-            [parts[name] for name in outputs],
-            api_visibility="private",
-            **({"queue": False, "show_progress": "hidden"} | options),
-        )
+    def on(event: Any, handler: Callable[..., Updates], inputs: list[Any], outputs: list[str], **options: Any) -> Any:
+        return connect(event, handler, inputs, outputs, parts, **options)
 
     run_outputs = list(_SHOWN)
     run = [parts["job"], parts["key"]]
@@ -191,7 +167,7 @@ def _connect(page: gr.Blocks, app: App, parts: Parts, names: list[str]) -> None:
     on(page.load, app.banner, [], ["banner"])
     counting = (lambda *given: app.counted(values(given)), form, ["meaning"])
     meant = on(page.load, lambda *given: app.meaning(values(given)), form, ["meaning"])
-    on(meant.then, *counting, **_BEHIND)
+    on(meant.then, *counting, turns=app.counts, **_BEHIND)
     submitted = on(
         parts["submit"].click,
         lambda visit, again, look, *given: app.submit(visit, values(given), again, look),
@@ -207,6 +183,8 @@ def _connect(page: gr.Blocks, app: App, parts: Parts, names: list[str]) -> None:
         [parts["again"], *form],
         ["checked", "notice"],
         visited=True,
+        turns=app.turns,
+        refused="checked",
         show_progress_on=parts["checked"],
         **_SLOW,
     )
@@ -216,6 +194,8 @@ def _connect(page: gr.Blocks, app: App, parts: Parts, names: list[str]) -> None:
         [parts["job"], parts["image"]],
         ["tried"],
         visited=True,
+        turns=app.turns,
+        refused="tried",
         show_progress_on=parts["tried"],
         **_SLOW,
     )
@@ -225,7 +205,7 @@ def _connect(page: gr.Blocks, app: App, parts: Parts, names: list[str]) -> None:
         [parts["shared"]],
         api_visibility="private",
         show_progress_on=parts["shared"],
-        **_SLOW,
+        **_SLOW | {"concurrency_limit": 1},
     )
     searched = on(
         parts["search"].change,
@@ -263,7 +243,7 @@ def _connect(page: gr.Blocks, app: App, parts: Parts, names: list[str]) -> None:
                 trigger_mode="always_last",
             )
             if name in ("model", "weights", "images", "input_size", "channel_multiple"):
-                on(meant.then, *counting, **_BEHIND)
+                on(meant.then, *counting, turns=app.counts, **_BEHIND)
     themed = parts["theme"].click(None, None, [parts["look"]], js="() => espalier.toggle()", api_visibility="private")
     on(
         themed.then,
@@ -274,9 +254,9 @@ def _connect(page: gr.Blocks, app: App, parts: Parts, names: list[str]) -> None:
     )
 
 
-_SLOW = {"queue": True, "concurrency_limit": 1, "show_progress": "full", "trigger_mode": "once"}
-"""Of events that start a process: they wait for each other."""
-_BEHIND = {"queue": True, "concurrency_limit": 1}
+_SLOW = {"queue": True, "concurrency_limit": None, "show_progress": "full", "trigger_mode": "once"}
+"""Of events that start a process."""
+_BEHIND = {"queue": True, "concurrency_limit": None}
 """Of an event that starts a process and that nobody waits for."""
 _COMPARED = ("compare_table", "compare_chart", "plot_compare", "numbers_compare", "compare_runs")
 _SHOWN = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -24,10 +25,19 @@ from compress.ui.limits import Limits
 from compress.ui.login import HEALTH, Login, login_name
 from compress.ui.page import build_page
 from compress.ui.receiving import add_upload_routes
+from compress.ui.sessions import Unfetched, forget_sessions
 from compress.ui.settings import Settings
 from compress.ui.sharing import asks_to_log_in
+from compress.ui.streams import allow_many_descriptors
 from compress.ui.theme import STYLE, EspalierTheme, head
+from compress.ui.told import WRONG_VALUES, without_traceback
 from compress.ui.words import texts, translations
+
+log = logging.getLogger("compress.ui")
+ADDRESSES_ONLY = (
+    "The app listens on {host} and answers to numeric addresses and localhost only, such as http://192.0.2.1:7860, because other "
+    "sites could send browsers here under a name of theirs. Set ESPALIER_ALLOWED_HOSTS to the names that it shall answer to."
+)
 
 
 def build_app(
@@ -86,7 +96,9 @@ def build_app(
     )
     page.has_launched = True  # launch() sets it; without it Gradio would take any path for an upload of its own
     routes = open_routes(mcp=settings.mcp, space=asks_to_log_in(os.environ))
-    app.add_middleware(Door, routes=routes, is_upload=handlers.uploads.has)
+    page.process_api = without_traceback(page.process_api, WRONG_VALUES)  # handlers tell of their own mistakes
+    forget_sessions(page, app.routes[-1].app)
+    app.add_middleware(Door, routes=routes, is_upload=handlers.uploads.has, refuses_session=Unfetched(page).refuses)
     app.add_middleware(
         Limits,
         requests_per_min=settings.requests_per_min,
@@ -95,7 +107,9 @@ def build_app(
     )
     if settings.accounts:
         app.add_middleware(Login, accounts=settings.accounts)
-    app.add_middleware(Guard, hosts=settings.hosts, local=settings.trusts_visitors)
+    app.add_middleware(
+        Guard, hosts=settings.hosts, local=settings.trusts_visitors, addresses=settings.answers_to_addresses
+    )
     if page.mcp_error:  # Gradio would go on without
         raise RunError(f"The tools of ESPALIER_MCP cannot be offered ({page.mcp_error}). Unset it, or mend that first.")
     return app
@@ -167,6 +181,9 @@ def serve(settings: Settings) -> None:
     Raises:
         StorageError: the data folder cannot be used. With a damaged record of runs the app is read-only.
     """
+    allow_many_descriptors()
+    if settings.answers_to_addresses:
+        log.warning("%s", ADDRESSES_ONLY.format(host=settings.host))
     with Queue(settings.data_dir, read_only_when_damaged=True, **settings.queue_limits) as queue:
         app = build_app(
             settings,

@@ -59,7 +59,7 @@ class Settings:
     """ESPALIER_CLUSTER_GPUS: a share of one or a whole number, for each run."""
     allowed_hosts: tuple[str, ...] = ()
     """ESPALIER_ALLOWED_HOSTS: names, separated by commas, under which a proxy serves the app.
-    On a loopback address all other Host headers are refused; elsewhere any is accepted when this is empty."""
+    Other Host headers are refused; on an address that is no loopback, numeric addresses are answered when this is empty."""
     accounts: tuple[tuple[str, str], ...] = field(default=(), repr=False)
     """ESPALIER_LOGIN: `name:password`, several separated by spaces; see `compress.ui.login`. Default: nobody has to log in."""
     mcp: bool = False
@@ -110,8 +110,13 @@ class Settings:
 
     @property
     def hosts(self) -> tuple[str, ...]:
-        """Host names that are answered; empty for any."""
-        return (*LOOPBACK, *self.allowed_hosts) if self.local or self.allowed_hosts else ()
+        """Host names that are answered."""
+        return (*LOOPBACK, self.host, *self.allowed_hosts)
+
+    @property
+    def answers_to_addresses(self) -> bool:
+        """Whether any numeric address is answered as a Host: no name of somebody else's can stand for that."""
+        return self.host not in LOOPBACK and not self.allowed_hosts
 
     @classmethod
     def from_environment(cls, environ: Mapping[str, str]) -> Settings:
@@ -141,6 +146,8 @@ class Settings:
         for variable, (name, read) in readers.items():
             if environ.get(variable, "") != "":
                 given[name] = read(variable, environ[variable]) if read not in (Path, str) else read(environ[variable])
+        if environ.get("SPACE_HOST"):  # the name of a Space on the Hugging Face Hub
+            given["allowed_hosts"] = (*given.get("allowed_hosts", ()), environ["SPACE_HOST"])
         settings = cls(**given)
         if settings.mcp:
             _refuse_without_mcp(settings)
@@ -200,7 +207,7 @@ def _switch(variable: str, text: str) -> bool:
 
 
 def _names(variable: str, text: str) -> tuple[str, ...]:
-    return tuple(name.strip() for name in text.split(",") if name.strip())
+    return tuple(name.strip().lower() for name in text.split(",") if name.strip())
 
 
 def _accounts(variable: str, text: str) -> tuple[tuple[str, str], ...]:
