@@ -173,11 +173,16 @@ def test_a_copy_of_this_program_does_not_use_its_processes(model: Path) -> None:
 def test_a_hanging_runtime_ends_with_the_program(end: str, model: Path, tmp_path: Path) -> None:
     """Which may be killed alone, or be asked to stop with its group, as a queue does."""
     program = f"from faulty_runtimes import *; Faulty().load(Path({str(model)!r}), BuildSpec({SIZE}))"
-    env = {**os.environ, "FAULT": "compile: hang", "PYTHONPATH": f"{TESTS.parent}:{TESTS}"}
+    env = {
+        **os.environ,
+        "FAULT": "compile: hang",
+        "HANGING": str(tmp_path / "hanging"),
+        "PYTHONPATH": f"{TESTS.parent}:{TESTS}",
+    }
     started = processes.start([sys.executable, "-c", program], folder=tmp_path, console=None, env=env)
     child = processes.identify(started.pid)
     deadline = time.monotonic() + 60
-    while not (tmp_path / "hangs").exists() and time.monotonic() < deadline:
+    while not (tmp_path / "hanging").exists() and time.monotonic() < deadline:
         time.sleep(0.1)
     assert len(processes.living(child)) == 2
     if end == "kill the program":
