@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from compress.errors import HandoffError
 from compress.folding import folded
 from compress.quantization.convert import convert
-from compress.quantization.flavours import Flavour, apply_flavour, constant, remove_unused
+from compress.quantization.flavours import Flavour, apply_flavour, constant, free_suffix, remove_unused
 from compress.quantization.prepare import quantization_points
 from compress.quantization.ranges import Quantized
 
@@ -127,18 +127,23 @@ def _scopes(node: ir.Node) -> list[str]:
 
 
 def _name_quantization(model: ir.Model) -> None:
-    """Give every Q/DQ node its own scale and zero point, named after the point or layer that owns them.
+    """Give every Q/DQ node its own constants, named after the point or layer that owns them, and every call of a layer
+    Q/DQ nodes of its own.
 
-    The exporter shares equal constants between nodes; ONNX Runtime's rewrite of int8 weights for CPUs without VNNI
-    stops on a shared zero point ("Attempt to replace the existing tensor").
+    The exporter shares equal constants and nodes; ONNX Runtime's rewrite of int8 weights for CPUs without VNNI stops on
+    shared codes and zero points ("Attempt to replace the existing tensor").
     """
+    for node in list(model.graph):
+        if node.op_type == "DequantizeLinear" and node.inputs[0].is_initializer():
+            for user, index in list(node.outputs[0].uses())[1:]:
+                _own_weights(model, node, user, index)
     for node in model.graph:
         if node.op_type not in ("QuantizeLinear", "DequantizeLinear"):
             continue
         codes = node.inputs[0]
         if codes.is_initializer():
-            layer = codes.name.removesuffix(".codes")
-            names = f"{layer}.scales", f"{layer}.zero_points"
+            layer, _, call = codes.name.rpartition(".codes")
+            names = f"{layer}.scales{call}", f"{layer}.zero_points{call}"
         else:
             point = _scopes(node)[-2]
             node.name = f"{point}.{'quantize' if node.op_type == 'QuantizeLinear' else 'dequantize'}"
@@ -146,6 +151,18 @@ def _name_quantization(model: ir.Model) -> None:
         for index, name in enumerate(names, start=1):
             node.replace_input_with(index, constant(model, name, node.inputs[index].const_value.numpy()))
     remove_unused(model)
+
+
+def _own_weights(model: ir.Model, dequantize: ir.Node, user: ir.Node, index: int) -> None:
+    """Let `user` read a copy of the weights that `dequantize` gives."""
+    codes = dequantize.inputs[0]
+    name = codes.name + free_suffix(model, codes.name)
+    inputs = [constant(model, name, codes.const_value.numpy()), *dequantize.inputs[1:]]
+    copied = ir.node("DequantizeLinear", inputs, attributes=dict(dequantize.attributes), name=f"{name}.dequantize")
+    original = dequantize.outputs[0]
+    copied.outputs[0].name, copied.outputs[0].shape, copied.outputs[0].type = f"{name}.dequantized", original.shape, original.type
+    model.graph.insert_before(user, copied)
+    user.replace_input_with(index, copied.outputs[0])
 
 
 def _pool_instead_of_mean(model: ir.Model) -> None:

@@ -7,6 +7,7 @@ as int8, and quantize/dequantize operators in place of the points; `flavours` th
 from __future__ import annotations
 
 import copy
+from collections.abc import Collection, Mapping
 
 import numpy as np
 import torch
@@ -15,9 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from compress.errors import QuantizationError
+from compress.names import free_name
 from compress.quantization.flavours import Flavour, bias_codes, code_range
 from compress.quantization.prepare import quantization_points, readers_of
 from compress.quantization.ranges import Quantized, WeightGrid
+
+CALLS = "calls"
+"""Key of the graph module's meta: copy of a layer, for one of its further calls -> the layer."""
 
 
 class FakeQuantize(nn.Module):
@@ -74,9 +79,10 @@ def fake_quantized(quantized: Quantized, flavour: Flavour | None = None) -> fx.G
     are integers in the `onnxruntime` one.
     """
     model = _copy(quantized)
-    for name, grid in quantized.ranges.weights.items():
+    readers = readers_of(model)
+    for name, grid in _grids(model, quantized).items():
         layer = model.get_submodule(name)
-        layer.weight.copy_(grid.dequantized(layer.weight))
+        layer.weight = nn.Parameter(grid.dequantized(layer.weight), requires_grad=False)  # another's may be the same tensor
     for name, point in quantization_points(model).items():
         grid = quantized.ranges.activations[name]
         if flavour == "tensorrt" and point.only_onnxruntime:
@@ -84,20 +90,22 @@ def fake_quantized(quantized: Quantized, flavour: Flavour | None = None) -> fx.G
         lowest, highest = (grid.lowest, grid.highest) if flavour is None else code_range(point, grid, flavour)
         model.set_submodule(name, FakeQuantize(grid.scale, lowest, highest))
     if flavour == "onnxruntime":
-        _round_biases(model, quantized)
+        _round_biases(model, readers, quantized)
     return model
 
 
-def _round_biases(model: fx.GraphModule, quantized: Quantized) -> None:
+def _round_biases(model: fx.GraphModule, readers: Mapping[str, tuple[str, ...]], quantized: Quantized) -> None:
     """Move each bias onto the grid that the file has for it: whole multiples of input scale times weight scale."""
-    for name, layers in readers_of(quantized.model).items():
+    grids, calls = _grids(model, quantized), model.meta[CALLS]
+    for name, layers in readers.items():
         for layer in layers:
             module = model.get_submodule(layer)
             if module.bias is None:
                 continue
-            _, scales = quantized.ranges.weights[layer].in_container(quantized.model.get_submodule(layer).weight)
+            _, scales = grids[layer].in_container(quantized.model.get_submodule(calls.get(layer, layer)).weight)
             unit = np.float32(quantized.ranges.activations[name].scale) * scales.numpy()
-            module.bias.copy_(torch.from_numpy(bias_codes(module.bias.numpy(), unit) * unit))
+            rounded = torch.from_numpy(bias_codes(module.bias.numpy(), unit) * unit)
+            module.bias = nn.Parameter(rounded.to(module.bias.dtype), requires_grad=False)
 
 
 def convert(quantized: Quantized) -> fx.GraphModule:
@@ -116,7 +124,7 @@ def convert(quantized: Quantized) -> fx.GraphModule:
             clipped.replace_all_uses_with(rectified)
             model.graph.erase_node(clipped)
     model.recompile()
-    for name, grid in quantized.ranges.weights.items():
+    for name, grid in _grids(model, quantized).items():
         model.set_submodule(name, IntegerWeightLayer(model.get_submodule(name), grid))
     for name in points:
         model.set_submodule(name, QuantizeDequantize(quantized.ranges.activations[name].scale))
@@ -138,4 +146,34 @@ def _copy(quantized: Quantized) -> fx.GraphModule:
     if expected != set(quantized.ranges.activations):
         odd = sorted(expected ^ set(quantized.ranges.activations))[0]
         raise QuantizationError(f"{odd}: the ranges belong to a model with other points; quantize the model again.")
-    return copy.deepcopy(quantized.model).eval().requires_grad_(False)
+    model = copy.deepcopy(quantized.model).eval().requires_grad_(False)
+    model.meta[CALLS] = _unshare(model, quantized.ranges.weights)
+    return model
+
+
+def _unshare(model: fx.GraphModule, layers: Collection[str]) -> dict[str, str]:
+    """Give every further call of a layer a copy of its own, and return whose copy it is, by the copy's name.
+
+    What a call reads decides its bias's grid, and ONNX Runtime takes no constant that two integer layers share.
+    """
+    copies: dict[str, str] = {}
+    called: set[str] = set()
+    for node in model.graph.nodes:
+        layer = str(node.target)
+        if node.op != "call_module" or layer not in layers:
+            continue
+        if layer in called:
+            parent, _, own = layer.rpartition(".")
+            name = free_name(model.get_submodule(parent), f"{own}_2")
+            node.target = f"{parent}.{name}".lstrip(".")
+            model.add_submodule(node.target, copy.deepcopy(model.get_submodule(layer)))
+            copies[node.target] = layer
+        called.add(layer)
+    model.recompile()
+    return copies
+
+
+def _grids(model: fx.GraphModule, quantized: Quantized) -> dict[str, WeightGrid]:
+    """Of each layer and of the copies of it in `model`."""
+    grids = quantized.ranges.weights
+    return grids | {name: grids[layer] for name, layer in model.meta[CALLS].items()}

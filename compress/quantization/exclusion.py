@@ -20,12 +20,19 @@ def exclude_layers(source: Path, layers: Collection[str], flavour: Flavour, dest
     """
     model = ir.load(source)
     for node in list(model.graph):
-        if node.name in layers:
+        if node.name in layers or _layer_of(node) in layers:
             _read_floats(model, node)
     if flavour == "onnxruntime":
         keep_float_layers_float(model)
     remove_unused(model)
     ir.save(model, destination)
+
+
+def _layer_of(node: ir.Node) -> str | None:
+    """Whose integer weights the node reads: further calls of a layer have names of their own."""
+    dequantize = dequantized_by(node.inputs[1]) if node.op_type in ("Conv", "Gemm", "MatMul") else None
+    codes = dequantize and dequantize.inputs[0].name
+    return codes.rpartition(".codes")[0] if codes else None
 
 
 def _read_floats(model: ir.Model, layer: ir.Node) -> None:

@@ -115,10 +115,11 @@ def _quantize_biases(model: ir.Model) -> None:
             continue
         name, bias = node.inputs[2].name, node.inputs[2].const_value.numpy()
         scale = data.inputs[1].const_value.numpy() * weight.inputs[1].const_value.numpy()
+        call = free_suffix(model, f"{name}.codes")
         arrays = {"codes": bias_codes(bias, scale), "scales": scale, "zero_points": np.zeros(bias.shape, np.int32)}
-        inputs = [constant(model, f"{name}.{part}", array) for part, array in arrays.items()]
-        dequantize = ir.node("DequantizeLinear", inputs, attributes={"axis": 0}, name=f"{name}.dequantize")
-        dequantize.outputs[0].name = f"{name}.dequantized"
+        inputs = [constant(model, f"{name}.{part}{call}", array) for part, array in arrays.items()]
+        dequantize = ir.node("DequantizeLinear", inputs, attributes={"axis": 0}, name=f"{name}.dequantize{call}")
+        dequantize.outputs[0].name = f"{name}.dequantized{call}"
         model.graph.insert_before(node, dequantize)
         node.replace_input_with(2, dequantize.outputs[0])
 
@@ -158,6 +159,15 @@ def constant(model: ir.Model, name: str, array: np.ndarray) -> ir.Value:
                      const_value=ir.tensor(array, name=name))  # fmt: skip
     model.graph.register_initializer(value)
     return value
+
+
+def free_suffix(model: ir.Model, name: str) -> str:
+    """What has to be added to `name` for a new initializer: nothing, or `_2`, `_3` ... where it is taken."""
+    suffix, number = "", 1
+    while f"{name}{suffix}" in model.graph.initializers:
+        number += 1
+        suffix = f"_{number}"
+    return suffix
 
 
 def remove_unused(model: ir.Model) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from compress.quantization.convert import fake_quantized
+from compress.quantization.convert import CALLS, fake_quantized
 from compress.quantization.flavours import Flavour
 from compress.quantization.ranges import Quantized
 
@@ -145,7 +145,10 @@ def _recorder(model: fx.GraphModule, points: Collection[str]) -> Record:
 def _located(graph_module: fx.GraphModule, energies: Mapping[str, _Energy]) -> list[LocalNoise]:
     """Each compared point with the layers between the compared points before it and itself."""
     graph = graph_module.graph
-    names = {node: OUTPUT if node.op == "output" else str(node.target) for node in graph.nodes}
+    layers_of = graph_module.meta.get(CALLS, {})
+    names = {
+        node: OUTPUT if node.op == "output" else layers_of.get(node.target, str(node.target)) for node in graph.nodes
+    }
     stops = {node for node in graph.nodes if node.op in ("call_module", "output") and names[node] in energies}
     weighted = {node for node in graph.nodes if node.op == "call_module" and _has_weights(graph_module, node)}
     first_at: dict[fx.Node, str] = {}
