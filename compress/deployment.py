@@ -38,7 +38,9 @@ def export(work: Run, source: Source) -> Facts:
         path = work.artifacts / f"{variant}.onnx"
         precision = "fp16" if variant == "half" else "fp32"
         with atomic(path) as partial_path:
-            onnx_export.export(model, partial_path, input_size=source.preprocessing.input_size, precision=precision)
+            size = source.preprocessing.input_size
+            proof = onnx_export.export(model, partial_path, input_size=size, precision=precision, images=images[0])
+        rows += [proof | {"source": f"{variant}, torch", "target": f"{variant}, BatchNorm folded"}] if proof else []
         expected = evaluation.logits(evaluation.torch_answer(model), images)
         rows.append(handoffs.checked(handoffs.judge(variant, path.name, expected, _compare_file(path, source, images))))
         variants[variant] = [path.name]

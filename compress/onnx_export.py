@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from compress.errors import HandoffError
 from compress.folding import folded
+from compress.handoffs import Facts
 from compress.quantization.convert import convert
 from compress.quantization.flavours import Flavour, apply_flavour, constant, free_suffix, remove_unused
 from compress.quantization.prepare import quantization_points
@@ -37,13 +38,25 @@ _LARGEST_FILE = 1_500_000_000
 _SCOPES = "pkg.torch.onnx.name_scopes"
 
 
-def export(model: nn.Module, path: Path, *, input_size: int, precision: Precision = "fp32") -> None:
-    """Write `model` (eval mode is assumed; a float model) as one ONNX file.
+def export(
+    model: nn.Module, path: Path, *, input_size: int, precision: Precision = "fp32", images: Tensor | None = None
+) -> Facts | None:
+    """Write `model` (eval mode is assumed; a float model) as one ONNX file, and return how folding was proved.
 
     BatchNorm is folded first: the exporter would do so last, after it has carried it through every one of its passes.
-    Weights beyond 1.5 GB go to `<name>.data` beside it. Raises `HandoffError` when torch cannot export the model.
+    Weights beyond 1.5 GB go to `<name>.data` beside it.
+
+    Args:
+        images: what folding is proved on, see `folded`; two random ones without them.
+
+    Raises:
+        HandoffError: torch cannot export the model, or folding changes its answers.
     """
-    _save(_exported(folded(model), input_size, precision), path)
+    if images is None:
+        images = torch.randn(2, 3, input_size, input_size, generator=torch.Generator().manual_seed(0))
+    smaller, proof = folded(model, images)
+    _save(_exported(smaller, input_size, precision), path)
+    return proof
 
 
 def export_flavours(quantized: Quantized, paths: Mapping[Flavour, Path], *, input_size: int) -> None:

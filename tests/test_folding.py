@@ -6,6 +6,7 @@ from torch import nn
 from torchvision import models
 
 from compress import onnx_export
+from compress.errors import HandoffError
 from compress.folding import folded
 
 
@@ -29,7 +30,8 @@ def test_a_folded_model_answers_as_before_and_the_original_stays_as_it_was(name)
     model = _with_statistics(models.get_model(name, weights=None))
     before = {key: value.clone() for key, value in model.state_dict().items()}
     images = torch.randn(2, 3, 64, 64)
-    smaller = folded(model)
+    smaller, proof = folded(model, images)
+    assert proof["passed"]
     with torch.no_grad():
         expected, got = model(images), smaller(images)
     assert (got - expected).abs().max() <= 1e-4 * expected.abs().max()
@@ -58,8 +60,9 @@ class Odd(nn.Module):
 def test_a_batch_norm_that_others_depend_on_stays():
     model = _with_statistics(Odd())
     images = torch.randn(2, 3, 8, 8)
-    assert _norms(folded(model)) == _norms(model)
-    torch.testing.assert_close(folded(model)(images), model(images))
+    smaller, _ = folded(model, images)
+    assert _norms(smaller) == _norms(model)
+    torch.testing.assert_close(smaller(images), model(images))
 
 
 def test_a_model_that_cannot_be_traced_is_exported_as_it_is():
@@ -72,7 +75,7 @@ def test_a_model_that_cannot_be_traced_is_exported_as_it_is():
             return self.norm(self.conv(x)) if x.sum() > 0 else x
 
     model = Branches().eval()
-    assert folded(model) is model
+    assert folded(model, torch.randn(2, 3, 8, 8)) == (model, None)
 
 
 def test_an_exported_file_names_the_layers_that_batch_norm_was_folded_into(tmp_path):
@@ -82,3 +85,48 @@ def test_an_exported_file_names_the_layers_that_batch_norm_was_folded_into(tmp_p
     graph = onnx.load(tmp_path / "model.onnx").graph
     assert "layer1.0.conv1" in {node.name for node in graph.node}
     assert "BatchNormalization" not in {node.op_type for node in graph.node}
+
+
+class Entangled(nn.Module):
+    """Pairs that must stay: called by another name, hooked, and read by the model itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.norm_a, self.b, self.norm_b, self.c, self.norm_c = (
+            part for i in (3, 4, 4) for part in (nn.Conv2d(i, 4, 1), nn.BatchNorm2d(4))
+        )
+        self.again = self.a
+        self.norm_b.register_forward_hook(lambda _, __, output: output * 2)
+
+    def forward(self, x):
+        x = self.norm_b(self.b(self.norm_a(self.again(x))))
+        return self.norm_c(self.c(x)).mean((2, 3)) * self.norm_c.weight
+
+
+def test_a_batch_norm_that_is_known_by_other_ways_stays():
+    model = _with_statistics(Entangled())
+    smaller, proof = folded(model, torch.randn(4, 3, 8, 8))
+    assert _norms(smaller) == _norms(model) and proof["passed"]
+
+
+def test_a_model_that_asks_its_batch_norm_is_exported_as_it_is():
+    class Asks(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
+
+        def forward(self, x):
+            return self.norm(self.conv(x)) * self.norm.num_features
+
+    model = _with_statistics(Asks())
+    assert folded(model, torch.randn(2, 3, 8, 8)) == (model, None)
+
+
+def test_a_fold_that_changes_answers_is_found(monkeypatch):
+    class Other(nn.Conv2d):
+        def forward(self, x):
+            return super().forward(x) * 1.001
+
+    monkeypatch.setattr("compress.folding._fused", lambda *_: Other(3, 4, 1))
+    with pytest.raises(HandoffError, match="model, torch and BatchNorm folded, torch answer differently"):
+        folded(_with_statistics(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))), torch.randn(2, 3, 8, 8))
