@@ -364,8 +364,8 @@ def main() -> None:
     except Exception as error:  # noqa: BLE001 - the last resort: say what happened and keep the details for a bug report
         traceback.print_exc()
         _end(
-            f"Error: an unexpected {type(error).__name__} ended the run ({error}). "
-            "The lines above belong into a bug report.",
+            f"Error: a mistake of Espalier ended this (an unexpected {type(error).__name__}). What was printed before this line "
+            "belongs into a bug report.",
             70,
         )
 

@@ -77,7 +77,7 @@ def read_once(path: Path, folder: Path) -> Checkpoint:
         inspected = inspect(path)
         with files.atomic(accepted) as partial:
             _accept(path, inspected, partial, None)
-        files.write_text(record, signing.sealed(RECORD_KIND, {"sha256": files.sha256(accepted)}))
+        files.write_text(record, signing.sealed(RECORD_KIND, {"sha256": files.sha256(accepted)}, record))
     return read_own(accepted)
 
 

@@ -74,7 +74,7 @@ class Run:
         facts = _within_memory(name, work)
         facts |= {"seconds": time.perf_counter() - start, "peak_rss_bytes": _peak_memory_bytes()}
         hashes = {file: sha256(self.folder / file) for file in facts.get("files", ())}
-        write_text(record, signing.sealed(_record_kind(name), {"facts": facts, "sha256": hashes}))
+        write_text(record, signing.sealed(_record_kind(name), {"facts": facts, "sha256": hashes}, record))
         self.progress(name, 1.0, facts.get("skipped") or f"done in {facts['seconds']:.1f} s")
         return facts
 
@@ -123,7 +123,8 @@ class Run:
             text = (
                 str(error)
                 if isinstance(error, CompressError)
-                else f"An unexpected {type(error).__name__} ended the run: {error}"
+                else f"A mistake of Espalier ended the run (an unexpected {type(error).__name__}); what the run printed says "
+                "where. Please report it; until it is mended, other settings may work."
             )
             ended = {"state": "failed", "error": text}
         else:
@@ -141,7 +142,7 @@ class Run:
         for name, parent in parents.items():
             if name in files:
                 files[name]["parent"] = parent
-        write_text(self.folder / MANIFEST, signing.sealed(MANIFEST, {"format": 1, "files": files}))
+        _seal(self.folder, {"format": 1, "files": files})
 
 
 def open_run(out: Path, request: Request, notify: Notify, *, resume: bool = False) -> Run:
@@ -219,7 +220,7 @@ def adopt(folder: Path) -> None:
     document.pop(signing.SIGNATURE, None)
     if problems := _changed(folder, _files(folder, document)):
         raise StorageError(f"{problems[0]}, so this run was not adopted. Copy its folder again.")
-    write_text(folder / MANIFEST, signing.sealed(MANIFEST, document))
+    _seal(folder, document)
 
 
 def require_unchanged(folder: Path, names: list[str]) -> None:
@@ -306,7 +307,11 @@ def add_to_manifest(paths: list[Path], parent: Path) -> None:
         for path in paths
     }
     files = dict(sorted((manifest(folder) | new).items()))
-    write_text(folder / MANIFEST, signing.sealed(MANIFEST, {"format": 1, "files": files}))
+    _seal(folder, {"format": 1, "files": files})
+
+
+def _seal(folder: Path, document: dict[str, Any]) -> None:
+    write_text(folder / MANIFEST, signing.sealed(MANIFEST, document, folder / MANIFEST))
 
 
 def _folder_with(path: Path, name: str) -> Path | None:

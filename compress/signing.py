@@ -10,6 +10,7 @@ import hashlib
 import hmac
 import json
 import os
+import re
 import secrets
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,7 +21,9 @@ from compress.files import PARTIAL, storage_error
 
 KEY_VARIABLE = "ESPALIER_SIGNING_KEY"
 KEY_BYTES = 32
-SIGNATURE = "signature"
+SIGNATURE, RUN = "signature", "run"
+RUN_ID, RUN_DEPTH = r"[0-9a-f]{32}", 3
+"""How the folder of a run of a queue is called, and how far above a document in it that folder is at most."""
 ALGORITHM = "HMAC-SHA256"
 
 
@@ -49,16 +52,27 @@ def fingerprint() -> str | None:
     return _name(_key()) if key_path().exists() else None
 
 
-def sealed(kind: str, document: Mapping[str, Any]) -> str:
+def run_of(path: Path) -> str:
+    """The id of the run of a queue to whose folder a file belongs; nothing in any other folder, which may be renamed."""
+    for way in (path.absolute(), path.resolve()):
+        found = [folder.name for folder in way.parents[:RUN_DEPTH] if re.fullmatch(RUN_ID, folder.name)]
+        if found:
+            return found[0]
+    return ""
+
+
+def sealed(kind: str, document: Mapping[str, Any], path: Path | None = None) -> str:
     """`document` with its signature, as JSON text.
 
     Args:
         kind: what the document is; one kind does not pass for another.
+        path: where it will lie: in the folder of a run of a queue it is signed for this run, and for no other.
 
     Raises:
         StorageError: the key cannot be read, or made when there is none.
     """
     key = _key()
+    document = {**document, RUN: run_of(path) if path is not None else ""}
     signature = {"algorithm": ALGORITHM, "key": _name(key), "value": _value(key, kind, document)}
     return json.dumps({**document, SIGNATURE: signature}, indent=1) + "\n"
 
@@ -67,7 +81,7 @@ def opened(kind: str, path: Path) -> dict[str, Any]:
     """The document in a file that `sealed` wrote on this installation, without its signature.
 
     Raises:
-        StorageError: it cannot be read, or was changed.
+        StorageError: it cannot be read, was changed, or belongs to another run.
         ForeignError: it was not signed with the key of this installation.
     """
     document = unchecked(path)
@@ -80,6 +94,11 @@ def opened(kind: str, path: Path) -> dict[str, Any]:
         )
     if not hmac.compare_digest(str(signature.get("value")).encode(), _value(key, kind, document).encode()):
         raise StorageError(f"{path} is damaged (its signature does not fit). The run has to be repeated.")
+    run = document.pop(RUN, None)  # documents of earlier versions name none
+    if run is not None and run_of(path) not in ("", run):
+        raise StorageError(
+            f"{path} was written for another run, so the files around it are not of this one. Repeat the run."
+        )
     return document
 
 

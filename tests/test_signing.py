@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import stat
 import threading
 from pathlib import Path
@@ -134,6 +135,45 @@ def test_a_run_of_another_machine_is_told_and_can_be_adopted(
     engine.write_bytes(b"{}")
     runs.adopt(folder)
     assert runs.verify(folder) == [] and runs.manifest_sha256(engine)
+
+
+def test_the_content_of_one_run_does_not_pass_for_another(tmp_path: Path, key: Path) -> None:
+    """By somebody who can write into the folders of a queue, and has not the key."""
+    mine, foreign, elsewhere = (finished(tmp_path / name) for name in ("a" * 32, "b" * 32, "named-by-hand"))
+    assert runs.manifest(mine) and runs.verify(mine) == []
+    for source in (foreign, elsewhere):
+        for name in ("manifest.json", "stages/report.json"):
+            (mine / name).write_bytes((source / name).read_bytes())
+        with pytest.raises(
+            StorageError, match="was written for another run, so the files around it are not of this one"
+        ):
+            runs.manifest(mine)
+        assert runs._finished_facts("report", mine) is None, "the stage is done again"
+        with pytest.raises(StorageError, match="for another run"):
+            runs.manifest_sha256(mine / "artifacts" / "pruned.engine")
+    shutil.rmtree(mine)
+    mine.symlink_to(foreign)
+    with pytest.raises(StorageError, match="for another run"):
+        runs.manifest(mine)
+
+
+def test_a_run_may_be_renamed_and_copied_out_of_a_queue_and_old_ones_name_no_run(
+    tmp_path: Path, key: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finished(tmp_path / "first").rename(tmp_path / "renamed")
+    finished(tmp_path / ("c" * 32)).rename(tmp_path / "kept")
+    assert runs.verify(tmp_path / "renamed") == runs.verify(tmp_path / "kept") == []
+    (tmp_path / "kept").rename(tmp_path / ("d" * 32))
+    with pytest.raises(StorageError, match="for another run"):
+        runs.verify(tmp_path / ("d" * 32))
+    runs.adopt(tmp_path / ("d" * 32))
+    assert runs.verify(tmp_path / ("d" * 32)) == []
+    monkeypatch.setattr(signing, "RUN", "unnamed")  # as versions before this one wrote it
+    old = finished(tmp_path / ("e" * 32))
+    monkeypatch.undo()
+    monkeypatch.setenv(signing.KEY_VARIABLE, str(key))
+    document = json.loads((old / "manifest.json").read_text())
+    assert "run" not in document and runs.manifest(old)
 
 
 def test_a_stage_record_that_was_tampered_with_is_done_again(tmp_path: Path, key: Path) -> None:

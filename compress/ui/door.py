@@ -49,7 +49,9 @@ PAGE = (
     Route(("GET",), rf"/(assets|static|svelte)/{FILES}"),
     Route(("GET",), rf"({API})?/theme\.css"),
     Route(("GET",), r"/(favicon\.ico|robots\.txt|manifest\.json)"),
-    Route(("GET",), rf"{API}/(startup-events|app_id/?)"),  # starts Gradio's queue; tells a page that the server began anew
+    Route(
+        ("GET",), rf"{API}/(startup-events|app_id/?)"
+    ),  # starts Gradio's queue; tells a page that the server began anew
     Route(("GET",), rf"{API}/heartbeat/{EVENT}", stream=True),
 )
 EVENTS = (

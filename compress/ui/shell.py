@@ -6,6 +6,7 @@ The server never opens an untrusted checkpoint, and stays small because it never
 from __future__ import annotations
 
 import json
+import logging
 import subprocess
 import sys
 import tempfile
@@ -21,10 +22,14 @@ from compress.jobs_files import REFUSAL
 from compress.request import Request
 from compress.ui.estimates import Structure
 
+log = logging.getLogger("compress.ui")
+
 CHECK_LIMIT_S = 180
 MODELS_LIMIT_S = 120
 CLASSIFY_LIMIT_S = 60
 ESTIMATE_LIMIT_S = 120
+MOST_LOGGED = 8000
+"""Characters of what a command printed before it ended without an answer."""
 
 
 @dataclass(frozen=True)
@@ -115,6 +120,7 @@ def _answer(command: str, output: str, printed: str, code: int) -> Any:
     try:
         return json.loads(output)  # also with a non-zero exit: a check that finds a problem says which
     except ValueError:
+        log.warning("`compress %s` ended with exit code %d:\n%s", command, code, printed[-MOST_LOGGED:])
         last = printed.strip().rpartition("\n")[2]
         if last.startswith(REFUSAL):
             raise CompressError(last.removeprefix(REFUSAL)) from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable, Sequence
 from html import escape
@@ -155,6 +156,8 @@ def copied(title: str, text: str) -> str:
 
 
 def duration(seconds: float) -> str:
+    if not math.isfinite(seconds):
+        return "unknown time"
     if seconds < 90:
         return f"{max(1, round(seconds))} s"
     if seconds < 5400:
