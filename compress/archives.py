@@ -139,7 +139,7 @@ def _check_name(entry: zipfile.ZipInfo) -> None:
     if _UNSAFE_NAME.search(entry.orig_filename):
         raise Refused("an entry's name leads out of the folder")
     if flaw := naming.flaw(entry.orig_filename) or naming.flaw(entry.filename):
-        raise Refused(f"the name of an entry holds {flaw}")
+        raise Refused(f"the name {naming.shown(entry.orig_filename)} holds {flaw}, so rename that file")
     if len(entry.filename.encode()) > MAX_NAME_BYTES or entry.filename.rstrip("/").count("/") > MAX_DEPTH:
         raise Refused(f"an entry's name is longer than {MAX_NAME_BYTES} bytes or deeper than {MAX_DEPTH} folders")
 

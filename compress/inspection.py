@@ -103,7 +103,8 @@ def _safetensors_header(path: Path) -> containers.SafetensorsHeader:
         if kind is not None:
             raise _refusal(path, kind, str(name)) from name
         raise CheckpointError(
-            f"{path.name} holds tensors in the number format {name}, which is not supported. {RESAVE}"
+            f"{path.name} holds tensors in the number format {name}, which no layer computes with here. Where you made it, turn "
+            "them into float32 or int64 and save the state dict anew."
         ) from name
     except containers.Refused as reason:
         raise CheckpointError(
@@ -249,16 +250,19 @@ def _check(path: Path, inspected: Inspected) -> None:
 def _check_names_and_shapes(path: Path, tensors: Mapping[str, TensorEntry]) -> None:
     if len(tensors) > containers.MAX_TENSORS:
         raise CheckpointError(
-            f"{path.name} holds {len(tensors)} tensors; at most {containers.MAX_TENSORS} are accepted. {RESAVE}"
+            f"{path.name} holds {len(tensors)} tensors; at most {containers.MAX_TENSORS} are accepted. Give the "
+            "weights of one classifier, without an optimizer's or another model's."
         )
     for name, entry in tensors.items():
         if not isinstance(name, str) or not _TENSOR_NAME.fullmatch(name):
             raise CheckpointError(
-                f"{path.name} holds a tensor whose name is not letters, digits, dots, dashes and underscores. {RESAVE}"
+                f"{path.name} holds a tensor whose name is not letters, digits, dots, dashes and underscores "
+                f"({naming.shown(str(name))}). Rename it where you made the file, and save the state dict anew."
             )
         if len(entry.shape) > containers.MAX_DIMENSIONS:
             raise CheckpointError(
-                f"{path.name}: {name} has {len(entry.shape)} dimensions, which no layer has. {RESAVE}"
+                f"{path.name}: {name} has {len(entry.shape)} dimensions, which no layer has. Leave it out of the state dict "
+                "where you made the file, and save it anew."
             )
         if any(not 0 < size <= MAX_DIMENSION for size in entry.shape):
             raise _refusal(path, "shape", f"{name} of the shape {shape_text(entry.shape)}")

@@ -8,6 +8,7 @@ import platform
 import struct
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,38 @@ def test_a_confined_process_computes_and_nothing_else(tmp_path):
     assert (found.pop("privileges"), found.pop("seccomp")) == ("1", "2")
     assert found.pop("take memory") == "MemoryError"
     assert set(found.values()) == {"PermissionError"}, found
+
+
+ORPHAN = """
+import os, sys, time
+from compress.confinement import die_with_parent
+parent, pid = os.getpid(), os.fork()
+if pid == 0:
+    die_with_parent(parent)
+    print(os.getpid(), flush=True)
+    time.sleep(60)
+time.sleep(60)
+"""
+
+
+def test_a_child_ends_with_its_parent():
+    environment = {"PYTHONPATH": str(Path(confinement.__file__).parents[1])}
+    parent = subprocess.Popen([sys.executable, "-c", ORPHAN], stdout=subprocess.PIPE, text=True, env=environment)
+    with parent:
+        child = Path(f"/proc/{parent.stdout.readline().strip()}")
+        assert child.is_dir()
+        parent.kill()
+    deadline = time.monotonic() + 20
+    while child.is_dir() and "Z" not in (child / "stat").read_text().rpartition(")")[2] and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not child.is_dir() or "Z" in (child / "stat").read_text().rpartition(")")[2]
+
+
+def test_a_child_whose_parent_is_gone_already_ends():
+    code = "from compress.confinement import die_with_parent; die_with_parent(1 << 30); print('lives')"
+    environment = {"PYTHONPATH": str(Path(confinement.__file__).parents[1])}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, env=environment, timeout=60)
+    assert (done.returncode, done.stdout) == (1, b"")
 
 
 # ---- the kernel's filter, instruction by instruction ------------------------------------------------------------------

@@ -75,7 +75,9 @@ def reconstruct(
 
     Returns: one entry per layer that was refitted, in the order of the forward pass.
     """
-    target, source = (trace(structure_copy(model).eval(), images[:1], opens_attention=False) for model in (shrunk, dense))
+    target, source = (
+        trace(structure_copy(model).eval(), images[:1], opens_attention=False) for model in (shrunk, dense)
+    )
     nodes = list(zip(target.graph.nodes, source.graph.nodes, strict=True))
     called = call_counts(target)
     with torch.no_grad():

@@ -189,7 +189,9 @@ class _Tracer(tracing.ValueTracer):
             return True
         return isinstance(m, PrunedMultiheadAttention) or super().is_leaf_module(m, module_qualified_name)
 
-    def create_node(self, kind: str, target: Any, args: Any, kwargs: Any, name: Any = None, type_expr: Any = None) -> Any:
+    def create_node(
+        self, kind: str, target: Any, args: Any, kwargs: Any, name: Any = None, type_expr: Any = None
+    ) -> Any:
         node = super().create_node(kind, target, args, kwargs, name, type_expr)
         for path, _ in self.module_stack.values():
             if is_attention(self.root.get_submodule(path)):
@@ -214,4 +216,3 @@ def shape_of(node: fx.Node) -> tuple[int, ...] | None:
 def call_counts(graph_module: fx.GraphModule) -> Counter[str]:
     """How often the forward pass calls each module."""
     return Counter(str(node.target) for node in graph_module.graph.nodes if node.op == "call_module")
-

@@ -39,7 +39,9 @@ _FACTORIES = (
     "arange", "as_tensor", "empty", "eye", "full", "linspace", "logspace", "ones", "rand", "randn", "tensor", "zeros",
 )  # fmt: skip
 _COMPARISONS = (operator.eq, operator.ne, operator.lt, operator.le, operator.gt, operator.ge)
-_WITHOUT_EXAMPLE = "decides in Python about what it computes from its input, and no example image was given to decide by"
+_WITHOUT_EXAMPLE = (
+    "decides in Python about what it computes from its input, and no example image was given to decide by"
+)
 
 
 class ValueTracer(fx.Tracer):
@@ -139,7 +141,9 @@ class ValueTracer(fx.Tracer):
         is_number = type(value) in (int, float) and not _asks_for_rank(proxy.node)
         return proxy if is_number or isinstance(value, Tensor | torch.device) else value
 
-    def create_node(self, kind: str, target: Any, args: Any, kwargs: Any, name: Any = None, type_expr: Any = None) -> Any:
+    def create_node(
+        self, kind: str, target: Any, args: Any, kwargs: Any, name: Any = None, type_expr: Any = None
+    ) -> Any:
         node = super().create_node(kind, target, args, kwargs, name, type_expr)
         place = current_place() if kind in ("call_function", "call_method") else None
         if place is not None:
