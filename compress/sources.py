@@ -169,9 +169,11 @@ def _outputs(model: nn.Module, preprocessing: Preprocessing) -> int:
     try:
         with torch.no_grad():
             answer: Tensor = model.eval()(torch.zeros(1, 3, size, size))
-    except RuntimeError as error:
+    except (RuntimeError, AssertionError, ValueError) as error:  # a vision transformer asserts its own size
         raise RequestError(
-            "input_size", size, f"a size that the model accepts (it answered: {_first_line(error)})"
+            "input_size",
+            size,
+            f"a size that the model accepts, whoever gave this one (it answered: {_first_line(error)})",
         ) from error
     return answer.shape[1]
 

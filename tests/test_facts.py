@@ -126,6 +126,21 @@ def test_as_many_class_names_as_outputs(tmp_path):
         sources.open_source(Request(model="squeezenet1_1", checkpoint=str(path), data="none"))
 
 
+def test_an_input_size_that_the_model_does_not_take_is_a_refusal(tmp_path):
+    path = tmp_path / "a.safetensors"
+    state = get_model("squeezenet1_1", num_classes=3).state_dict()
+    save_file(state, path, {"preprocessing": json.dumps(GOOD | {"input_size": 1})})
+    with pytest.raises(RequestError, match="input_size: got 1, expected a size that the model accepts"):
+        sources.open_source(Request(model="squeezenet1_1", checkpoint=str(path), data="none"))
+
+    class Asserts(torch.nn.Module):
+        def forward(self, images):
+            torch._assert(images.shape[-1] == 7, "Wrong image height!")
+
+    with pytest.raises(RequestError, match="it answered: Wrong image height!"):
+        sources._outputs(Asserts(), RECIPE)
+
+
 def test_names_in_a_class_map_can_be_shown(tmp_path):
     path = tmp_path / "map.json"
     path.write_text('{"a\\u001b[2J": 0}')
