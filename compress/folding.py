@@ -11,6 +11,7 @@ from torch.nn.utils import fuse_conv_bn_eval, fuse_linear_bn_eval
 from compress import handoffs
 from compress.errors import PruningError
 from compress.pruning.trace import structure_copy, trace
+from compress.tracing import layer_type
 
 _FOLDABLE = {nn.Conv2d: (nn.BatchNorm2d, fuse_conv_bn_eval), nn.Linear: (nn.BatchNorm1d, fuse_linear_bn_eval)}
 
@@ -30,10 +31,14 @@ def folded(model: nn.Module, images: Tensor) -> tuple[nn.Module, handoffs.Facts 
     """
     try:
         copied = structure_copy(model).eval()
-        graph_module = trace(copied)
+        graph_module = trace(structure_copy(model).eval(), images)  # the code that is traced may leave things behind
     except PruningError:
         return model, None
-    pairs = [(layer, norm) for layer, norm in _pairs(graph_module) if not _has_other_name(copied, layer, norm)]
+    pairs = [
+        (layer, norm)
+        for layer, norm in _pairs(graph_module)
+        if not _has_other_name(copied, layer, norm) and _is_all(copied, graph_module, layer, norm)
+    ]
     for layer, norm in pairs:
         copied.set_submodule(str(layer.target), _fused(graph_module, layer, norm))
         copied.set_submodule(str(norm.target), nn.Identity())
@@ -54,6 +59,12 @@ def fold(graph_module: fx.GraphModule) -> None:
         graph_module.graph.erase_node(norm)
     graph_module.delete_all_unused_submodules()
     graph_module.recompile()
+
+
+def _is_all(model: nn.Module, graph_module: fx.GraphModule, *nodes: fx.Node) -> bool:
+    """Whether the modules do nothing but what the layers do that the graph has in their places, such as padding."""
+    names = [str(node.target) for node in nodes]
+    return all(layer_type(model.get_submodule(name)) is type(graph_module.get_submodule(name)) for name in names)
 
 
 def _has_other_name(model: nn.Module, *nodes: fx.Node) -> bool:

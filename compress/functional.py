@@ -82,25 +82,6 @@ def after(value: Tensor, _operation: object) -> Tensor:
     return value
 
 
-class InPlaceProxy(fx.Proxy):
-    """What a tracer hands to the model's code; torch.fx's own takes `x += y` for `x = x + y` and refuses `x[i] = y`.
-
-    A tracer gives it out with `def proxy(self, node): return InPlaceProxy(node, self)`.
-    """
-
-    def __setitem__(self, index: Any, value: Any) -> None:
-        self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
-
-
-def _augmented(function: Any) -> Any:
-    name = function.__name__.removeprefix("i")  # as torch.fx names `x + y`
-    return lambda self, other: self.tracer.create_proxy("call_function", function, (self, other), {}, name)
-
-
-for _function in _AUGMENTED:
-    setattr(InPlaceProxy, f"__{_function.__name__}__", _augmented(_function))
-
-
 # ---- watching -----------------------------------------------------------------------------------------------------
 
 

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from compress.functional import InPlaceError, InPlaceProxy, make_functional
+from compress.functional import InPlaceError, make_functional
+from compress.tracing import capture
 
 CASES: dict[str, Callable[[Net, Tensor], Tensor]] = {}
 
@@ -26,11 +27,6 @@ class Net(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.body(self, x)
-
-
-class Tracer(fx.Tracer):
-    def proxy(self, node: fx.Node) -> fx.Proxy:
-        return InPlaceProxy(node, self)
 
 
 def case(body: Callable[[Net, Tensor], Tensor]) -> None:
@@ -210,7 +206,7 @@ def test_answers_stay_and_nothing_works_in_place(name):
     images = torch.randn(3, 3, 8, 8)
     with torch.no_grad():
         expected = net(images.clone())
-        graph_module = fx.GraphModule(net, Tracer().trace(net))
+        graph_module = capture(net, torch.randn(2, 3, 8, 8)).graph_module
         make_functional(graph_module, torch.randn(2, 3, 8, 8))
         given = images.clone()
         got = [graph_module(given) for _ in range(2)]
@@ -241,7 +237,7 @@ class Changing(fx.Interpreter):
 
 def test_what_is_not_changed_stays_as_it_was():
     net = Net(lambda net, x: net.b(torch.relu(net.a(x)))).eval()
-    graph_module = fx.GraphModule(net, Tracer().trace(net))
+    graph_module = capture(net, torch.randn(2, 3, 8, 8)).graph_module
     before = [(node.op, node.target, node.args) for node in graph_module.graph.nodes]
     make_functional(graph_module, torch.randn(2, 3, 8, 8))
     assert [(node.op, node.target, node.args) for node in graph_module.graph.nodes] == before
@@ -254,7 +250,7 @@ def test_names_of_nodes_are_those_of_torch_fx():
         return x
 
     net = Net(body).eval()
-    graph_module = fx.GraphModule(net, Tracer().trace(net))
+    graph_module = capture(net, torch.randn(2, 3, 8, 8)).graph_module
     make_functional(graph_module, torch.randn(2, 3, 8, 8))
     assert [node.name for node in graph_module.graph.nodes if node.target is operator.add] == ["add"]
 
@@ -274,6 +270,6 @@ def test_an_operation_that_changes_two_tensors_is_refused_by_name():
         return x + y
 
     net = Net(body).eval()
-    graph_module = fx.GraphModule(net, Tracer().trace(net))
+    graph_module = capture(net, torch.randn(2, 3, 8, 8)).graph_module
     with pytest.raises(InPlaceError, match="`change_both` changes more than one tensor in place"):
         make_functional(graph_module, torch.randn(2, 3, 8, 8))

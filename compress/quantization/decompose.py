@@ -18,13 +18,13 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torchvision.models.swin_transformer import ShiftedWindowAttention, ShiftedWindowAttentionV2
 
-from compress import attention
+from compress import attention, tracing
 from compress.attention import (
     PrunedMultiheadAttention,
     PrunedShiftedWindowAttention,
     PrunedShiftedWindowAttentionV2,
 )
-from compress.functional import InPlaceProxy, make_functional
+from compress.functional import make_functional
 from compress.names import free_name
 
 _PRODUCTS = (
@@ -37,20 +37,20 @@ def trace(model: nn.Module, images: Tensor) -> fx.GraphModule:
     """The graph of `model`, which is left with other attributes than before; every answer stays the same.
 
     Torch's attention is opened where it is called as `attention(x, x, x, need_weights=False)`; elsewhere it stays one
-    module. Nothing in the graph works in place, as seen on `images`, [N, C, H, W] with at least two. Raises what tracing
-    raises, and `InPlaceError`.
+    module. Nothing in the graph works in place, as seen on `images`, [N, C, H, W] with at least two. Raises what
+    `tracing.capture` raises, and `InPlaceError`.
     """
-    projections: dict[nn.Module, str] = {}
-    for module in list(model.modules()):
+    projections: dict[str, str] = {}
+    for name, module in list(model.named_modules()):
         if _is_packed(module):
-            projections[module] = _add_projections(module)
+            projections[name] = _add_projections(module)
         elif isinstance(module, ShiftedWindowAttentionV2) and module.qkv.bias is not None:
             module.qkv.bias.data = attention.without_key_bias(module.qkv.bias.data)
-    graph_module = fx.GraphModule(model, _Tracer(projections).trace(model), type(model).__name__)
+    graph_module = tracing.capture(model, images, partial(_Tracer, projections=projections)).graph_module
     called = {str(node.target) for node in graph_module.graph.nodes}
-    for name, module in graph_module.named_modules():
-        if module in projections and f"{name}.{projections[module]}" not in called:
-            delattr(module, projections[module])
+    for name, projection in projections.items():
+        if f"{name}.{projection}".lstrip(".") not in called:
+            delattr(model.get_submodule(name), projection)
     make_functional(graph_module, images[:2])
     _fold_constants(graph_module)
     return fx.GraphModule(graph_module, graph_module.graph, type(model).__name__)  # without what is no longer used
@@ -103,23 +103,20 @@ def _computed_from_images(graph_module: fx.GraphModule) -> set[fx.Node]:
     return found
 
 
-class _Tracer(fx.Tracer):
+class _Tracer(tracing.ValueTracer):
     """Opens attention; what cannot be opened stays one module, whether it has lost heads or not."""
 
-    def __init__(self, projections: Mapping[nn.Module, str]) -> None:
-        super().__init__()
+    def __init__(self, images: Tensor | None, projections: Mapping[str, str]) -> None:
+        super().__init__(images)
         self._projections = projections
         self._open: set[nn.Module] = set()
 
-    def proxy(self, node: fx.Node) -> fx.Proxy:
-        return InPlaceProxy(node, self)
-
-    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:  # type: ignore[override]
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         opened = _OPENED.get(type(m))
-        name = self._projections.get(m)
         if isinstance(m, nn.MultiheadAttention):
+            name = self._projections.get((self.submodule_paths or {}).get(m, ""))
             opened = partial(_open_multihead, name) if name and _is_self_attention(args, kwargs) else None
-        if opened is None:
+        if opened is None or self.is_evaluating:
             return super().call_module(m, forward, args, kwargs)
         self._open.add(m)
         answer = super().call_module(m, lambda x, *_, **__: opened(m, x), args, kwargs)

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, fx, nn
 
-from compress import handoffs
+from compress import handoffs, tracing
 from compress.errors import CompressError, QuantizationError
 from compress.folding import fold
 from compress.quantization import decompose
@@ -39,7 +39,7 @@ def prepare(
             of a size that the model takes do.
 
     Raises:
-        QuantizationError: the model cannot be traced by torch.fx or has nothing to quantize.
+        QuantizationError: the model cannot be traced or has nothing to quantize.
         HandoffError: a form of it answers differently from the one before it, by more than 1e-4 of the largest logit.
     """
     original = copy.deepcopy(model).eval()
@@ -147,10 +147,7 @@ def _trace(model: nn.Module, images: Tensor) -> fx.GraphModule:
     except CompressError as error:
         raise QuantizationError(f"{type(model).__name__} cannot be quantized: {error}") from error
     except Exception as error:  # noqa: BLE001 - tracing runs the model's own code, which may raise anything
-        raise QuantizationError(
-            f"{type(model).__name__} cannot be traced by torch.fx ({error}); quantization needs a forward() without "
-            "branches on tensor values."
-        ) from error
+        raise QuantizationError(tracing.explained(error, model, images)) from error
 
 
 def _usual_images(model: nn.Module) -> Tensor:

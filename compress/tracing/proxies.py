@@ -147,11 +147,12 @@ class TensorProxy(_Asking, Tensor):  # type: ignore[misc]
     keys = None  # type: ignore[assignment]
 
 
-def _in_place(operation: Callable[[Any, Any], Any]) -> Callable[[TensorProxy, Any], Any]:
+def _in_place(name: str) -> Callable[[TensorProxy, Any], Any]:
+    """`x += y` changes the tensor for everyone who holds it, and so it does in the graph."""
+    function = getattr(operator, f"__i{name}__")
+
     def method(self: TensorProxy, other: Any) -> Any:
-        """`x += y` changes the tensor for everyone who holds it, so the proxy stands for the result from here on."""
-        self.node = operation(self, other).node
-        return self
+        return self.tracer.create_proxy("call_function", function, (self, other), {}, name)  # called as `x + y` is
 
     return method
 
@@ -168,10 +169,8 @@ def _recorded(name: str) -> Callable[..., Any]:
 for _name in dir(Tensor):
     if not _name.startswith("_") and callable(getattr(Tensor, _name)):
         setattr(TensorProxy, _name, _recorded(_name))
-for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul"):
-    setattr(TensorProxy, f"__i{_name}__", _in_place(getattr(operator, _name)))
-for _name in ("and", "or", "xor"):
-    setattr(TensorProxy, f"__i{_name}__", _in_place(getattr(operator, f"__{_name}__")))
+for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift"):
+    setattr(TensorProxy, f"__i{_name}__", _in_place(_name))
 
 
 class PlainProxy(fx.Proxy):

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import chain
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, fx, nn
@@ -22,7 +23,7 @@ from torch._subclasses.fake_tensor import (
     UnsupportedFakeTensorException,
     UnsupportedOperatorException,
 )
-from torch.fx._symbolic_trace import _orig_module_call
+from torch.fx import _symbolic_trace
 from torch.utils import _pytree
 
 from .layers import as_layer, is_torch_layer
@@ -49,7 +50,8 @@ class ValueTracer(fx.Tracer):
 
     Attributes:
         decisions: what Python asked about sizes, in order.
-        layers: modules to put in the place of the model's own, by name; see `OwnLayers`.
+        own: modules to put in the place of the model's own, by name.
+        is_evaluating: whether an example is being computed, with which the model's code has nothing to do.
     """
 
     def __init__(self, images: Tensor | None) -> None:
@@ -58,7 +60,7 @@ class ValueTracer(fx.Tracer):
         self._fake = FakeTensorMode(allow_non_fake_inputs=True)
         self._twins: dict[int, nn.Module] = {}
         self._memo: dict[int, Tensor] = {}
-        self._evaluating = False
+        self.is_evaluating = False
         self.values: dict[fx.Node, Any] = {}
         self.decisions: list[Decision] = []
         self.own = OwnLayers()
@@ -86,7 +88,7 @@ class ValueTracer(fx.Tracer):
         names = [name for name in inspect.signature(self.root.forward).parameters if name.isidentifier()]
         node = self.create_node("placeholder", names[0] if names else "images", (), {})
         self.values[node] = None if self._images is None else self._as_fake(self._images)
-        return _orig_module_call, [self.root, self.proxy(node)]
+        return _symbolic_trace._orig_module_call, [self.root, self.proxy(node)]
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         if self._images is None:
@@ -98,7 +100,7 @@ class ValueTracer(fx.Tracer):
         return is_torch_layer(m)
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        if self._evaluating:
+        if self.is_evaluating:
             return forward(*args, **kwargs)
         if m not in (self.submodule_paths or {}):
             if any(True for _ in chain(m.parameters(), m.buffers())):
@@ -113,7 +115,7 @@ class ValueTracer(fx.Tracer):
             return super().call_module(m, forward, args, kwargs)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, fx.Proxy]) -> Any:
-        return attr_val if self._evaluating else super().getattr(attr, attr_val, parameter_proxy_cache)
+        return attr_val if self.is_evaluating else super().getattr(attr, attr_val, parameter_proxy_cache)
 
     # -- recording -------------------------------------------------------------------------------------------------
 
@@ -215,12 +217,12 @@ class ValueTracer(fx.Tracer):
             return value
 
         args, kwargs = _pytree.tree_map(real, (args, dict(kwargs)))
-        self._evaluating = True
+        self.is_evaluating = True
         try:
             with torch.no_grad():
                 result = self._called(node, lambda module: module)(*args, **kwargs)
         finally:
-            self._evaluating = False
+            self.is_evaluating = False
         return _pytree.tree_map(lambda one: self._as_fake(one) if isinstance(one, Tensor) else one, result)
 
     def _called(self, node: fx.Node, module: Callable[[nn.Module], nn.Module]) -> Callable[..., Any]:
@@ -245,30 +247,28 @@ class ValueTracer(fx.Tracer):
 
     @contextlib.contextmanager
     def _evaluation(self) -> Iterator[None]:
-        before, self._evaluating = self._evaluating, True
+        before, self.is_evaluating = self.is_evaluating, True
         try:
             with self._fake, torch.no_grad():
                 yield
         finally:
-            self._evaluating = before
+            self.is_evaluating = before
 
     def _erase_unused(self, graph: fx.Graph) -> None:
         """What only answered a question: numbers, attributes, parameters that became a layer's."""
         for node in reversed(graph.nodes):
             if node.users or node.op in ("placeholder", "output", "call_module"):
                 continue
-            number = self._images is not None and not _has_tensor(self.values.get(node))
-            if node.op == "get_attr" or (number and not _changes(node)) or node.target in (getattr, operator.getitem):
+            if node.op == "get_attr" or node.target in (getattr, operator.getitem) or self._only_tells(node):
                 graph.erase_node(node)
 
-
-def _changes(node: fx.Node) -> bool:
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    return name == "setitem" or (name.endswith("_") and not name.endswith("__"))
-
-
-def _has_tensor(value: Any) -> bool:
-    return any(isinstance(leaf, Tensor) for leaf in _pytree.tree_leaves(value))
+    def _only_tells(self, node: fx.Node) -> bool:
+        """Whether it computes a number, and does nothing else."""
+        value = self.values.get(node)
+        leaves = _pytree.tree_leaves(value)
+        if value is None or any(isinstance(leaf, Tensor) for leaf in leaves):
+            return False
+        return node.op == "call_method" or getattr(node.target, "__module__", "") in ("_operator", "math")
 
 
 def _asks_for_rank(node: fx.Node) -> bool:
@@ -299,7 +299,7 @@ def _quiet() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _factories_traced(tracer: ValueTracer) -> Iterator[None]:
-    """torch's makers of tensors, whose own parsing of arguments takes no proxies for sizes."""
+    """torch's makers of tensors, whose own parsing of arguments takes no proxies for sizes, and what fx.wrap names."""
 
     def traced(function: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(function)
@@ -311,11 +311,6 @@ def _factories_traced(tracer: ValueTracer) -> Iterator[None]:
 
         return make
 
-    originals = {name: getattr(torch, name) for name in _FACTORIES}
-    try:
-        for name, function in originals.items():
-            setattr(torch, name, traced(function))
+    makers = {name: traced(getattr(torch, name)) for name in _FACTORIES}
+    with mock.patch.multiple(torch, **makers), mock.patch.object(_symbolic_trace, "_create_wrapped_func", traced):
         yield
-    finally:
-        for name, function in originals.items():
-            setattr(torch, name, function)
