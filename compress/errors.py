@@ -61,11 +61,14 @@ MORE_MEMORY = "End other programs on this machine, or choose another runtime."
 
 
 class EngineError(HandoffError):
-    """A runtime refused a file, failed on it, or its process ended: its name, what happened, and what to do next."""
+    """A runtime refused a file, failed on it, or its process ended: its name, what happened, and what to do next.
 
-    def __init__(self, runtime: str, what: str, advice: str = OTHER_RUNTIME) -> None:
+    `detail` is what the runtime said itself: for a log, not for the user.
+    """
+
+    def __init__(self, runtime: str, what: str, advice: str = OTHER_RUNTIME, detail: str = "") -> None:
         super().__init__(f"{what} {advice}".strip())
-        self.runtime, self.what, self.advice = runtime, what, advice
+        self.runtime, self.what, self.advice, self.detail = runtime, what, advice, detail
 
 
 class RuntimeUnavailableError(CompressError):

@@ -14,7 +14,7 @@ import numpy as np
 from compress import benchmark, data, evaluation
 from compress.deployment import padded
 from compress.engines import RUNTIMES, BuildSpec, Precision, Session
-from compress.errors import CompressError
+from compress.errors import CompressError, EngineError
 
 Facts = dict[str, Any]
 
@@ -86,6 +86,8 @@ def latencies(contenders: Sequence[Deployed], input_size: int, threads: int = 1)
 
 def refusal(error: Exception) -> str:
     """Why a file does not run; a runtime's own exception with its type, as its text alone may be a name or a number."""
+    if isinstance(error, EngineError):
+        return " ".join(part for part in (error.detail, error.what) if part)
     return str(error) if isinstance(error, CompressError) else f"{type(error).__name__}: {error}"
 
 

@@ -161,16 +161,17 @@ class RuntimeProcess:
     def _refuse(self, header: Mapping[str, Any], doing: str) -> None:
         if "os_error" in header:
             raise OSError(*header["os_error"])
-        if header.get("detail"):
-            log.info("%s, when it %s, said: %s", self._runtime.name, doing, header["detail"])
+        detail = header.get("detail", "")
+        if detail:
+            log.info("%s, when it %s, said: %s", self._runtime.name, doing, detail)
             self._log_output()
         if "refused" in header:
-            raise EngineError(self._runtime.name, header["refused"], header["advice"])
+            raise EngineError(self._runtime.name, header["refused"], header["advice"], detail)
         if "failed" in header:
             why = "ran out of memory" if header["memory"] else "failed"
             where = f", at {header['failed']}" if header["failed"] else ""
-            advice = MORE_MEMORY if header["memory"] else OTHER_RUNTIME
-            raise EngineError(self._runtime.name, f"{self._runtime.title} {why} while it {doing}{where}.", advice)
+            what = f"{self._runtime.title} {why} while it {doing}{where}."
+            raise EngineError(self._runtime.name, what, MORE_MEMORY if header["memory"] else OTHER_RUNTIME, detail)
 
     def _log_output(self) -> None:
         if last := self._last_words():
