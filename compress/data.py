@@ -29,6 +29,7 @@ FASHION_MNIST, NONE = "fashion-mnist", "none"
 MEMORY_BYTES = 2 * 2**30
 """Decoded pixels are kept when all of them fit into this."""
 MAX_UNREADABLE = 0.05
+SYNTHETIC = 256
 UNKNOWN = -1
 """The label of an unlabelled image."""
 SHIFT = 1 / 16
@@ -119,6 +120,18 @@ class Dataset:
     source: str
     notes: tuple[str, ...] = ()
     """What was left out or assumed, in words for the report."""
+    synthetic: int = SYNTHETIC
+    """Test images that are made up where there are none."""
+
+    def few(self, train: int, test: int, seed: int) -> Dataset:
+        """At most so many images of each part, for a dry run; the training images are of different classes."""
+        order = torch.randperm(len(self.train), generator=torch.Generator().manual_seed(seed))
+        return replace(
+            self,
+            train=self.train.subset(order[:train].sort().values),
+            test=self.test.subset(torch.arange(min(test, len(self.test)))),
+            synthetic=test,
+        )
 
 
 def open_data(

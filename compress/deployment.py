@@ -28,11 +28,18 @@ INFER_SCRIPT = Path(__file__).parent / "templates" / "infer.py"
 PARENTS = {"baseline": "the request", "pruned": "baseline", "half": "pruned", "quantized": "pruned"}
 
 
-def export(work: Run, source: Source) -> Facts:
-    """ONNX files of the dense, the pruned and the quantized model, each compared with torch on the same images."""
+def export(work: Run, source: Source, *, dry: bool = False) -> Facts:
+    """ONNX files of the dense, the pruned and the quantized model, each compared with torch on the same images.
+
+    Args:
+        dry: leave out the dense one where there is a pruned one, which is the same code, and where the files part.
+    """
     images = _compared_images(source)
     rows, variants, noise = [], {}, {}
-    for number, (variant, folder) in enumerate(_float_variants(work).items()):
+    floats = _float_variants(work)
+    if dry and len(floats) > 1:
+        del floats["baseline"]
+    for number, (variant, folder) in enumerate(floats.items()):
         work.progress("export", number / 4, f"{variant}.onnx")
         model = stages.load_model(work, source, folder)
         path = work.artifacts / f"{variant}.onnx"
@@ -87,8 +94,10 @@ def build_engines(work: Run, source: Source) -> Facts:
         model = stages.load_model(work, source, _float_variants(work)[variant])
         return evaluation.logits(evaluation.torch_answer(model), images)
 
-    engines, rows, files, parents, agreeing, notes = [], [], [], {}, [], []
+    engines, rows, files, parents, agreeing = [], [], [], {}, []
     present, absent = _present(flavours)
+    refused: dict[str, str] = {}
+    kernels: dict[str, dict[str, str]] = {}
     for number, runtime in enumerate(present):
         for variant in variants if runtime.ahead_of_time and runtime.runs_here else [last]:
             work.progress("build", number / len(present), f"{runtime.name}, {variant}")
@@ -97,7 +106,7 @@ def build_engines(work: Run, source: Source) -> Facts:
             try:
                 built, row, layers = _built(work, source, runtime, onnx_path, variant, expected, images)
             except HandoffError as error:
-                notes.append(left_out(work, runtime, error))
+                refused[runtime.name] = left_out(work, runtime, error)
                 break
             if built.path:
                 files += [f"artifacts/{built.path.name}", f"artifacts/{built.path.name}.json"]
@@ -105,9 +114,10 @@ def build_engines(work: Run, source: Source) -> Facts:
             if row:
                 rows.append(row)
                 if not row["passed"]:
-                    notes.append(_disagreement(work, runtime, row))
+                    refused[runtime.name] = _disagreement(work, runtime, row)
                 elif variant == last:
                     agreeing.append(runtime.name)
+            kernels[runtime.name] = {layer["name"]: layer["precision"] for layer in layers}
             engines.append(
                 {
                     "runtime": runtime.name,
@@ -124,7 +134,9 @@ def build_engines(work: Run, source: Source) -> Facts:
         "files": files,
         "parents": parents,
         "agreeing": agreeing,
-        "notes": absent + notes,
+        "kernels": kernels,
+        "refused": refused,
+        "notes": absent + list(refused.values()),
     }
 
 
@@ -268,7 +280,7 @@ def _compare_running(
     )
     with runtime.load(path, spec) as session:
         got = evaluation.logits(partial(padded, session, len(images[0])), images)
-        layers = [{"precision": kernel.precision} for kernel in session.kernels()]
+        layers = [{"name": kernel.name, "precision": kernel.precision} for kernel in session.kernels()]
     _require_logits(runtime, path, expected, got)
     row = handoffs.judge(variant, f"{path.name} on {runtime.name}", expected, got)
     return row, layers

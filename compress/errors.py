@@ -14,6 +14,9 @@ MOST_SHOWN = 300
 class CompressError(Exception):
     """Anything Espalier refuses or fails to do; its text is written for the user."""
 
+    layer: str | None = None
+    """The layer of the model that it is about, where there is one."""
+
 
 class RequestError(CompressError):
     """A field of the request is outside what is accepted, or contradicts another field."""

@@ -30,7 +30,6 @@ TORCH_STAGES = ("baseline", "prune", "finetune", "quantize")
 """Stages whose hops stand one behind the other; one that left the model as it was has none."""
 TRUTH = "stages/answers/truth.npy"
 """The right answer of each test image: its label, or what the baseline answers where there are no labels."""
-SYNTHETIC_TEST_IMAGES = 256
 TRACED_IMAGES, TRACED_PIXELS = 32, 2 * 224 * 224
 """Images whose inner values are compared, and pixels of one batch of them."""
 CHANCE = 0.05
@@ -42,7 +41,7 @@ CHANCE = 0.05
 def test_batches(source: Source, size: int = TEST_BATCH) -> Iterator[tuple[Tensor, Tensor]]:
     """(images, labels) of the test part in order; synthetic images with label -1 when there are none."""
     if source.dataset.kind == "none":
-        images = data.calibration_images(source.dataset, SYNTHETIC_TEST_IMAGES, source.preprocessing, seed=1)
+        images = data.calibration_images(source.dataset, source.dataset.synthetic, source.preprocessing, seed=1)
         yield from ((chunk, torch.full((len(chunk),), -1)) for chunk in images.split(size))
     else:
         yield from data.batches(source.dataset.test, size, shuffle=False, seed=0, preprocessing=source.preprocessing)

@@ -40,7 +40,7 @@ def require_plan(request: Request, source: Source) -> None:
 
 
 def check(request: Request, model: nn.Module | None = None) -> dict[str, Any]:
-    """A dry run on a few images: plan, shrinking with proof, calibration, export, a build for each runtime; no training.
+    """A dry run on a few images: plan, shrinking with proof, one step of each training, export, a build for each runtime.
 
     Returns:
         possible, text, problems, notes, groups, left_out, float_layers, modules, runtimes, parameters, macs: JSON-safe.
@@ -52,7 +52,6 @@ def check(request: Request, model: nn.Module | None = None) -> dict[str, Any]:
     """
     source = open_source(request, model)
     found = rehearsal.rehearse(request, source)
-    found.attempt(lambda: recipes.require_trainable(request, source))
     found.attempt(lambda: require_machine(request))
     size = source.preprocessing.input_size
     facts = {"parameters": counting.count_parameters(source.model), "macs": counting.count_macs(source.model, size)}

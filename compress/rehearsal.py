@@ -1,31 +1,40 @@
-"""A run's steps on a few synthetic images, without training: what would happen to each layer, and on which runtime."""
+"""A run's stages on a few images, with one step of each training: what would happen to each layer, and on which runtime.
+
+The stages are the run's own, so that what stops a run stops the dry run as well. Left out is what only judges or measures:
+the accuracy of the model as it came, the search for mixed precision, latencies.
+"""
 
 from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 
-from compress import data, onnx_export, pruning, quantization, recipes
-from compress.engines import RUNTIMES, BuildSpec, Kernel, Runtime
-from compress.errors import CompressError
+from compress import deployment, pruning, quantization, recipes, runs, stages
+from compress.engines import RUNTIMES
+from compress.errors import CompressError, RequestError
 from compress.request import Request
 from compress.sources import Source
 
-CALIBRATION_IMAGES = 4
-WEIGHTS_ONLY = "l1-norm"
-"""Stands in for a pruner that looks at images: the plan, and so every shape, is the same."""
+PIXELS = 2 * 224 * 224
+"""Of the images of one step: 98 of 32 pixels, 2 of 224."""
+FEWEST, MOST = 4, 64
+"""Images that forms of the model are compared on, and ranges calibrated with."""
+ROUNDS = 2
+"""Of a pruner that trains in between."""
+T = TypeVar("T")
 
 
 @dataclass
 class Rehearsal:
     """What a dry run found; filled step by step, so that a failure leaves what was found before it."""
 
-    problems: list[str] = field(default_factory=list)
+    refusals: list[tuple[str, str | None]] = field(default_factory=list)
+    """Each problem in a sentence, and the name that was refused, where there is one."""
     plan: dict[str, Any] = field(default_factory=lambda: {"groups": [], "left_out": [], "thinned": ()})
     float_layers: list[dict[str, str]] = field(default_factory=list)
     runtimes: dict[str, str] = field(default_factory=dict)
@@ -33,34 +42,105 @@ class Rehearsal:
     kernels: dict[str, dict[str, str]] = field(default_factory=dict)
     """Runtime -> layer -> precision that it executes the layer in."""
 
-    def attempt(self, step: Callable[[], Any]) -> Any:
+    @property
+    def problems(self) -> list[str]:
+        return [text for text, _ in self.refusals]
+
+    def attempt(self, step: Callable[[], T]) -> T | None:
         """What `step` returns, or None with its refusal among the problems."""
         try:
             return step()
         except CompressError as error:
-            self.problems.append(str(error))
+            name = error.layer or (error.got if isinstance(error, RequestError) else None)
+            if str(error) not in self.problems:
+                self.refusals.append((str(error), name if isinstance(name, str) else None))
             return None
+
+    def keep_plan(self, plan: dict[str, Any]) -> None:
+        self.plan = {key: plan[key] for key in self.plan if key in plan}
+
+
+class _DryRun(runs.Run):
+    """Keeps its records in memory, and tells nobody how far it is."""
+
+    def __init__(self, folder: Path, request: Request) -> None:
+        super().__init__(folder, request, lambda event: None)
+        self._done: dict[str, dict[str, Any]] = {}
+
+    def stage(self, name: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        self._done[name] = runs.within_memory(name, work)
+        return self._done[name]
+
+    def facts(self, name: str) -> dict[str, Any]:
+        return self._done[name]
+
+    def progress(self, stage: str, fraction: float, message: str) -> None:
+        """Nobody waits for it."""
 
 
 def rehearse(request: Request, source: Source) -> Rehearsal:
-    """Prune, shrink with proof, calibrate, export and build as `request` says; nothing is left on disk.
+    """Carries out the stages of a run of `request` up to the engines; nothing is left on disk.
 
-    A step that fails is a problem, and the steps that need its result are left out.
+    A stage that fails is a problem, and those after it are left out.
     """
     found = Rehearsal()
-    model: nn.Module | None = source.model
-    if request.prunes:
-        model = found.attempt(lambda: _shrunk(request, source, found))
-    if model is None:
+    found.attempt(lambda: recipes.require_trainable(request, source))
+    if request.prunes and (found.refusals or pruning.PRUNERS[request.pruner].needs_images):
+        found.attempt(lambda: found.keep_plan(recipes.usable_plan(request, source).as_dict()))
+    if found.refusals:
         return found
-    with tempfile.TemporaryDirectory() as folder:
-        files = found.attempt(lambda: _exported(request, source, model, Path(folder), found))
-        for runtime in RUNTIMES.values() if files else ():
-            if runtime.flavour not in files:
-                found.runtimes[runtime.name] = f"left out: {quantization.NO_TENSORRT_FILE}"
-            elif runtime.missing() is None:
-                _build(request, source, runtime, files[runtime.flavour], found)
+    with tempfile.TemporaryDirectory(prefix="espalier-") as folder:
+        work = _DryRun(Path(folder), _shortened(request, source))
+        found.attempt(lambda: _carry_out(work, _with_few_images(request, source), found))
+    if found.refusals and request.prunes and not found.plan["left_out"]:
+        found.attempt(lambda: found.keep_plan(recipes.pruning_plan(request, source.model, source.example).as_dict()))
     return found
+
+
+def _carry_out(work: _DryRun, source: Source, found: Rehearsal) -> None:
+    work.stage("baseline", lambda: stages.keep_baseline(work, source))
+    found.keep_plan(work.stage("prune", lambda: stages.prune_and_shrink(work, source)))
+    work.stage("finetune", lambda: stages.fine_tune(work, source))
+    found.float_layers = work.stage("quantize", lambda: stages.quantize(work, source))["left_float"]
+    files = work.stage("export", lambda: deployment.export(work, source))["variants"].get("quantized")
+    for runtime in RUNTIMES.values():
+        if files and f"quantized.{runtime.flavour}.onnx" not in files:
+            found.runtimes[runtime.name] = f"left out: {quantization.NO_TENSORRT_FILE}"
+    built = work.stage("build", lambda: deployment.build_engines(work, source))
+    found.kernels = built["kernels"]
+    for name, kernels in built["kernels"].items():
+        integers = sum(precision == "int8" for precision in kernels.values())
+        state = "runs here" if RUNTIMES[name].runs_here else "builds here, cannot run here"
+        found.runtimes[name] = f"{state}; {integers} of {len(kernels)} layers on integers"
+    found.runtimes |= built["refused"]
+
+
+def _shortened(request: Request, source: Source) -> Request:
+    """One step of each training, on as many images as a step of the run takes where they are small."""
+    share = max(1, request.train_batch_size // request.training_processes)
+    size = source.preprocessing.input_size
+    changes = {
+        "train_batch_size": min(share, max(2, PIXELS // size**2)),
+        "training_processes": 1,
+        "pruning_steps": min(request.pruning_steps, ROUNDS),
+        "calibration_images": min(request.calibration_images, _compared(size)),
+        "reconstruction_images": min(request.reconstruction_images, _compared(size)),
+        "max_quantization_loss": None,
+    }
+    epochs = {name: min(1.0, getattr(request, name)) for name in ("pruning_epochs", "finetune_epochs", "qat_epochs")}
+    return request.model_copy(update=changes | epochs)
+
+
+def _with_few_images(request: Request, source: Source) -> Source:
+    """The training images of one step, at least as many as are compared."""
+    count = _compared(source.preprocessing.input_size)
+    batch = _shortened(request, source).train_batch_size
+    few = source.dataset.few(max(batch, min(count, 2 * batch - 1)), count, request.seed)
+    return replace(source, dataset=few)
+
+
+def _compared(size: int) -> int:
+    return min(MOST, max(FEWEST, PIXELS // size**2))
 
 
 def modules(request: Request, source: Source, found: Rehearsal) -> list[dict[str, str]]:
@@ -73,10 +153,9 @@ def modules(request: Request, source: Source, found: Rehearsal) -> list[dict[str
     floats = {row["layer"]: row["reason"] for row in found.float_layers}
     layers = [name for name, module in source.model.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)]
     lines = []
-    for problem in found.problems:
-        refused = next((name for name in layers if f"got {name!r}" in problem), source.name)
-        lines.append({"module": refused, "level": "red", "text": problem})
-    if found.problems:
+    for problem, layer in found.refusals:
+        lines.append({"module": layer if layer in layers else source.name, "level": "red", "text": problem})
+    if found.refusals:
         return lines
     for name in layers:
         stays = [f"stays whole: it {whole[name]}"] if name in whole else []
@@ -93,64 +172,3 @@ def modules(request: Request, source: Source, found: Rehearsal) -> list[dict[str
         level, text = ("amber", "; ".join(stays)) if stays else ("green", ", ".join(gains) or "exported as it is")
         lines.append({"module": name, "level": level, "text": text})
     return lines
-
-
-def _shrunk(request: Request, source: Source, found: Rehearsal) -> nn.Module:
-    plan = recipes.usable_plan(request, source)
-    found.plan = plan.as_dict()
-    if not request.shrinks:
-        return pruning.zero_weights(source.model, plan, request.sparsity).model.eval()
-    pruner = WEIGHTS_ONLY if pruning.PRUNERS[request.pruner].needs_images else request.pruner
-    return pruning.prune(source.model, source.example, plan, pruner).model.eval()
-
-
-def _exported(
-    request: Request, source: Source, model: nn.Module, folder: Path, found: Rehearsal
-) -> dict[quantization.Flavour, Path]:
-    """Flavour -> the file that the runtimes of this flavour would load."""
-    size = source.preprocessing.input_size
-    if not request.quantizes:
-        path = folder / "float.onnx"
-        onnx_export.export(model, path, input_size=size, precision="fp16" if request.half_precision else "fp32")
-        return dict.fromkeys(quantization.FLAVOURS, path)
-    images = data.calibration_images(source.dataset, CALIBRATION_IMAGES, source.preprocessing, request.seed)
-    prepared, plan = recipes.prepared_with_bits(request, model, images)
-    found.float_layers = quantization.left_float(prepared)
-    quantized = quantization.quantize(
-        prepared,
-        plan,
-        quantizer=request.quantizer,
-        estimator=request.calibration,
-        calibration=[images],
-        train=None,
-    )
-    paths = {flavour: folder / f"quantized.{flavour}.onnx" for flavour in quantized.ranges.flavours}
-    onnx_export.export_flavours(quantized, paths, input_size=size)
-    return paths
-
-
-def _build(request: Request, source: Source, runtime: Runtime, path: Path, found: Rehearsal) -> None:
-    """A runtime that refuses the file is a problem when it was asked for; with `auto` another one is taken."""
-    precision = "int8" if request.quantizes else "fp16" if request.half_precision else "fp32"
-    spec = BuildSpec(
-        source.preprocessing.input_size,
-        threads=request.threads,
-        precision=precision,
-        hint=request.runtime_hint,
-        targets=request.engine_targets,
-    )
-    try:
-        built = runtime.build(path, path.with_name(f"{path.stem}.{runtime.name}.engine"), spec)
-        kernels = [Kernel(**row) for row in built.passport.get("layers", [])]
-        if runtime.runs_here:
-            with runtime.load(built.path or path, spec) as session:
-                kernels = list(session.kernels())
-    except CompressError as error:
-        found.runtimes[runtime.name] = str(error)
-        if request.runtime == runtime.name or (request.engine_targets and runtime.name == "tensorrt-rtx"):
-            found.problems.append(str(error))
-        return
-    integers = sum(kernel.precision == "int8" for kernel in kernels)
-    state = "runs here" if runtime.runs_here else "builds here, cannot run here"
-    found.runtimes[runtime.name] = f"{state}; {integers} of {len(kernels)} layers on integers"
-    found.kernels[runtime.name] = {kernel.name: kernel.precision for kernel in kernels}

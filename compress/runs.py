@@ -71,7 +71,7 @@ class Run:
         self.progress(name, 0.0, "started")
         _reset_peak_memory()
         start = time.perf_counter()
-        facts = _within_memory(name, work)
+        facts = within_memory(name, work)
         facts |= {"seconds": time.perf_counter() - start, "peak_rss_bytes": _peak_memory_bytes()}
         hashes = {file: sha256(self.folder / file) for file in facts.get("files", ())}
         write_text(record, signing.sealed(_record_kind(name), {"facts": facts, "sha256": hashes}, record))
@@ -346,7 +346,8 @@ def _finished_facts(name: str, folder: Path) -> dict[str, Any] | None:
     return saved["facts"] if intact else None
 
 
-def _within_memory(stage: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+def within_memory(stage: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What the work of a stage returns; raises `RunError` when memory runs out in it."""
     try:
         return work()
     except (MemoryError, RuntimeError) as error:

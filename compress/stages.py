@@ -47,12 +47,16 @@ def measure_baseline(work: Run, source: Source) -> Facts:
     checked = None
     if source.dataset.kind == "labelled":
         checked = baseline_gate.gate(source.model, source.dataset, source.preprocessing, seed=work.request.seed)
+    return keep_baseline(work, source) | {"gate": checked and checked.as_dict()}
+
+
+def keep_baseline(work: Run, source: Source) -> Facts:
+    """The dense model and its answers, which later ones are compared with."""
     files = _save_model(work, source, source.model, "stages/baseline")
     hop = ledger.torch_hop(work, source, ledger.FIRST, source.model)
     return {
         **_size_facts(source, source.model),
         "ledger": [hop],
-        "gate": checked and checked.as_dict(),
         "files": [*files, hop["answers"], ledger.TRUTH],
     }
 

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from compress.distillation import Teacher
 from compress.errors import TrainingError
-from compress.layouts import PLAIN, Format, fastest_format, in_training_mode
+from compress.layouts import PLAIN, Format, allows_channels_last, fastest_format, in_training_mode
 from compress.model_calls import classes_of, logits_of, own_errors
 
 Batch = tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]
@@ -38,6 +38,8 @@ Progress = Callable[[float, str], None]
 WARM_UP = 0.15
 """Share of the steps in which the learning rate rises."""
 MOMENTUM = 0.9
+WORTH_TRIALS = 8
+"""Steps from which formats are tried out."""
 WEIGHT_DECAY = {"adamw": 0.01, "sgd": 5e-4}
 TOO_FEW_IMAGES = "There are too few training images for one batch. Add images or lower --train-batch-size."
 
@@ -94,11 +96,11 @@ def fit(
     asked = Teacher(teacher, place) if teacher is not None else None
     optimizer = _optimizer(model, recipe)
     first = next(iter(batches(0)))[0].to(place)
-    layout = _same_for_all(lambda: fastest_format(model, first))
+    total = max(1, round(recipe.epochs * steps_per_epoch))
+    layout = _same_for_all(lambda: _format_for(model, first, total))
     classes = classes_of(model, first)
     model.to(memory_format=layout.memory_format)
     zeros = _zeros(model) if keep_zeros else []
-    total = max(1, round(recipe.epochs * steps_per_epoch))
     learner = _averaging(model)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: one_cycle(step / total))
 
@@ -145,6 +147,14 @@ def _averaging(model: nn.Module) -> nn.Module:
         return model
     # an auxiliary head takes no part in the loss: see `logits_of`
     return nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
+
+
+def _format_for(model: nn.Module, images: Tensor, steps: int) -> Format:
+    """The fastest, where it is worth finding: the trials are some ten steps themselves."""
+    if steps >= WORTH_TRIALS:
+        return fastest_format(model, images)
+    allows_channels_last(model, images)  # which refuses a model that no layout is right for
+    return PLAIN
 
 
 def _same_for_all(find: Callable[[], Format]) -> Format:
