@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from compress import deployment, pruning, quantization, recipes, runs, stages
+from compress import counting, deployment, pruning, quantization, recipes, runs, stages
 from compress.engines import RUNTIMES
 from compress.errors import CompressError, RequestError
 from compress.request import Request
@@ -26,6 +26,8 @@ FEWEST, MOST = 4, 64
 """Images that forms of the model are compared on, and ranges calibrated with."""
 ROUNDS = 2
 """Of a pruner that trains in between."""
+QUICKLY_REFITTED = 5_000_000
+"""Parameters up to which weights are refitted, too; the equations of resnet50's layers take 40 s of two cores."""
 T = TypeVar("T")
 
 
@@ -90,8 +92,9 @@ def rehearse(request: Request, source: Source) -> Rehearsal:
     if found.refusals:
         return found
     with tempfile.TemporaryDirectory(prefix="espalier-") as folder:
-        work = _DryRun(Path(folder), _shortened(request, source))
-        found.attempt(lambda: _carry_out(work, _with_few_images(request, source), found))
+        few = _with_few_images(request, source)
+        work = _DryRun(Path(folder), _shortened(request, few))
+        found.attempt(lambda: _carry_out(work, few, found))
     if found.refusals and request.prunes and not found.plan["left_out"]:
         found.attempt(lambda: found.keep_plan(recipes.pruning_plan(request, source.model, source.example).as_dict()))
     return found
@@ -102,7 +105,7 @@ def _carry_out(work: _DryRun, source: Source, found: Rehearsal) -> None:
     found.keep_plan(work.stage("prune", lambda: stages.prune_and_shrink(work, source)))
     work.stage("finetune", lambda: stages.fine_tune(work, source))
     found.float_layers = work.stage("quantize", lambda: stages.quantize(work, source))["left_float"]
-    files = work.stage("export", lambda: deployment.export(work, source))["variants"].get("quantized")
+    files = work.stage("export", lambda: deployment.export(work, source, dry=True))["variants"].get("quantized")
     for runtime in RUNTIMES.values():
         if files and f"quantized.{runtime.flavour}.onnx" not in files:
             found.runtimes[runtime.name] = f"left out: {quantization.NO_TENSORRT_FILE}"
@@ -115,28 +118,37 @@ def _carry_out(work: _DryRun, source: Source, found: Rehearsal) -> None:
     found.runtimes |= built["refused"]
 
 
-def _shortened(request: Request, source: Source) -> Request:
-    """One step of each training, on as many images as a step of the run takes where they are small."""
-    share = max(1, request.train_batch_size // request.training_processes)
-    size = source.preprocessing.input_size
-    changes = {
-        "train_batch_size": min(share, max(2, PIXELS // size**2)),
-        "training_processes": 1,
-        "pruning_steps": min(request.pruning_steps, ROUNDS),
-        "calibration_images": min(request.calibration_images, _compared(size)),
-        "reconstruction_images": min(request.reconstruction_images, _compared(size)),
-        "max_quantization_loss": None,
-    }
-    epochs = {name: min(1.0, getattr(request, name)) for name in ("pruning_epochs", "finetune_epochs", "qat_epochs")}
-    return request.model_copy(update=changes | epochs)
-
-
 def _with_few_images(request: Request, source: Source) -> Source:
-    """The training images of one step, at least as many as are compared."""
-    count = _compared(source.preprocessing.input_size)
-    batch = _shortened(request, source).train_batch_size
-    few = source.dataset.few(max(batch, min(count, 2 * batch - 1)), count, request.seed)
-    return replace(source, dataset=few)
+    """What one step takes and what forms are compared on; some of the training images are held out."""
+    size = source.preprocessing.input_size
+    step = _step(request, size)
+    train = max(step + step // 19 + 1, _compared(size))
+    return replace(source, dataset=source.dataset.few(train, _compared(size), request.seed))
+
+
+def _shortened(request: Request, few: Source) -> Request:
+    """One step of each training, and little of what only makes a result better."""
+    size = few.preprocessing.input_size
+    once = request.model_copy(update={"train_batch_size": _step(request, size), "training_processes": 1})
+    in_epoch = recipes.training_images(once, few).per_epoch if few.dataset.kind != "none" else 1
+    epochs = {
+        name: min(1 / in_epoch, getattr(request, name)) for name in ("pruning_epochs", "finetune_epochs", "qat_epochs")
+    }
+    refits = counting.count_parameters(few.model) <= QUICKLY_REFITTED
+    return once.model_copy(
+        update=epochs
+        | {
+            "pruning_steps": min(request.pruning_steps, ROUNDS),
+            "calibration_images": min(request.calibration_images, _compared(size)),
+            "reconstruction_images": min(request.reconstruction_images, _compared(size)) if refits else 0,
+            "max_quantization_loss": None,
+        }
+    )
+
+
+def _step(request: Request, size: int) -> int:
+    """Images of a training step: as many as a process of the run takes, where they are small."""
+    return min(max(1, request.train_batch_size // request.training_processes), max(2, PIXELS // size**2))
 
 
 def _compared(size: int) -> int:
