@@ -42,6 +42,8 @@ def export(work: Run, source: Source, *, dry: bool = False) -> Facts:
     for number, (variant, folder) in enumerate(floats.items()):
         work.progress("export", number / 4, f"{variant}.onnx")
         model = stages.load_model(work, source, folder)
+        if folder == "artifacts" and not work.request.quantizes:  # else the stage that quantized it has looked
+            rows.append(ledger.rebuilt(work, source, "finetune", model))
         path = work.artifacts / f"{variant}.onnx"
         precision = "fp16" if variant == "half" else "fp32"
         with atomic(path) as partial_path:
@@ -54,6 +56,7 @@ def export(work: Run, source: Source, *, dry: bool = False) -> Facts:
     if work.request.quantizes:
         work.progress("export", 0.6, "quantized, both flavours")
         quantized = stages.load_quantized(work, source)
+        rows.append(ledger.rebuilt(work, source, "quantize", quantization.fake_quantized(quantized)))
         files = _export_quantized(work, source, quantized)
         for flavour, path in files.items():
             expected = _quantized_logits(quantized, flavour, images)

@@ -46,11 +46,16 @@ def row(source: str, target: str, check: str, difference: Difference, tolerance:
 def judge(variant: str, target: str, expected: np.ndarray, got: np.ndarray) -> Facts:
     """The file or engine `target` of a variant against the torch model that it was made from; logits [N, classes]."""
     if variant == "quantized":
-        difference = compare(expected, got)
-        return row("fake-quantized, torch", target, "top-1 and logits", difference, QUANTIZED_RULE, same(expected, got))
+        return judge_grids("fake-quantized, torch", target, expected, got)
     tolerance, difference = HALF_TOLERANCE if variant == "half" else FLOAT_TOLERANCE, compare(expected, got)
     allowed = f"{tolerance:g} of the largest logit"
     return row(f"{variant}, torch", target, "logits", difference, allowed, difference.relative <= tolerance)
+
+
+def judge_grids(source: str, target: str, expected: np.ndarray, got: np.ndarray) -> Facts:
+    """Two executions of one quantized model; logits [N, classes]."""
+    difference = compare(expected, got)
+    return row(source, target, "top-1 and logits", difference, QUANTIZED_RULE, same(expected, got))
 
 
 def same(expected: np.ndarray, got: np.ndarray) -> bool:

@@ -32,6 +32,7 @@ TRUTH = "stages/answers/truth.npy"
 """The right answer of each test image: its label, or what the baseline answers where there are no labels."""
 TRACED_IMAGES, TRACED_PIXELS = 32, 2 * 224 * 224
 """Images whose inner values are compared, and pixels of one batch of them."""
+REBUILT_IMAGES = 16
 CHANCE = 0.05
 
 
@@ -126,6 +127,23 @@ def hop_after(facts: Mapping[str, Facts], stage: str) -> Facts:
     """The hop of the model as it is after `stage`, one of `TORCH_STAGES`: of the last stage up to there that changed it."""
     stages = TORCH_STAGES[: TORCH_STAGES.index(stage) + 1]
     return [row for name in stages for row in facts[name]["ledger"]][-1]
+
+
+def rebuilt(work: Run, source: Source, stage: str, model: nn.Module) -> Facts:
+    """The hand-off from the model as it was after `stage`, one of `TORCH_STAGES`, to `model`, rebuilt from its files: the
+    first test images, which the ledger has the answers to.
+
+    Raises `HandoffError` when they answer differently.
+    """
+    before = TORCH_STAGES[: TORCH_STAGES.index(stage) + 1]
+    found = hop_after({name: work.facts(name) for name in before}, stage)
+    images = next(test_batches(source, REBUILT_IMAGES))[0]
+    expected = np.load(work.folder / found["answers"])[: len(images)]
+    got = evaluation.torch_answer(model)(images.numpy())
+    names = f"{found['name']}, torch", f"{found['name']}, saved and rebuilt"
+    if stage == "quantize":
+        return handoffs.checked(handoffs.judge_grids(*names, expected, got))
+    return handoffs.same_function(*names, expected, got)
 
 
 def cross_checks(folder: Path, rows: Sequence[Facts]) -> tuple[CrossCheck, ...]:

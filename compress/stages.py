@@ -65,20 +65,21 @@ def prune_and_shrink(work: Run, source: Source) -> Facts:
     """Channels chosen by NNI, removed by NNI, proved equal to the masked model; then what stays is refitted."""
     request = work.request
     model = load_model(work, source, "stages/baseline")
+    rebuilt = ledger.rebuilt(work, source, "baseline", model)
     if not request.prunes:
         files = _save_model(work, source, model, "stages/shrunk")
         return {
             "skipped": "not pruned, as asked",
             "files": files,
             "ledger": [],
-            "handoffs": [],
+            "handoffs": [rebuilt],
             "groups": [],
             "left_out": [],
             "refits": [],
         }
     plan = recipes.pruning_plan(request, model, source.example)
     if not request.shrinks:
-        return _zero_weights(work, source, model, plan)
+        return _zero_weights(work, source, model, plan) | {"handoffs": [rebuilt]}
     work.progress("prune", 0.2, f"{len(plan.groups)} groups of layers to prune")
     how = recipes.pruning_training(
         request, source, model, lambda done, text: work.progress("prune", 0.2 + 0.6 * done, text)
@@ -98,7 +99,7 @@ def prune_and_shrink(work: Run, source: Source) -> Facts:
     )
     return {
         **plan.as_dict(),
-        "handoffs": [equal],
+        "handoffs": [rebuilt, equal],
         "ledger": [hop],
         "files": files + [hop["answers"]],
         "refits": [asdict(refit) for refit in refits],
@@ -107,7 +108,7 @@ def prune_and_shrink(work: Run, source: Source) -> Facts:
 
 
 def _zero_weights(work: Run, source: Source, model: nn.Module, plan: pruning.Plan) -> Facts:
-    """The fine-grained pruner: every layer keeps its shape, so there is no hand-off to prove."""
+    """The fine-grained pruner: every layer keeps its shape, so no shrinking has to be proved."""
     sparse = pruning.zero_weights(model, plan, work.request.sparsity)
     recipes.recover(work.request, source, model, sparse.model, {})
     files = _save_model(work, source, sparse.model, "stages/shrunk")
@@ -122,7 +123,6 @@ def _zero_weights(work: Run, source: Source, model: nn.Module, plan: pruning.Pla
         "zeros": dict(sparse.zeros),
         "note": note,
         "refits": [],
-        "handoffs": [],
         "ledger": [hop],
         "files": files + [hop["answers"]],
         "skipped": None,
@@ -133,6 +133,7 @@ def fine_tune(work: Run, source: Source) -> Facts:
     """Training after pruning, with the original model as teacher; without training there is no hop, as none was made."""
     request = work.request
     model = load_model(work, source, "stages/shrunk")
+    rebuilt = ledger.rebuilt(work, source, "prune", model)
     curve, reason, memory_note = [], None, None
     if source.dataset.kind == "none":
         reason = "no images were given, so nothing was trained"
@@ -150,6 +151,7 @@ def fine_tune(work: Run, source: Source) -> Facts:
         "curve": curve,
         "skipped": reason,
         "memory_note": memory_note,
+        "handoffs": [rebuilt],
         "ledger": hops,
         "files": files + [hop["answers"] for hop in hops],
     }
@@ -172,6 +174,7 @@ def quantize(work: Run, source: Source) -> Facts:
             "noise": {"layers": {}},
         }
     model = load_model(work, source, "artifacts")
+    rebuilt = ledger.rebuilt(work, source, "finetune", model)
     images = data.calibration_images(source.dataset, request.calibration_images, source.preprocessing, request.seed)
     prepared, plan = recipes.prepared_with_bits(request, model, images)
     mixed = None
@@ -208,7 +211,7 @@ def quantize(work: Run, source: Source) -> Facts:
     return {
         "skipped": None,
         "curve": curve,
-        "handoffs": list(prepared.meta[quantization.PROOFS]),
+        "handoffs": [rebuilt, *quantized.model.meta[quantization.PROOFS]],
         "ledger": [hop],
         "files": [*files, "artifacts/quantization.json", hop["answers"]],
         "label": quantized.ranges.label,

@@ -9,7 +9,7 @@ import torch
 from torch import fx, nn
 from user_modules_quantization import InPlaceSkip, Names, Odd, OwnProjection, Statements, built, images
 
-from compress import functional, handoffs
+from compress import functional, handoffs, tracing
 from compress.errors import HandoffError
 from compress.quantization import (
     PROOFS,
@@ -157,3 +157,32 @@ def test_a_head_that_is_all_zero_is_equal_to_itself():
 
 def _flat(value):
     return [leaf for item in value for leaf in _flat(item)] if isinstance(value, tuple | list) else [value]
+
+
+def test_a_model_that_differs_from_nnis_simulation_is_not_handed_on(monkeypatch):
+    """The grids that were found, put down as numbers, have to be those that were trained on."""
+    package = __import__("sys").modules["compress.quantization"]
+    real = package.fake_quantized
+
+    def wrong(quantized):
+        model = real(quantized)
+        model.get_submodule("head.4").weight.data.mul_(-1)
+        return model
+
+    prepared = prepare(built(InPlaceSkip), images())
+    plan = assign_bits(prepared, 8, 8)
+    quantized = quantize(prepared, plan, calibration=[images()], train=None)
+    row = quantized.model.meta[PROOFS][-1]
+    assert row["source"] == "trained on the grid by NNI" and row["max_abs_diff"] == 0
+    monkeypatch.setattr(package, "fake_quantized", wrong)
+    with pytest.raises(HandoffError, match="trained on the grid by NNI and fake-quantized, torch answer differently"):
+        quantize(prepared, plan, calibration=[images()], train=None)
+
+
+def test_a_graph_for_pruning_that_is_another_function_is_refused():
+    model = built(InPlaceSkip)
+    graph_module = tracing.capture(copy.deepcopy(model), images(2)).graph_module
+    tracing.prove(graph_module, model, images(2))
+    graph_module.get_submodule("conv").weight = nn.Parameter(model.conv.weight * 2)
+    with pytest.raises(tracing.Untraceable, match="gives other answers than the operations found in it"):
+        tracing.prove(graph_module, model, images(2))

@@ -12,8 +12,10 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable
 
+import torch
 from torch import Tensor, fx, nn
 
+from compress import handoffs
 from compress.errors import QuantizationError
 from compress.quantization.bits import BitPlan, LayerBits, assign_bits
 from compress.quantization.calibration import ESTIMATORS, Estimator
@@ -90,6 +92,7 @@ def quantize(
 
     Raises:
         QuantizationError: the quantizer does not take these bits, or a layer has no range.
+        HandoffError: the model on the grids found answers differently from NNI's simulation of them.
     """
     from compress.quantization.nni_backend import quantize_with_nni
 
@@ -100,14 +103,21 @@ def quantize(
             numbers = allowed[field]
             wanted = f"a whole number from {numbers[0]} to {numbers[-1]}" if len(numbers) > 1 else str(numbers[0])
             raise QuantizationError(f"{field}: got {bits!r}, expected {wanted} with {quantizer}.")
-    state, ranges = quantize_with_nni(
+    batches = list(calibration)
+    shown = handoffs.few(batches[0]) if batches else torch.empty(0)
+    state, ranges, simulated = quantize_with_nni(
         prepared,
         plan,
         quantizer=quantizer,
         estimator=estimator,
-        calibration=calibration,
+        calibration=batches,
         train=train if entry.trains else None,
+        shown=shown,
     )
     model = copy.deepcopy(prepared).eval()
     model.load_state_dict(state)
-    return Quantized(model, ranges)
+    quantized = Quantized(model, ranges)
+    answers = handoffs.answers(fake_quantized(quantized), shown)
+    row = handoffs.judge_grids("trained on the grid by NNI", "fake-quantized, torch", simulated, answers)
+    model.meta[PROOFS] = (*model.meta[PROOFS], handoffs.checked(row))
+    return quantized

@@ -7,9 +7,11 @@ import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
+from compress import handoffs
 from compress._nni import import_nni, quiet
 from compress.errors import QuantizationError
 from compress.quantization.bits import BitPlan
@@ -43,8 +45,10 @@ def quantize_with_nni(
     estimator: Estimator,
     calibration: Iterable[Tensor],
     train: TrainFn | None,
-) -> tuple[dict[str, Tensor], Ranges]:
-    """Calibrate, train when `train` is given, and return (trained float state_dict, ranges); `prepared` is untouched.
+    shown: Tensor,
+) -> tuple[dict[str, Tensor], Ranges, np.ndarray]:
+    """Calibrate, train when `train` is given, and return (trained float state_dict, ranges, what NNI's simulation answers
+    to the images `shown`); `prepared` is untouched.
 
     `calibration` yields float32 images (N, 3, H, W), normalised. Raises `QuantizationError`, naming the layer, when a
     range was never observed, is not finite, or is empty.
@@ -66,10 +70,11 @@ def quantize_with_nni(
     for method, names in _groups(jobs).values():
         method.settle([wrappers[name] for name in names])
     ranges, weights = _ranges(plan, jobs, wrappers)
+    simulated = handoffs.answers(model.eval(), shown)
     with quiet():
         for one in quantizers.values():
             one.unwrap_model()
-    return model.state_dict() | weights, ranges
+    return model.state_dict() | weights, ranges, simulated
 
 
 def _weight_jobs(model: fx.GraphModule, plan: BitPlan, quantizer: str, estimator: Estimator) -> list[Job]:
