@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import nn
 
 _FREE = frozenset({
@@ -68,3 +71,16 @@ def as_layer(module: nn.Module, kind: type[nn.Module], **attributes: Any) -> nn.
     }
     twin.__dict__.update(attributes)
     return twin
+
+
+@contextlib.contextmanager
+def buffers_kept(model: nn.Module) -> Iterator[None]:
+    """While it lasts, `model` may run and count its calls, as some do; then its buffers are as they were."""
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers() if not buffer.is_meta]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, before in buffers:
+                if not torch.equal(buffer, before):
+                    buffer.copy_(before)

@@ -26,7 +26,7 @@ from torch._subclasses.fake_tensor import (
 from torch.fx import _symbolic_trace
 from torch.utils import _pytree
 
-from .layers import as_layer, is_torch_layer
+from .layers import as_layer, buffers_kept, is_torch_layer
 from .own_layers import OwnLayers
 from .proxies import NumberProxy, PlainProxy, Sizes, TensorProxy
 from .wording import Decision, Untraceable, current_place
@@ -67,17 +67,10 @@ class ValueTracer(fx.Tracer):
 
     def trace_root(self, root: nn.Module) -> fx.Graph:
         """Raises `Untraceable`, and what the model's own code raises."""
-        buffers = [(buffer, buffer.clone()) for buffer in root.buffers() if not buffer.is_meta]
         if self._images is not None:
             self._memo = {id(tensor): self._as_fake(tensor) for tensor in chain(root.parameters(), root.buffers())}
-        try:
-            with _factories_traced(self), _quiet():
-                graph = self.trace(root)
-        finally:
-            with torch.no_grad():
-                for buffer, before in buffers:  # some count their calls
-                    if not torch.equal(buffer, before):
-                        buffer.copy_(before)
+        with buffers_kept(root), _factories_traced(self), _quiet():
+            graph = self.trace(root)
         self._erase_unused(graph)
         return graph
 
