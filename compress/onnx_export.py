@@ -173,7 +173,11 @@ def _own_weights(model: ir.Model, dequantize: ir.Node, user: ir.Node, index: int
     inputs = [constant(model, name, codes.const_value.numpy()), *dequantize.inputs[1:]]
     copied = ir.node("DequantizeLinear", inputs, attributes=dict(dequantize.attributes), name=f"{name}.dequantize")
     original = dequantize.outputs[0]
-    copied.outputs[0].name, copied.outputs[0].shape, copied.outputs[0].type = f"{name}.dequantized", original.shape, original.type
+    copied.outputs[0].name, copied.outputs[0].shape, copied.outputs[0].type = (
+        f"{name}.dequantized",
+        original.shape,
+        original.type,
+    )
     model.graph.insert_before(user, copied)
     user.replace_input_with(index, copied.outputs[0])
 

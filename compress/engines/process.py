@@ -61,32 +61,31 @@ class RuntimeProcess:
         self._console = (self._folder / "console").open("ab+")
         ours, theirs = socket.socketpair()
         lifeline, self._lifeline = os.pipe()
-        kind = type(runtime)
-        words = [kind.__module__, kind.__qualname__, str(theirs.fileno()), str(lifeline), str(IDLE_S)]
+        memory = os.memfd_create("espalier")
+        self._channel = wire.Channel(Connection(ours.detach()), memory)
+        files = (theirs.fileno(), memory, lifeline)
         try:
-            self._process = subprocess.Popen(  # noqa: S603  (our own words, no shell)
-                [sys.executable, "-P", "-m", "compress.engines.worker", *words],
-                stdin=subprocess.DEVNULL,
-                stdout=self._console,
-                stderr=self._console,
-                pass_fds=(theirs.fileno(), lifeline),
-                env={
-                    **os.environ,
-                    "PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path)),
-                    "TMPDIR": str(self._folder),
-                },
-            )
+            self._process = self._started(files)
         except OSError as error:
-            ours.close()
-            os.close(self._lifeline)
-            self._console.close()
-            shutil.rmtree(self._folder, ignore_errors=True)
+            self._close()
             what = f"No process could be started for {runtime.title} ({error.strerror})."
             raise EngineError(runtime.name, what, MORE_MEMORY) from error
         finally:
             theirs.close()
             os.close(lifeline)
-        self._connection = Connection(ours.detach())
+
+    def _started(self, files: tuple[int, ...]) -> subprocess.Popen[bytes]:
+        kind = type(self._runtime)
+        words = [kind.__module__, kind.__qualname__, *map(str, files), str(IDLE_S)]
+        path = os.pathsep.join(map(os.path.abspath, sys.path))
+        return subprocess.Popen(  # noqa: S603  (our own words, no shell)
+            [sys.executable, "-P", "-m", "compress.engines.worker", *words],
+            stdin=subprocess.DEVNULL,
+            stdout=self._console,
+            stderr=self._console,
+            pass_fds=files,
+            env={**os.environ, "PYTHONPATH": path, "TMPDIR": str(self._folder)},
+        )
 
     @property
     def usable(self) -> bool:
@@ -109,9 +108,9 @@ class RuntimeProcess:
         try:
             sent = {} if images is None else {"images": images}
             with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # what became of it is found below
-                wire.send(self._connection, {"order": order, "arguments": dict(arguments)}, sent)
+                self._channel.send({"order": order, "arguments": dict(arguments)}, sent)
             self._wait(doing)
-            header, arrays = wire.receive(self._connection)
+            header, arrays = self._channel.receive()
         except (EOFError, ConnectionResetError):
             self._fail(*self._how_it_ended(doing))
         except ValueError:
@@ -129,7 +128,7 @@ class RuntimeProcess:
         """Until there is an answer, or nobody who could give one."""
         start = worked = time.monotonic()
         ticks = processes.own_ticks(self._process.pid)
-        while not self._connection.poll(TICK_S) and self._process.poll() is None:
+        while not self._channel.poll(TICK_S) and self._process.poll() is None:
             if os.fstat(self._console.fileno()).st_size > CONSOLE_BYTES:
                 self._console.truncate(0)
             now, before, ticks = time.monotonic(), ticks, processes.own_ticks(self._process.pid)
@@ -190,16 +189,20 @@ class RuntimeProcess:
             return
         self._process.kill()
         self._process.wait()
-        self._connection.close()
-        os.close(self._lifeline)
-        self._console.close()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        self._close()
 
     def abandon(self) -> None:
         """In a copy of this program that `os.fork` made: the process belongs to the other one."""
         self._failure = f"{self._runtime.title} belongs to another process.", "Load the file again."
-        self._connection.close()
+        self._channel.close()
         os.close(self._lifeline)
+        self._console.close()
+
+    def _close(self) -> None:
+        self._channel.close()
+        os.close(self._lifeline)
+        self._console.close()
+        shutil.rmtree(self._folder, ignore_errors=True)
 
     def __enter__(self) -> Self:
         return self

@@ -1,8 +1,13 @@
-"""Messages between this program and the process of a runtime: a line of JSON, then the bytes of the arrays that it lists."""
+"""Messages between this program and the process of a runtime: JSON through a connection, arrays through shared memory.
+
+A batch of images would pass through the buffer of a socket in a hundred pieces, and wait for the other process at each.
+"""
 
 from __future__ import annotations
 
 import json
+import mmap
+import os
 from collections.abc import Mapping
 from multiprocessing.connection import Connection
 from typing import Any
@@ -10,26 +15,53 @@ from typing import Any
 import numpy as np
 
 Arrays = dict[str, np.ndarray]
+ALIGNED = 64
 
 
-def send(connection: Connection, header: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> None:
-    """Raises `OSError` when nobody reads any more."""
-    listed = [[name, str(array.dtype), list(array.shape)] for name, array in arrays.items()]
-    connection.send_bytes(json.dumps({**header, "arrays": listed}).encode())
-    for array in arrays.values():
-        connection.send_bytes(_bytes(np.ascontiguousarray(array)))
+class Channel:
+    """One end. Both take turns, so what one wrote into the memory is read before anything else is written.
 
+    Args:
+        connection: to the other end.
+        memory: an open file in memory (`os.memfd_create`), which grows with what is sent.
+    """
 
-def receive(connection: Connection) -> tuple[dict[str, Any], Arrays]:
-    """Raises `EOFError` or `OSError` when nobody writes any more, `ValueError` for what is no message."""
-    header = json.loads(connection.recv_bytes())
-    arrays: Arrays = {}
-    for name, dtype, shape in header.pop("arrays"):
-        arrays[name] = np.empty(shape, dtype)
-        if connection.recv_bytes_into(_bytes(arrays[name])) != arrays[name].nbytes:
-            raise ValueError(f"{name} is shorter than announced")
-    return header, arrays
+    def __init__(self, connection: Connection, memory: int) -> None:
+        self._connection, self._memory = connection, memory
+        self._map: mmap.mmap | None = None
 
+    def poll(self, seconds: float | None) -> bool:
+        """Whether there is something to receive, or nobody who could send; waits so long for it, or for ever."""
+        return self._connection.poll(seconds)
 
-def _bytes(array: np.ndarray) -> np.ndarray:
-    return array.reshape(-1).view(np.uint8)
+    def send(self, header: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> None:
+        """Raises `OSError` when nobody reads any more."""
+        listed, end = [], 0
+        for name, array in arrays.items():
+            listed.append([name, str(array.dtype), list(array.shape), end])
+            end += -(-array.nbytes // ALIGNED) * ALIGNED
+        if end > os.fstat(self._memory).st_size:
+            os.ftruncate(self._memory, end)
+        for array, (_, dtype, shape, offset) in zip(arrays.values(), listed, strict=True):
+            self._at(dtype, shape, offset)[...] = array
+        self._connection.send_bytes(json.dumps({**header, "arrays": listed}).encode())
+
+    def receive(self) -> tuple[dict[str, Any], Arrays]:
+        """Raises `EOFError` or `OSError` when nobody writes any more, `ValueError` for what is no message."""
+        header = json.loads(self._connection.recv_bytes())
+        return header, {name: self._at(*place).copy() for name, *place in header.pop("arrays")}
+
+    def close(self) -> None:
+        self._connection.close()
+        os.close(self._memory)
+        self._map = None
+
+    def _at(self, dtype: str, shape: list[int], offset: int) -> np.ndarray:
+        """An array in the memory itself."""
+        count = int(np.prod(shape))
+        if not count:
+            return np.empty(shape, dtype)
+        size = os.fstat(self._memory).st_size
+        if self._map is None or len(self._map) < size:
+            self._map = mmap.mmap(self._memory, size)
+        return np.frombuffer(self._map, dtype, count, offset).reshape(shape)

@@ -1,7 +1,7 @@
-"""`python -m compress.engines.worker MODULE CLASS CONNECTION LIFELINE IDLE_S` executes one runtime for the process that started it.
+"""`python -m compress.engines.worker MODULE CLASS CONNECTION MEMORY LIFELINE IDLE_S` executes one runtime for the process that started it.
 
-CONNECTION and LIFELINE are open files. Orders come through the first, see `_Worker`. Nothing is ever written into the
-second: it closes when the process that started this one ends, however that happens, and then this one ends, too.
+CONNECTION, MEMORY and LIFELINE are open files. Orders come through the first two (`engines.wire`), see `_Worker`. Nothing is
+ever written into the third: it closes when the process that started this one ends, however that happens, and then this one ends, too.
 """
 
 from __future__ import annotations
@@ -89,14 +89,14 @@ class _Worker:
         return number
 
 
-def serve(runtime: Runtime, connection: Connection, idle_s: float) -> None:
+def serve(runtime: Runtime, channel: wire.Channel, idle_s: float) -> None:
     """Carries out orders until nobody can send any more, or nothing is loaded and none comes for `idle_s` seconds."""
     worker = _Worker(runtime)
     with contextlib.suppress(EOFError, OSError):
-        while connection.poll(None if worker.loaded else idle_s):
-            header, arrays = wire.receive(connection)
-            wire.send(connection, *_answered(worker, header["order"], header["arguments"] | arrays))
-        wire.send(connection, {"retired": True}, {})
+        while channel.poll(None if worker.loaded else idle_s):
+            header, arrays = channel.receive()
+            channel.send(*_answered(worker, header["order"], header["arguments"] | arrays))
+        channel.send({"retired": True}, {})
 
 
 def _answered(worker: _Worker, order: str, arguments: dict[str, Any]) -> Answer:
@@ -137,10 +137,10 @@ def _prepare(lifeline: int) -> None:
 
 
 def main() -> None:
-    module, name, connection, lifeline, idle_s = sys.argv[1:]
+    module, name, connection, shared, lifeline, idle_s = sys.argv[1:]
     _prepare(int(lifeline))
     kind = functools.reduce(getattr, name.split("."), importlib.import_module(module))
-    serve(kind(), Connection(int(connection)), float(idle_s))
+    serve(kind(), wire.Channel(Connection(int(connection)), int(shared)), float(idle_s))
 
 
 if __name__ == "__main__":

@@ -82,7 +82,9 @@ def fake_quantized(quantized: Quantized, flavour: Flavour | None = None) -> fx.G
     readers = readers_of(model)
     for name, grid in _grids(model, quantized).items():
         layer = model.get_submodule(name)
-        layer.weight = nn.Parameter(grid.dequantized(layer.weight), requires_grad=False)  # another's may be the same tensor
+        layer.weight = nn.Parameter(
+            grid.dequantized(layer.weight), requires_grad=False
+        )  # another's may be the same tensor
     for name, point in quantization_points(model).items():
         grid = quantized.ranges.activations[name]
         if flavour == "tensorrt" and point.only_onnxruntime:
