@@ -26,7 +26,7 @@ MAX_NUMBER_KEY = 2**20
 """Numbers as keys count parameters in the state of an optimizer. Python's hash of a number is no secret: tens of thousands
 of larger ones, chosen to meet in one place of the table, took a minute."""
 MAX_LENGTH = 64
-"""Of a shape, and of the arguments of a call. One long tuple, named again by each of 50,000 calls, would be walked as often."""
+"""Of a shape. One long tuple, named again by each of 50,000 calls, would be walked as often."""
 
 _REBUILD_TENSOR, _REBUILD_PARAMETER = "torch._utils _rebuild_tensor_v2", "torch._utils _rebuild_parameter"
 _STORAGES = {
@@ -247,7 +247,7 @@ class _Machine:
 
     def _reduce(self, _: Any) -> None:
         arguments, function = self._stack.pop(), self._stack.pop()
-        _require(type(function) is Global and type(arguments) is tuple and len(arguments) <= MAX_LENGTH)
+        _require(type(function) is Global and type(arguments) is tuple)
         self._stack.append(_CALLS[function.name](*arguments))
 
 

@@ -93,6 +93,10 @@ def test_nothing_that_is_published_names_the_folder_of_the_run(server, run, tmp_
         assert job_id not in text and str(tmp_path) not in text and "pets.zip" in text and "w.pth" in text
     folder.parent.mkdir()
     run.rename(folder)
+    document = signing.unchecked(folder / "manifest.json")
+    own = {name: value for name, value in document.items() if name in ("format", "files")}
+    (folder / "manifest.json").write_text(signing.sealed("manifest.json", own, folder / "manifest.json"))
+    assert job_id in (folder / "manifest.json").read_text(), "it is signed for this run"
     assert hub.publish(folder, "team/small").files == 5
     assert not any(job_id.encode() in content for content in server.repositories["team/small"].files.values())
 
