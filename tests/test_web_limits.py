@@ -24,6 +24,7 @@ from compress.jobs import Queue
 from compress.jobs_files import Folders
 from compress.request import Request
 from compress.ui.guard import Guard
+from compress.ui.sessions import _Nothing, skip_what_stays
 from compress.ui.settings import Settings
 from compress.ui.streams import FULL, SENTENCE, Streams, StreamsError
 from compress.ui.told import MISTAKE, without_folders, without_traceback
@@ -261,6 +262,27 @@ def test_answers_that_nobody_fetches_are_limited(server: AppServer) -> None:
     assert "fetch them before" in httpx.post(f"{server.url}/gradio_api/queue/join", json=body).text
     body["session_hash"] = "another"
     assert httpx.post(f"{server.url}/gradio_api/queue/join", json=body).status_code == 200
+
+
+def test_what_stays_on_the_page_is_not_built_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of twenty watchers waited 1.5 s when each look built fifty components."""
+    with gr.Blocks() as page:
+        parts = [gr.HTML(), gr.Textbox(), gr.Number()]
+        parts[0].change(lambda: None, [], parts)
+    skip_what_stays(page)
+    (event,) = page.fns.values()
+    stays, state = gr.skip(), _Nothing(page)
+
+    def built(*given: Any, **named: Any) -> None:
+        raise AssertionError("a component was built")
+
+    for kind in (gr.HTML, gr.Textbox):
+        monkeypatch.setattr(kind, "__init__", built)
+    run = lambda values: asyncio.run(page.postprocess_data(event, values, state))  # noqa: E731
+    assert run([stays, stays, stays]) == [stays, stays, stays]
+    assert run([stays, stays, 5]) == [stays, stays, 5]
+    assert run([stays, "x", 5]) == [stays, "x", 5]
+    assert run([stays, stays, gr.update(visible=False)]) == [stays, stays, {"visible": False, "__type__": "update"}]
 
 
 # ---- what a visitor is told -----------------------------------------------------------------------------------------------

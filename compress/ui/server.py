@@ -25,7 +25,7 @@ from compress.ui.limits import Limits
 from compress.ui.login import HEALTH, Login, login_name
 from compress.ui.page import build_page
 from compress.ui.receiving import add_upload_routes
-from compress.ui.sessions import Unfetched, forget_sessions
+from compress.ui.sessions import Unfetched, forget_sessions, skip_what_stays
 from compress.ui.settings import Settings
 from compress.ui.sharing import asks_to_log_in
 from compress.ui.streams import allow_many_descriptors
@@ -97,6 +97,7 @@ def build_app(
     page.has_launched = True  # launch() sets it; without it Gradio would take any path for an upload of its own
     routes = open_routes(mcp=settings.mcp, space=asks_to_log_in(os.environ))
     page.process_api = without_traceback(page.process_api, WRONG_VALUES)  # handlers tell of their own mistakes
+    skip_what_stays(page)
     forget_sessions(page, app.routes[-1].app)
     app.add_middleware(Door, routes=routes, is_upload=handlers.uploads.has, refuses_session=Unfetched(page).refuses)
     app.add_middleware(
