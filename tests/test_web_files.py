@@ -503,7 +503,7 @@ def test_a_full_disk_ends_an_upload_with_a_sentence_and_leaves_nothing(
             answer = client.post("/gradio_api/upload", files={"files": ("x.pth", b"w" * 100)})
             assert answer.status_code == 507
             assert "could not be stored on this server (No space left on device): try again later." in answer.text
-    assert [path.name for path in (tmp_path / "data" / "incoming").rglob("*.pth")] == []
+            assert [path.name for path in (tmp_path / "data" / "incoming").rglob("*.pth")] == []
 
 
 class _Full:
