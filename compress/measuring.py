@@ -42,6 +42,8 @@ def measure(work: Run, source: Source) -> Facts:
             facts = _measured(work, source, without=notes)
             return facts | {"notes": [*work.facts("build")["notes"], *notes.values()]}
         except EngineError as error:
+            if error.runtime in notes:  # it is not used any more, so this would be for ever
+                raise
             notes[error.runtime] = left_out(work, RUNTIMES[error.runtime], error)
             if not _runtimes(work, without=notes):
                 raise
