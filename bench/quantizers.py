@@ -73,8 +73,8 @@ def measure(request: compress.Request, source: Source, train: bool) -> Row:
 
 
 def _quantized(request: compress.Request, source: Source, train: bool) -> quantization.Quantized:
-    prepared, plan = recipes.prepared_with_bits(request, source.model)
     images = data.calibration_images(source.dataset, request.calibration_images, source.preprocessing, request.seed)
+    prepared, plan = recipes.prepared_with_bits(request, source.model, images)
 
     def fit(model: nn.Module) -> None:
         trained_on = recipes.training_images(request, source)
