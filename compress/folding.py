@@ -57,6 +57,9 @@ def fold(graph_module: fx.GraphModule) -> None:
         graph_module.set_submodule(str(layer.target), _fused(graph_module, layer, norm))
         norm.replace_all_uses_with(layer)
         graph_module.graph.erase_node(norm)
+        holder = nn.Module()  # some hold their activation, which is called on
+        holder._modules.update(graph_module.get_submodule(str(norm.target))._modules)
+        graph_module.set_submodule(str(norm.target), holder)
     graph_module.delete_all_unused_submodules()
     graph_module.recompile()
 

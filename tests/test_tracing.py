@@ -56,6 +56,7 @@ def test_what_is_opened_is_pruned_and_quantized(body):
     called = {str(node.target) for node in prepared.graph.nodes}
     layers = {name for name, module in model.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)} & called
     assert set(quantization.quantized_layers(prepared)) == layers >= {"stem.0", "conv", "head"}
+    assert not quantization.left_float(prepared)  # also no BatchNorm that was folded and still holds its activation
 
 
 @pytest.mark.parametrize("body", REFUSED)
