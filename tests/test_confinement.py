@@ -194,35 +194,36 @@ for loader in (opens, allocates, computes, writes, reads, cannot):
         if loader is cannot:
             unpacking.confine = cannot
         unpacking._carry_out(order, parent)
-    ends[loader.__name__] = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    _, status, used = os.wait4(pid, 0)
+    ends[loader.__name__] = os.waitstatus_to_exitcode(status), used.ru_utime + used.ru_stime
 print(json.dumps(ends))
 """
 
 
 @pytest.fixture(scope="module")
-def ends(tmp_path_factory) -> dict[str, tuple[int, bytes]]:
-    """How a child ends in which another function stands for the loader, and what it wrote."""
+def ends(tmp_path_factory) -> dict[str, tuple[int, bytes, float]]:
+    """How a child ends in which another function stands for the loader, what it wrote, and its seconds of computing."""
     folder = tmp_path_factory.mktemp("ends")
     (folder / "a.pth").write_bytes(b"x")
     done = subprocess.run([sys.executable, "-c", CARRY_OUT, folder], capture_output=True, check=True, timeout=120)
-    return {name: (status, (folder / name).read_bytes()) for name, status in json.loads(done.stdout).items()}
+    return {name: (end, (folder / name).read_bytes(), used) for name, (end, used) in json.loads(done.stdout).items()}
 
 
 def test_what_the_loader_does_is_done_in_confinement(ends):
-    assert ends["reads"] == (unpacking.WRITTEN, b"read")
+    assert ends["reads"][:2] == (unpacking.WRITTEN, b"read")
     for name in ("opens", "allocates", "writes"):
-        status, content = ends[name]
+        status, content, _ = ends[name]
         assert status == unpacking.UNREADABLE or status < 0, name
         assert len(content) <= 2**16 and content not in (b"opened", b"allocated")
 
 
 def test_a_loader_that_computes_for_ever_is_ended(ends):
-    status, content = ends["computes"]
-    assert status < 0 and content == b""
+    status, content, used = ends["computes"]
+    assert status < 0 and content == b"" and used < 5, "after the 2 s that its order gives it"
 
 
 def test_without_confinement_the_file_is_not_looked_at(ends):
-    assert ends["cannot"] == (unpacking.NOT_CONFINED, b"")
+    assert ends["cannot"][:2] == (unpacking.NOT_CONFINED, b"")
 
 
 class Answers(Loader):

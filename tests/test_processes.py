@@ -37,3 +37,11 @@ def test_a_process_lives_as_long_as_one_of_its_threads() -> None:
     finally:
         process.kill()
         process.wait()
+
+
+def test_a_child_gets_the_variables_of_the_list_alone(monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    monkeypatch.setenv("ESPALIER_LOGIN", "me:secret")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    environment = processes.child_environment()
+    assert not {"HF_TOKEN", "ESPALIER_LOGIN"} & set(environment) and environment["OMP_NUM_THREADS"] == "1"
