@@ -26,18 +26,18 @@ from compress import layouts
 from compress.errors import ModelError, TrainingError
 from compress.layouts import PLAIN, Format, agree, allows_channels_last, fastest_format
 from compress.model_calls import logits_of
-from compress.training import Recipe, fit
+from compress.training import WORTH_TRIALS, Recipe, fit
 
 RECIPE = Recipe(1, 0.01, 0.5, 4.0)
 
 
 def batches(epoch: int):
-    for start in range(2):
+    for start in range(WORTH_TRIALS):
         yield images(8), torch.arange(8) % 4, torch.arange(8) + 8 * start
 
 
 def train(model: nn.Module, **changes):
-    return fit(model, batches, 2, RECIPE, teacher=model.eval(), **changes)
+    return fit(model, batches, WORTH_TRIALS, RECIPE, teacher=model.eval(), **changes)
 
 
 @pytest.mark.parametrize(
@@ -81,6 +81,14 @@ def test_a_model_that_reorders_its_tensors_itself_is_refused_before_harm():
 def test_a_layout_that_stops_the_model_is_not_taken():
     assert fastest_format(Viewing(), images()) == PLAIN
     assert train(Viewing())[0]["train_loss"] > 0
+
+
+def test_few_steps_are_not_worth_trials(monkeypatch):
+    tried = []
+    monkeypatch.setattr("compress.training.fastest_format", lambda model, images: tried.append(model) or PLAIN)
+    for steps in (WORTH_TRIALS - 1, WORTH_TRIALS):
+        fit(Viewing(), batches, steps, RECIPE)
+    assert len(tried) == 1
 
 
 def test_a_fast_layout_with_other_gradients_is_not_taken(monkeypatch):
