@@ -18,7 +18,7 @@ def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
 
     with torch.no_grad():
         for module in model.modules():
-            if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
+            if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d) and module.running_mean is not None:
                 size = module.num_features
                 module.running_mean.copy_(around(size, 0.0, 0.5))
                 module.running_var.copy_(around(size, 1.0, 0.5))

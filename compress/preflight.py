@@ -58,7 +58,7 @@ def check(request: Request, model: nn.Module | None = None) -> dict[str, Any]:
     return {
         "possible": not found.problems,
         "problems": found.problems,
-        "text": _text(source, facts, found.plan, found.problems),
+        "text": _text(source, facts, found),
         **facts,
         **found.plan,
         "float_layers": found.float_layers,
@@ -89,14 +89,16 @@ def verify(folder: Path) -> list[str]:
     return problems
 
 
-def _text(source: Source, facts: dict[str, int], plan: dict[str, Any], problems: list[str]) -> str:
-    if problems:
-        return "This cannot work as asked: " + " ".join(problems)
+def _text(source: Source, facts: dict[str, int], found: rehearsal.Rehearsal) -> str:
+    if found.problems:
+        return "This cannot work as asked: " + " ".join(found.problems)
+    plan = found.plan
     layers = sum(len(group["layers"]) for group in plan["groups"])
     pruned = f"{layers} layers can be pruned in {len(plan['groups'])} groups, {len(plan['left_out'])} stay whole"
     if plan["thinned"]:
         pruned = f"{len(plan['thinned'])} layers get zeros among their weights, and every layer keeps its shape"
+    short = f" {found.shortfall}" if found.shortfall else ""
     return (
         f"{source.name}: {facts['parameters'] / 1e6:.2f} M parameters, {facts['macs'] / 1e6:.0f} M MACs; {pruned}. "
-        f"Weights: {source.weights}. Images: {source.dataset.source}."
+        f"Weights: {source.weights}. Images: {source.dataset.source}.{short}"
     )

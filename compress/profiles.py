@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import nn
 
 from compress import architectures, catalog, counting
+from compress.pruning import shortfall
 from compress.pruning.estimate import Estimate, estimates
 
 PERCENTS = range(1, 100)
@@ -24,7 +26,8 @@ def profile(model: str, classes: int, input_size: int | None, multiple: int) -> 
     Returns:
         model, classes, input_size, multiple, parameters, macs; words: texts that are referred to by index; and rows,
         by percent: parameters, macs, groups [words index of the layers, channels, kept, words index of the reason] and
-        left_out [words index of the layer, words index of the reason].
+        left_out [words index of the layer, words index of the reason] and short, the words index of what to tell where the
+        plan removes far less than asked for, else null.
 
     Raises:
         RequestError: torchvision has no such classifier.
@@ -44,16 +47,20 @@ def profile(model: str, classes: int, input_size: int | None, multiple: int) -> 
         "multiple": multiple,
         "parameters": counting.count_parameters(network),
         "macs": counting.count_macs(network, size),
-        "rows": {str(percent): _row(one, words) for percent, one in zip(PERCENTS, found, strict=True)},
+        "rows": {
+            str(percent): _row(network, multiple, one, words) for percent, one in zip(PERCENTS, found, strict=True)
+        },
         "words": list(words),
     }
 
 
-def _row(estimate: Estimate, words: dict[str, int]) -> dict[str, Any]:
+def _row(network: nn.Module, multiple: int, estimate: Estimate, words: dict[str, int]) -> dict[str, Any]:
     def index(text: str) -> int:
         return words.setdefault(text, len(words))
 
+    short = shortfall(network, estimate.plan, estimate.sparsity, multiple, estimate.parameters)
     return {
+        "short": None if short is None else index(short),
         "parameters": estimate.parameters,
         "macs": estimate.macs,
         "groups": [

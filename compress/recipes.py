@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from compress import data, evaluation, pruning, quantization, training
+from compress import counting, data, evaluation, pruning, quantization, training
 from compress.errors import TrainingError
 from compress.model_calls import classes_of, logits_of
 from compress.pruning.reconstruction import Refit, reconstruct
@@ -52,6 +52,23 @@ def usable_plan(request: Request, source: Source) -> pruning.Plan:
     has_images = source.dataset.kind != "none"
     pruning.require_usable(source.model, source.example, plan, request.pruner, has_images=has_images)
     return plan
+
+
+def shortfall(request: Request, source: Source, plan: pruning.Plan, pruned: nn.Module) -> str | None:
+    """What to tell of a plan that removes far less than the request asks for; None where it does not.
+
+    A config list asks for a fraction of each layer that it names and for nothing else, so it cannot fall short.
+
+    Args:
+        pruned: what the plan made of the source's model.
+    """
+    if request.config_list is not None or not request.shrinks:
+        return None
+    size = source.preprocessing.input_size
+    macs = counting.count_macs(pruned, size) / counting.count_macs(source.model, size)
+    asked = min([request.sparsity, *(ratio for ratio in request.layer_sparsity.values() if ratio > 0)])
+    parameters = counting.count_parameters(pruned)
+    return pruning.shortfall(source.model, plan, asked, request.channel_multiple, parameters, 1 - macs)
 
 
 def prepared_with_bits(

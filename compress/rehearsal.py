@@ -38,6 +38,8 @@ class Rehearsal:
     refusals: list[tuple[str, str | None]] = field(default_factory=list)
     """Each problem in a sentence, and the name that was refused, where there is one."""
     plan: dict[str, Any] = field(default_factory=lambda: {"groups": [], "left_out": [], "thinned": ()})
+    shortfall: str | None = None
+    """Why the plan removes far less than what was asked for."""
     float_layers: list[dict[str, str]] = field(default_factory=list)
     runtimes: dict[str, str] = field(default_factory=dict)
     """Runtime -> what it did with the file, in a sentence."""
@@ -102,7 +104,9 @@ def rehearse(request: Request, source: Source) -> Rehearsal:
 
 def _carry_out(work: _DryRun, source: Source, found: Rehearsal) -> None:
     work.stage("baseline", lambda: stages.keep_baseline(work, source))
-    found.keep_plan(work.stage("prune", lambda: stages.prune_and_shrink(work, source)))
+    pruned = work.stage("prune", lambda: stages.prune_and_shrink(work, source))
+    found.keep_plan(pruned)
+    found.shortfall = pruned.get("shortfall")
     work.stage("finetune", lambda: stages.fine_tune(work, source))
     found.float_layers = work.stage("quantize", lambda: stages.quantize(work, source))["left_float"]
     files = work.stage("export", lambda: deployment.export(work, source, dry=True))["variants"].get("quantized")
@@ -158,7 +162,8 @@ def _compared(size: int) -> int:
 def modules(request: Request, source: Source, found: Rehearsal) -> list[dict[str, str]]:
     """A line for each layer: green shrinks and runs on integers as far as asked, amber stays whole or in floating point.
 
-    A problem of the whole request is a red line of the layer that it refuses by name, or of the model.
+    A problem of the whole request is a red line of the layer that it refuses by name, or of the model. A plan that removes
+    far less than what was asked for is an amber line of the model.
     """
     whole = {row["layer"]: row["reason"] for row in found.plan["left_out"]}
     shrinks = {layer: group for group in found.plan["groups"] for layer in group["layers"]}
@@ -169,8 +174,10 @@ def modules(request: Request, source: Source, found: Rehearsal) -> list[dict[str
         lines.append({"module": layer if layer in layers else source.name, "level": "red", "text": problem})
     if found.refusals:
         return lines
+    if found.shortfall:
+        lines.append({"module": source.name, "level": "amber", "text": found.shortfall})
     for name in layers:
-        stays = [f"stays whole: it {whole[name]}"] if name in whole else []
+        stays = [f"stays whole: {_of_the_layer(whole[name])}"] if name in whole else []
         if request.quantizes:
             stays += [f"stays in floating point: {floats[name]}"] if name in floats else []
             stays += [
@@ -184,3 +191,7 @@ def modules(request: Request, source: Source, found: Rehearsal) -> list[dict[str
         level, text = ("amber", "; ".join(stays)) if stays else ("green", ", ".join(gains) or "exported as it is")
         lines.append({"module": name, "level": level, "text": text})
     return lines
+
+
+def _of_the_layer(reason: str) -> str:
+    return reason if reason.startswith("its ") else f"it {reason}"

@@ -87,6 +87,7 @@ def prune_and_shrink(work: Run, source: Source) -> Facts:
     shrunk = pruning.prune(model, source.example, plan, request.pruner, how)
     work.progress("prune", 0.8, "shrunk, equal to the masked model; refitting what stays")
     refits = recipes.recover(request, source, model, shrunk.model, shrunk.kept)
+    short = recipes.shortfall(request, source, plan, shrunk.model)
     files = _save_model(work, source, shrunk.model, "stages/shrunk")
     hop = ledger.torch_hop(work, source, "pruned and refitted" if refits else "pruned", shrunk.model)
     equal = handoffs.row(
@@ -99,6 +100,7 @@ def prune_and_shrink(work: Run, source: Source) -> Facts:
     )
     return {
         **plan.as_dict(),
+        "shortfall": short,
         "handoffs": [rebuilt, equal],
         "ledger": [hop],
         "files": files + [hop["answers"]],

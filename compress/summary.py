@@ -230,7 +230,8 @@ def _data(source: Source) -> Data:
 
 
 def _notes(facts: Facts, source: Source) -> tuple[str, ...]:
-    notes = list(source.notes)
+    short = facts["prune"].get("shortfall")
+    notes = [*([short] if short else []), *source.notes]
     notes += [f"Stage {name}: {f['skipped']}." for name, f in facts.items() if f.get("skipped")]
     notes += [facts[name]["note"] for name in ("prune", "quantize") if facts[name].get("note")]
     notes += [facts[name]["memory_note"] for name in ("finetune", "quantize") if facts[name].get("memory_note")]

@@ -11,6 +11,7 @@ from torch import nn
 from ..errors import RequestError
 from .plan import Group, LeftOut, Plan, plan, plan_without_shrinking
 from .registry import PRUNERS, SEARCHES, Pruner
+from .shortfall import shortfall
 from .trace import trace
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "plan_without_shrinking",
     "prune",
     "require_usable",
+    "shortfall",
     "trace",
     "zero_weights",
 ]

@@ -3,55 +3,40 @@
 Every Conv2d and Linear opens a new set of channels. Walking through the graph, each tensor knows along which dimension
 it carries which sets, in what order. Adding or multiplying two tensors unites their sets; a depthwise convolution joins
 the set that it reads; an operation that mixes, moves or counts channels keeps them all, with the reason.
+
+    y = conv1(x)        y carries conv1's set along dimension 1
+    z = conv2(y) + y    conv2's set and conv1's are one: what goes from conv1 goes from conv2
+
+Parameters and buffers that the forward pass reads by itself, such as a scale for each channel, have sets without a layer:
+united with a layer's set, they lose what the layer loses. Every tensor remembers along which of its own dimensions it has
+which channels, so a layer that is called twice, and two layers that share a weight, read and give the same channels.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 
+import torch
 from torch import fx, nn
 
 from ..attention import Heads
+from . import functions
+from .axes import Axis, Part
+from .layouts import reshaped
 from .operations import (
-    ADDITIVE,
     CHANNELWISE_MODULES,
-    ELEMENTWISE,
     ELEMENTWISE_MODULES,
     INFORMATION,
-    MULTIPLICATIVE,
-    POOLING,
     POOLING_MODULES,
-    RESHAPES,
     operation_name,
 )
 from .sets import ChannelSets
+from .tensors import READS, Dims, Roles, owners, stored
 from .trace import call_counts, shape_of
 
 LAYERS = (nn.Conv2d, nn.Linear)
 ANSWER = "gives the answer: its outputs are the classes"
-
-
-@dataclass(frozen=True)
-class Part:
-    """A run of channels of one set; in a flattened tensor each channel takes `span` neighbouring features."""
-
-    set_id: int
-    channels: int
-    span: int = 1
-
-
-@dataclass(frozen=True)
-class Axis:
-    """Dimension `dim` of a tensor carries these channels, in this order."""
-
-    dim: int
-    parts: tuple[Part, ...]
-
-    @property
-    def boundaries(self) -> tuple[tuple[int, int], ...]:
-        return tuple((part.channels, part.span) for part in self.parts)
 
 
 @dataclass(frozen=True)
@@ -64,13 +49,25 @@ class GroupedConv:
     result: int
 
 
+@dataclass(frozen=True)
+class Call:
+    """A module with tensors of its own: the shape and the channels of what it reads and of what it gives."""
+
+    read_shape: tuple[int, ...]
+    reads: Axis | None
+    given_shape: tuple[int, ...]
+    gives: Axis | None
+
+
 class Channels:
     """The channels of every tensor in a graph whose shapes are known.
 
     Attributes:
         axes: what each tensor carries; None where that is nothing that can be followed.
         sets: the channel sets.
+        roles: what the dimensions of parameters and buffers are.
         own_set: the set that each Conv2d and Linear gives its outputs to.
+        calls: the modules with tensors whose size follows from their channels.
         grouped: grouped convolutions that are not depthwise.
         followers: depthwise convolutions over joined layers: they have no channels of their own.
         answers: the layers whose outputs are the model's answer.
@@ -78,17 +75,22 @@ class Channels:
     """
 
     def __init__(self, graph_module: fx.GraphModule) -> None:
-        self.modules = dict(graph_module.named_modules())
+        self.graph_module = graph_module
+        in_graph = {name: module for name, module in graph_module.named_modules() if type(module) is not nn.Module}
+        self.modules = dict(graph_module.meta["root"].named_modules()) | in_graph
         self.sets = ChannelSets()
+        self.roles = Roles(self.sets)
         self.axes: dict[fx.Node, Axis | None] = {}
         self.own_set: dict[str, int] = {}
+        self.calls: dict[str, Call] = {}
         self.grouped: list[GroupedConv] = []
         self.followers: dict[str, Axis] = {}
         self.attentions: dict[str, Heads] = graph_module.meta["attentions"]
         self.answers = _answer_layers(graph_module, self.modules)
-        self._calls = call_counts(graph_module)
+        self._counts = call_counts(graph_module)
         for node in graph_module.graph.nodes:
             self.axes[node] = self._visit(node)
+        self._keep_shared_attention()
 
     def layers(self) -> list[str]:
         """Every Conv2d, Linear and attention module that the forward pass calls, in order."""
@@ -98,265 +100,249 @@ class Channels:
         if "attention" in node.meta:
             self._open_attention(node, node.meta["attention"])
         if node.op == "placeholder":
-            return self._unremovable(node, "is tied to the picture itself")
+            return self.unremovable(node, "is tied to the picture itself")
         if node.op == "output":
-            self._keep_inputs(node, ANSWER)
+            self.keep_inputs(node, ANSWER)
             return None
         if node.op == "get_attr":
-            return None
+            return self.roles.axis_of(str(node.target), stored(self.graph_module, str(node.target)))
         return self._module(node) if node.op == "call_module" else self._operation(node)
 
     # -- modules -------------------------------------------------------------------------------------------------
 
     def _module(self, node: fx.Node) -> Axis | None:
         name = str(node.target)
-        module = self.modules[name]
-        source = self._source_axis(node)
-        if self._calls[name] > 1 and any(True for _ in module.parameters()):
-            return self._used_twice(node, name, module)
+        module, source = self.modules[name], self.source_axis(node)
         if type(module) is nn.Conv2d:
-            return self._conv(node, name, module, source)
+            return self.conv(node, name, module, source)
         if type(module) is nn.Linear:
-            return self._linear(node, name, module, source)
+            return self.linear(node, name, module, source)
+        if type(module) is nn.ConvTranspose2d:
+            return self._transposed_conv(node, name, module, source)
         if type(module) in ELEMENTWISE_MODULES:
             return source
-        if getattr(module, "running_mean", self) is None:
-            return self._opaque(node, f"feeds {name}, a normalisation without running statistics")
-        if type(module) in CHANNELWISE_MODULES or type(module) in POOLING_MODULES:
-            return self._along_dim_one(node, source, f"{type(module).__name__} ({name})")
-        if type(module) is nn.Flatten:
-            return self._reshape(node, source)
-        return self._opaque(node, f"feeds {type(module).__name__} ({name}), which mixes or counts its channels")
+        if type(module) in CHANNELWISE_MODULES:
+            return self._channelwise(node, name, module, source)
+        if type(module) is nn.GroupNorm:
+            return self._group_norm(node, name, module, source)
+        if type(module) in POOLING_MODULES:
+            return self.along_dim_one(node, source, f"{type(module).__name__} ({name})")
+        if type(module) in (nn.Flatten, nn.Unflatten):
+            return reshaped(self, node, source)
+        if type(module) in functions.AS_MODULES:
+            return functions.AS_MODULES[type(module)](self, node, source)
+        return self.opaque(node, f"feeds {type(module).__name__} ({name}), which mixes or counts its channels")
 
-    def _used_twice(self, node: fx.Node, name: str, module: nn.Module) -> Axis | None:
-        self._keep_inputs(node, f"feeds {name}, which the forward pass uses more than once")
-        reason = "is used more than once in the forward pass"
-        if type(module) in LAYERS and name not in self.own_set:
-            self.own_set[name] = self.sets.new(module.weight.shape[0], layer=name, kept=reason)
-        return self._unremovable(node, f"is tied to {name}, which the forward pass uses more than once")
+    def _channelwise(self, node: fx.Node, name: str, module: nn.Module, source: Axis | None) -> Axis | None:
+        axis = self.along_dim_one(node, source, f"{type(module).__name__} ({name})")
+        tensors = {key: tensor for key, tensor in _tensors(module).items() if tensor.numel() > 1}
+        if axis is not None:
+            self.note_call(node, name, axis)
+            self.roles.bind({f"{name}.{key}": (tensor, {0: axis}) for key, tensor in tensors.items()}, name)
+        return axis
 
-    def _conv(self, node: fx.Node, name: str, conv: nn.Conv2d, source: Axis | None) -> Axis:
+    def _group_norm(self, node: fx.Node, name: str, norm: nn.GroupNorm, source: Axis | None) -> Axis | None:
+        """Each group is normalised by its own mean and deviation, so that only whole groups can go."""
+        width = norm.num_channels // norm.num_groups
+        what = f"feeds GroupNorm ({name})"
+        if source is None or source.dim != 1:
+            return self.opaque(node, f"{what} along another dimension than the channels")
+        if norm.num_groups == 1:
+            return self.opaque(node, f"{what}, which normalises over all channels at once")
+        if any(part.span != 1 or part.channels % width for part in source.parts):
+            return self.opaque(node, f"{what} through a concatenation with other boundaries than its groups")
+        for part in source.parts:
+            self.sets.whole_units(
+                part.set_id, width, f"each of the {norm.num_groups} groups of {name} (GroupNorm) stays or goes whole"
+            )
+        return self._channelwise(node, name, norm, source)
+
+    def conv(self, node: fx.Node, name: str, conv: nn.Conv2d, source: Axis | None) -> Axis:
+        """A convolution of the layer `name`, called as a module or as a function."""
         if source is not None and source.dim != 1:
-            self._keep(source, f"feeds {name} along another dimension than the channels")
+            self.keep(source, f"feeds {name} along another dimension than the channels")
             source = None
         if source is not None and conv.groups > 1 and conv.groups == conv.in_channels == conv.out_channels:
+            self._bind(node, name, conv, source, source, {0: source})
             return self._depthwise(name, source)
-        result = self._open_set(name, conv.out_channels)
-        if conv.groups > 1:
-            if source is not None and len(source.parts) > 1:
-                self._keep(source, f"feeds the grouped convolution {name} through a concatenation")
-                source = None
-            set_id = None if source is None else source.parts[0].set_id
-            self.grouped.append(GroupedConv(name, conv.groups, set_id, result))
-        return Axis(1, (Part(result, conv.out_channels),))
+        result = self.open_set(name, conv.out_channels)
+        if conv.groups > 1 and source is not None:
+            if len(source.parts) > 1 or source.parts[0].span != 1:
+                self.keep(source, f"feeds the grouped convolution {name} through a concatenation")
+            elif all(one.layer != name for one in self.grouped):
+                self.grouped.append(GroupedConv(name, conv.groups, source.parts[0].set_id, result))
+        elif conv.groups > 1:
+            self.grouped.append(GroupedConv(name, conv.groups, None, result))
+        gives = Axis(1, (Part(result, conv.out_channels),))
+        self._bind(node, name, conv, source, gives, {0: gives, READS if conv.groups > 1 else 1: source})
+        return gives
 
     def _depthwise(self, name: str, source: Axis) -> Axis:
-        if len(source.parts) > 1:
+        if len(source.parts) > 1 or source.parts[0].span != 1:
             self.followers[name] = source
-            self.own_set[name] = source.parts[0].set_id
+            self.own_set.setdefault(name, source.parts[0].set_id)
             return source
         set_id = source.parts[0].set_id
-        self.own_set[name] = set_id
-        found = self.sets[set_id]
-        found.layers.append(name)
-        bond = "a depthwise convolution works channel by channel"
-        if bond not in found.bonds:
-            found.bonds.append(bond)
+        if name not in self.own_set:
+            self.own_set[name] = set_id
+            self.sets[set_id].layers.append(name)
+            self.sets.whole_units(set_id, 1, "a depthwise convolution works channel by channel")
         return source
 
-    def _linear(self, node: fx.Node, name: str, linear: nn.Linear, source: Axis | None) -> Axis | None:
+    def linear(self, node: fx.Node, name: str, linear: nn.Linear, source: Axis | None) -> Axis | None:
+        """A fully connected layer `name`, called as a module or as a function."""
         shape = shape_of(node)
         if shape is None:
             return None
         if source is not None and source.dim != len(shape) - 1:
-            self._keep(source, f"feeds {name}, which works across positions and not channels")
-        result = self._open_set(name, linear.out_features)
-        return Axis(len(shape) - 1, (Part(result, linear.out_features),))
+            self.keep(source, f"feeds {name}, which works across positions and not channels")
+            source = None
+        result = self.open_set(name, linear.out_features)
+        gives = Axis(len(shape) - 1, (Part(result, linear.out_features),))
+        self._bind(node, name, linear, source, gives, {0: gives, 1: source})
+        return gives
 
-    def _open_set(self, name: str, channels: int) -> int:
-        kept = ANSWER if name in self.answers else None
-        self.own_set[name] = self.sets.new(channels, layer=name, kept=kept)
+    def _transposed_conv(self, node: fx.Node, name: str, conv: nn.ConvTranspose2d, source: Axis | None) -> Axis | None:
+        """NNI's pruners do not rank its channels: they go where a layer's are added, or depthwise."""
+        if source is None or source.dim != 1:
+            return self.opaque(node, f"feeds {name} along another dimension than the channels")
+        if conv.groups == conv.in_channels == conv.out_channels > 1:
+            self._bind(node, name, conv, source, source, {0: source})
+            return source
+        if conv.groups > 1:
+            return self.opaque(node, f"feeds {name}, a grouped transposed convolution")
+        gives = Axis(1, (Part(self.sets.new(conv.out_channels), conv.out_channels),))
+        self._bind(node, name, conv, source, gives, {0: source, 1: gives})
+        return gives
+
+    def _bind(self, node: fx.Node, name: str, layer: nn.Module, reads: Axis | None, gives: Axis, weight: Dims) -> None:
+        self.note_call(node, name, reads, gives)
+        tensors: dict[str, tuple[torch.Tensor, Dims]] = {f"{name}.weight": (layer.get_parameter("weight"), weight)}
+        if layer.bias is not None:
+            tensors[f"{name}.bias"] = (layer.get_parameter("bias"), {0: gives})
+        self.roles.bind(tensors, name)
+
+    def note_call(self, node: fx.Node, name: str, reads: Axis | None, gives: Axis | None = None) -> None:
+        """Remember what module `name` reads and gives; of several calls the first, as all have to agree."""
+        shape = shape_of(self.tensor_inputs(node)[0])
+        if shape is not None and shape_of(node) is not None:
+            self.calls.setdefault(name, Call(shape, reads, shape_of(node), reads if gives is None else gives))
+
+    def open_set(self, name: str, channels: int) -> int:
+        """The set of layer `name`: a new one at its first call."""
+        if name not in self.own_set:
+            kept = ANSWER if name in self.answers else None
+            self.own_set[name] = self.sets.new(channels, layer=name, kept=kept)
         return self.own_set[name]
+
+    # -- attention -----------------------------------------------------------------------------------------------
 
     def _open_attention(self, node: fx.Node, name: str) -> None:
         """A set of what the heads give: read inside the module alone, so no other layer's channels are tied to it."""
         if name not in self.own_set:
             heads = self.attentions[name]
             self.own_set[name] = self.sets.new(heads.channels, layer=name, kept=heads.refusal)
-            found = self.sets[self.own_set[name]]
-            found.unit = heads.width
-            found.bonds.append(
-                f"each of the {heads.count} attention heads of {heads.width} channels stays or goes whole"
+            self.sets.whole_units(
+                self.own_set[name],
+                heads.width,
+                f"each of the {heads.count} attention heads of {heads.width} channels stays or goes whole",
             )
-        if isinstance(self.modules.get(str(node.target)), nn.MultiheadAttention) and not _is_plain_self_attention(node):
-            reason = "is called otherwise than as attention(x, x, x, need_weights=False), which is what can be pruned"
-            self.sets.keep(self.own_set[name], reason)
+        if isinstance(self.modules.get(str(node.target)), nn.MultiheadAttention):
+            if not _is_plain_self_attention(node):
+                reason = (
+                    "is called otherwise than as attention(x, x, x, need_weights=False), which is what can be pruned"
+                )
+                self.sets.keep(self.own_set[name], reason)
+            elif self._counts[str(node.target)] > 1:
+                self.sets.keep(self.own_set[name], "is an attention that the forward pass uses more than once")
+
+    def _keep_shared_attention(self) -> None:
+        """Heads are cut out of an attention alone: another owner of one of its tensors would keep the whole."""
+        owned = owners(self.graph_module)
+        for name in self.attentions:
+            for tensor in self.modules[name].parameters():
+                other = next((one for one in owned[id(tensor)] if not one.startswith(f"{name}.")), None)
+                if other is not None and name in self.own_set:
+                    self.sets.keep(self.own_set[name], f"is an attention that shares a weight with {other}")
 
     # -- functions and methods -----------------------------------------------------------------------------------
 
     def _operation(self, node: fx.Node) -> Axis | None:
-        name = operation_name(node)
-        source = self._source_axis(node)
-        if name in INFORMATION and shape_of(node) is None:
+        name, source = operation_name(node), self.source_axis(node)
+        if shape_of(node) is None and (name in INFORMATION or (source is None and not self.tensor_inputs(node))):
             return None
-        if name in ADDITIVE or name in MULTIPLICATIVE:
-            return self._join(node, name)
-        if name in ("cat", "concat", "concatenate"):
-            return self._concatenate(node)
-        if source is None:
-            return self._opaque(node, f"is combined with the result of {self._where(node, name)}")
-        if name in ELEMENTWISE and len(self._tensor_inputs(node)) == 1:
-            return source
-        if name in POOLING:
-            return self._along_dim_one(node, source, self._where(node, name))
-        if name in RESHAPES:
-            return self._reshape(node, source)
-        moved = {
-            "permute": self._permute,
-            "transpose": self._transpose,
-            "mean": self._reduce,
-            "sum": self._reduce,
-            "getitem": self._index,
-        }.get(name)
-        axis = moved(node, source) if moved else None
-        return axis or self._opaque(node, f"its channels go through {self._where(node, name)}")
+        handler = functions.HANDLERS.get(name)
+        if handler is None:
+            return self.opaque(node, f"its channels go through {self.where(node)}")
+        axis = handler(self, node, source)
+        for item in node.all_input_nodes:
+            if item.op == "get_attr" and self.axes[item] is None and name not in functions.READ_WEIGHTS:
+                self.roles.freeze(stored(self.graph_module, str(item.target)), f"is read by {self.where(node)} as well")
+        return axis
 
-    def _join(self, node: fx.Node, name: str) -> Axis | None:
-        shape, inputs = shape_of(node), self._tensor_inputs(node)
-        tracked = [(item, self.axes[item]) for item in inputs if self.axes[item] is not None]
-        if not tracked or shape is None:
-            return self._unremovable(node, f"is combined with {self._where(node, name)}")
-        where = self._where(node, name)
-        dims = {len(shape) - len(shape_of(item)) + axis.dim for item, axis in tracked}
-        sizes = {item: _size_at(shape_of(item), max(dims) - len(shape)) for item in inputs}
-        wide = [axis for item, axis in tracked if sizes[item] == shape[max(dims)]]
-        plain = {item for item in inputs if self.axes[item] is None and sizes[item] > 1}
-        spread = [item for item, _ in tracked if sizes[item] != shape[max(dims)]]
-        if len(dims) > 1 or not wide or (name in ADDITIVE and spread):
-            return self._opaque(
-                node, self._fixed_reason(axis for _, axis in tracked) or f"meets a tensor of another shape in {where}"
-            )
-        if plain:
-            return self._opaque(node, f"meets the parameter {_attribute(plain)} in {where}, which stays as it is")
-        if name in ("div", "truediv", "div_") and len(tracked) > 1 and self.axes[inputs[-1]] in wide:
-            return self._opaque(node, f"is divided channel by channel in {where}")
-        bond = "their outputs are multiplied" if name in MULTIPLICATIVE else "their outputs are added"
-        for other in wide[1:]:
-            if other.boundaries != wide[0].boundaries:
-                return self._opaque(node, f"meets a concatenation with other boundaries in {where}")
-            for one, two in zip(wide[0].parts, other.parts, strict=True):
-                self.sets.join(one.set_id, two.set_id, bond)
-        return replace(wide[0], dim=max(dims))
+    # -- shared with the operations ------------------------------------------------------------------------------
 
-    def _concatenate(self, node: fx.Node) -> Axis | None:
-        shape, inputs = shape_of(node), self._tensor_inputs(node)
-        where = self._where(node, "cat")
-        dim = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else 0)
-        axes = [self.axes[item] for item in inputs]
-        if shape is None or any(axis is None or axis.dim != dim % len(shape) for axis in axes):
-            return self._opaque(node, f"its channels are joined with others along another dimension by {where}")
-        return Axis(dim % len(shape), tuple(part for axis in axes for part in axis.parts))
+    def join(self, first: Axis, other: Axis, bond: str) -> bool:
+        """Unite the sets of two axes part by part; False where their boundaries differ."""
+        if first.boundaries != other.boundaries:
+            return False
+        for one, two in zip(first.parts, other.parts, strict=True):
+            self.sets.join(one.set_id, two.set_id, bond)
+        return True
 
-    def _reshape(self, node: fx.Node, source: Axis | None) -> Axis | None:
-        """A reshape keeps the channels where the dimensions up to theirs stay, or where it flattens all after them."""
-        if source is None:
-            return None
-        name = "flatten" if node.op == "call_module" else operation_name(node)
-        old, new = shape_of(self._tensor_inputs(node)[0]), shape_of(node)
-        reason = f"its channels are rearranged by {self._where(node, name)}"
-        if old is None or new is None:
-            return self._opaque(node, reason)
-        sizes = _reshape_sizes(node) if name in ("view", "reshape", "expand") else None
-        counted = f"its channels are counted by a fixed number in {self._where(node, name)}"
-        if new[: source.dim + 1] == old[: source.dim + 1]:
-            return self._opaque(node, counted) if _is_fixed(sizes, source.dim) else source
-        if source.dim == 1 and len(new) == 2 and new[0] == old[0]:
-            if _is_fixed(sizes, 1):
-                return self._opaque(node, counted)
-            span = math.prod(old[2:])
-            return Axis(1, tuple(replace(part, span=part.span * span) for part in source.parts))
-        if name == "unsqueeze" and new == (*old[:1], 1, *old[1:]):
-            return replace(source, dim=source.dim + 1)
-        return self._opaque(node, reason)
-
-    def _permute(self, node: fx.Node, source: Axis) -> Axis | None:
-        order = node.kwargs.get("dims", node.args[1] if len(node.args) == 2 else node.args[1:])
-        order = [index % len(order) for index in order]
-        return replace(source, dim=order.index(source.dim))
-
-    def _transpose(self, node: fx.Node, source: Axis) -> Axis | None:
-        if len(node.args) != 3 or shape_of(node) is None:
-            return None
-        first, second = (index % len(shape_of(node)) for index in node.args[1:])
-        return replace(source, dim={first: second, second: first}.get(source.dim, source.dim))
-
-    def _reduce(self, node: fx.Node, source: Axis) -> Axis | None:
-        dims = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else None)
-        old = shape_of(self._tensor_inputs(node)[0])
-        if dims is None or old is None:
-            return None
-        dims = {index % len(old) for index in ([dims] if isinstance(dims, int) else dims)}
-        if source.dim in dims:
-            return None
-        gone = 0 if len(shape_of(node) or ()) == len(old) else sum(dim < source.dim for dim in dims)
-        return replace(source, dim=source.dim - gone)
-
-    def _index(self, node: fx.Node, source: Axis) -> Axis | None:
-        index = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
-        if shape_of(node) is None or not all(isinstance(item, int | slice) for item in index):
-            return None
-        if len(index) > source.dim and index[source.dim] != slice(None):
-            return None
-        return replace(source, dim=source.dim - sum(isinstance(item, int) for item in index[: source.dim]))
-
-    # -- shared --------------------------------------------------------------------------------------------------
-
-    def _along_dim_one(self, node: fx.Node, source: Axis | None, what: str) -> Axis | None:
+    def along_dim_one(self, node: fx.Node, source: Axis | None, what: str) -> Axis | None:
+        """`source`, where its channels lie along dimension 1; else they stay."""
         if source is not None and source.dim != 1:
-            return self._opaque(node, f"feeds {what} along another dimension than the channels")
+            return self.opaque(node, f"feeds {what} along another dimension than the channels")
         return source
 
-    def _opaque(self, node: fx.Node, reason: str) -> Axis | None:
-        self._keep_inputs(node, reason)
-        name = str(node.target) if node.op == "call_module" else operation_name(node)
-        return self._unremovable(node, f"is tied to the result of {self._where(node, name)}")
+    def opaque(self, node: fx.Node, reason: str) -> Axis | None:
+        """Keep every channel that `node` reads, and what is united with its result."""
+        self.keep_inputs(node, reason)
+        return self.unremovable(node, f"is tied to the result of {self.where(node)}")
 
-    def _unremovable(self, node: fx.Node, reason: str) -> Axis | None:
+    def unremovable(self, node: fx.Node, reason: str) -> Axis | None:
         """Channels that no layer in reach can drop; a later join keeps its partners with this reason."""
         shape = shape_of(node)
         if shape is None or len(shape) < 2:
             return None
         return Axis(1, (Part(self.sets.new(shape[1], kept=reason), shape[1]),))
 
-    def _fixed_reason(self, axes: Iterable[Axis]) -> str | None:
+    def fixed_reason(self, axes: list[Axis]) -> str | None:
         """The reason of the first operand whose channels belong to no layer at all."""
         found = (self.sets[part.set_id] for axis in axes for part in axis.parts)
         return next((one.kept for one in found if one.kept and not one.layers), None)
 
-    def _keep_inputs(self, node: fx.Node, reason: str) -> None:
+    def keep_inputs(self, node: fx.Node, reason: str) -> None:
         for item in node.all_input_nodes:
             axis = self.axes.get(item)
             if axis is not None:
-                self._keep(axis, reason)
+                self.keep(axis, reason)
+            if item.op == "get_attr":
+                self.roles.freeze(stored(self.graph_module, str(item.target)), reason)
 
-    def _keep(self, axis: Axis, reason: str) -> None:
+    def keep(self, axis: Axis, reason: str) -> None:
         for part in axis.parts:
             self.sets.keep(part.set_id, reason)
 
-    def _tensor_inputs(self, node: fx.Node) -> list[fx.Node]:
+    def tensor_inputs(self, node: fx.Node) -> list[fx.Node]:
         return [item for item in node.all_input_nodes if shape_of(item) is not None]
 
-    def _source_axis(self, node: fx.Node) -> Axis | None:
-        inputs = self._tensor_inputs(node)
+    def source_axis(self, node: fx.Node) -> Axis | None:
+        """The channels of the first tensor, or tuple of tensors, that `node` reads."""
+        if node.args and isinstance(node.args[0], fx.Node) and shape_of(node.args[0]) is None:
+            return self.axes.get(node.args[0])
+        inputs = self.tensor_inputs(node)
         return self.axes[inputs[0]] if inputs else None
 
-    def _where(self, node: fx.Node, name: str) -> str:
+    def where(self, node: fx.Node) -> str:
+        """The operation and the user's own line."""
         source = node.meta.get("source")
-        call = name if node.op == "call_module" else f"{name}()"
+        call = str(node.target) if node.op == "call_module" else f"{operation_name(node).strip('()')}()"
         return f"{call} in {source}" if source else call
 
 
-def _answer_layers(graph_module: fx.GraphModule, modules: dict[str, nn.Module]) -> set[str]:
+def _answer_layers(graph_module: fx.GraphModule, modules: Mapping[str, nn.Module]) -> set[str]:
     """The Conv2d and Linear layers nearest to the output on every path back from it."""
     found: set[str] = set()
     stack = [node for node in graph_module.graph.nodes if node.op == "output"]
@@ -378,19 +364,9 @@ def _is_plain_self_attention(node: fx.Node) -> bool:
     return same and dict(node.kwargs) == {"need_weights": False} and len(shape_of(node.args[0]) or ()) == 3
 
 
-def _size_at(shape: tuple[int, ...], dim_from_the_end: int) -> int:
-    return shape[dim_from_the_end] if len(shape) >= -dim_from_the_end else 1
-
-
-def _attribute(nodes: set[fx.Node]) -> str:
-    return ", ".join(sorted(str(node.target) for node in nodes))
-
-
-def _reshape_sizes(node: fx.Node) -> tuple[object, ...]:
-    sizes = node.args[1:] or (node.kwargs.get("shape", node.kwargs.get("size", ())),)
-    return tuple(sizes[0]) if len(sizes) == 1 and isinstance(sizes[0], list | tuple) else tuple(sizes)
-
-
-def _is_fixed(sizes: tuple[object, ...] | None, dim: int) -> bool:
-    """Whether the size asked for at `dim` is a number written down, which a pruned layer would no longer meet."""
-    return bool(sizes) and dim < len(sizes) and isinstance(sizes[dim], int) and sizes[dim] != -1
+def _tensors(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters and buffers of `module` itself that have a number for each channel."""
+    return {
+        **dict(module.named_parameters(recurse=False)),
+        **{key: buffer for key, buffer in module.named_buffers(recurse=False) if buffer.dim() > 0},
+    }

@@ -1,9 +1,9 @@
 """The proof of a shrunk model: the same answers as the masked model, which still has every channel.
 
-In the masked model a removed channel is zero where a layer gives it and where a layer reads it. Zero where it is read
-matters behind a BatchNorm, which turns a zero channel into the constant beta - gamma * mean / deviation: NNI's plain
-masks let that constant through, a model that lost the channel cannot. A removed attention head is zero where the output
-projection reads it.
+In the masked model a removed channel is zero in every tensor that carries it. Zero where it is read matters behind a
+BatchNorm, which turns a zero channel into the constant beta - gamma * mean / deviation: NNI's plain masks let that
+constant through, a model that lost the channel cannot. A removed attention head is zero where the output projection
+reads it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from torch import fx, nn
 from torch.utils import _pytree
 
 from ..errors import HandoffError
-from .channels import LAYERS, Axis, Channels
+from .axes import Axis, kept_features
+from .channels import LAYERS, Channels
 from .trace import set_traced_mode, structure_copy
 
 TOLERANCE = 1e-4
@@ -104,34 +105,28 @@ class _Masked(fx.Interpreter):
         self.read: dict[str, list[torch.Tensor]] = {name: [] for name in channels.answers}
 
     def run_node(self, n: fx.Node) -> Any:
+        axis = self._channels.axes.get(n)
         if n.op != "call_module" or type(self.fetch_attr(str(n.target))) not in LAYERS:
-            return super().run_node(n)
+            return self._zeroed(super().run_node(n), axis, in_place=n.op != "get_attr")
         (images, *_), _ = self.fetch_args_kwargs_from_env(n)
-        axis = self._channels.axes[n.all_input_nodes[0]]
+        source = self._channels.axes[n.all_input_nodes[0]]
         if str(n.target) in self.read:
-            self.read[str(n.target)].append(self._only_kept(images, axis))
-        return self._zeroed(self.fetch_attr(str(n.target))(self._zeroed(images, axis)), self._channels.axes[n])
+            self.read[str(n.target)].append(self._only_kept(images, source))
+        return self._zeroed(self.fetch_attr(str(n.target))(self._zeroed(images, source)), axis)
 
     def _rows(self, axis: Axis | None) -> torch.Tensor | None:
-        if axis is None:
-            return None
-        roots = [self._channels.sets.root(part.set_id) for part in axis.parts]
-        if not any(root in self._kept for root in roots):
-            return None
-        return torch.cat(
-            [
-                self._kept.get(root, torch.ones(part.channels, dtype=torch.bool)).cpu().repeat_interleave(part.span)
-                for root, part in zip(roots, axis.parts, strict=True)
-            ]
-        )
+        return kept_features(axis, self._channels.sets, self._kept)
 
-    def _zeroed(self, tensor: torch.Tensor, axis: Axis | None) -> torch.Tensor:
+    def _zeroed(self, tensor: Any, axis: Axis | None, *, in_place: bool = False) -> Any:
+        """`tensor` without the removed channels; in place, so that what shares its memory loses them too."""
         rows = self._rows(axis)
-        if rows is None:
+        if axis is None or rows is None or not isinstance(tensor, torch.Tensor):
             return tensor
         shape = [1] * tensor.dim()
         shape[axis.dim] = -1
-        return tensor.masked_fill(~rows.view(shape).to(tensor.device), 0.0)
+        removed = ~rows.view(shape).to(tensor.device)
+        expanded = any(step == 0 and size > 1 for step, size in zip(tensor.stride(), tensor.shape, strict=True))
+        return tensor.masked_fill_(removed, 0) if in_place and not expanded else tensor.masked_fill(removed, 0)
 
     def _only_kept(self, tensor: torch.Tensor, axis: Axis | None) -> torch.Tensor:
         rows = self._rows(axis)

@@ -14,8 +14,10 @@ from torch import fx, nn
 
 from ..attention import keep_heads
 from ..counting import count_macs, count_parameters, macs_by_module
-from .channels import Axis, Channels
+from .axes import Axis
+from .channels import Channels
 from .plan import DEFAULT_MULTIPLE, Plan, decide, settle_grouped
+from .tensors import stored
 from .trace import probe, traced_copy
 from .wishes import by_name
 
@@ -94,7 +96,7 @@ class _Shares:
     def of(self, axis: Axis | None) -> float:
         if axis is None:
             return 1.0
-        sizes = [part.channels * part.span for part in axis.parts]
+        sizes = [part.features for part in axis.parts]
         kept = (self._kept.get(self._sets.root(part.set_id), 1.0) for part in axis.parts)
         return sum(size * share for size, share in zip(sizes, kept, strict=True)) / sum(sizes)
 
@@ -102,23 +104,40 @@ class _Shares:
 def _terms(
     graph_module: fx.GraphModule, channels: Channels, by_module: Mapping[str, int], cut: Mapping[str, nn.Module]
 ) -> Iterator[_Term]:
-    """The modules whose size depends on the plan, those inside an attention as they are when its heads are gone."""
+    """What has a size that depends on the plan, each once, inside an attention as it is when its heads are gone."""
+    seen: set[str] = set()
+    counted: set[int] = set()
     for node in graph_module.graph.nodes:
         name, attention = str(node.target), node.meta.get("attention")
-        if node.op != "call_module" or name == attention:
+        if node.op == "get_attr" and attention not in cut:
+            yield from _attribute(channels, node, counted)
+        if node.op != "call_module" or name == attention or name in seen:
             continue
+        seen.add(name)
         module, gives = channels.modules[name], channels.axes[node]
         if attention in cut:
             module = cut[attention].get_submodule(name.removeprefix(f"{attention}."))
         reads = next((channels.axes[item] for item in node.all_input_nodes if item in channels.axes), None)
-        own = sum(parameter.numel() for parameter in module.parameters())
-        if isinstance(module, nn.Conv2d | nn.Linear):
-            if isinstance(module, nn.Conv2d) and module.groups > 1 and _loses_groups(channels, gives, reads):
+        sizes = {id(parameter): parameter.numel() for parameter in module.parameters() if id(parameter) not in counted}
+        counted.update(sizes)  # a tied weight is one weight
+        own = sum(sizes.values())
+        if isinstance(module, nn.Conv2d | nn.Linear | nn.ConvTranspose2d):
+            if not isinstance(module, nn.Linear) and module.groups > 1 and _loses_groups(channels, gives, reads):
                 reads = None  # each channel that stays reads its own group as before
-            weights = module.weight.numel()
+            weights = sizes.get(id(module.weight), 0)
             yield _Term(weights, own - weights, 0 if attention else by_module.get(name, 0), gives, reads)
         elif own:
             yield _Term(0, own, 0, gives, None)
+
+
+def _attribute(channels: Channels, node: fx.Node, counted: set[int]) -> Iterator[_Term]:
+    """A parameter that the forward pass reads by itself; buffers are not counted as parameters."""
+    tensor = stored(channels.graph_module, str(node.target))
+    if isinstance(tensor, nn.Parameter) and id(tensor) not in counted:
+        axes = [axis for axis in channels.roles.dims(tensor).values() if axis is not None]
+        if axes:
+            counted.add(id(tensor))
+            yield _Term(tensor.numel(), 0, 0, axes[0], axes[1] if len(axes) > 1 else None)
 
 
 def _loses_groups(channels: Channels, gives: Axis | None, reads: Axis | None) -> bool:

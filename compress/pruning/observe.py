@@ -141,9 +141,9 @@ def _places(node: fx.Node, channels: Channels, plan: Plan) -> Iterator[Place]:
     start = 0
     for part in axis.parts:
         group = groups.get(channels.sets.root(part.set_id))
-        if group is not None:
-            yield Place(group, axis.dim, start, part.channels, part.span)
-        start += part.channels * part.span
+        if group is not None and part.span.denominator == 1:  # behind a pixel shuffle there are no single channels
+            yield Place(group, axis.dim, start, part.channels, int(part.span))
+        start += part.features
 
 
 def _activation_places(graph_module: fx.GraphModule, channels: Channels, plan: Plan) -> dict[fx.Node, list[Place]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -15,12 +15,17 @@ from ..errors import PruningError, RequestError
 from ..tracing import torch_base
 from . import config_list as config_lists
 from . import ranking as rankings
-from .channels import LAYERS, Channels, GroupedConv
+from .channels import ANSWER, LAYERS, Channels, GroupedConv
 from .sets import ChannelSet, ChannelSets
 from .trace import probe, traced_copy
 from .wishes import Ranking, Wishes, by_name, layers_inside
 
 DEFAULT_MULTIPLE = 8
+EXCLUDED, KEPT, UNSELECTED = (
+    "is excluded by you",
+    "is kept whole by you, with a sparsity of 0",
+    "is not selected by the config list",
+)
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,10 @@ class LeftOut:
     layer: str
     reason: str
     """Why it stays, in a user's words."""
+    kind: Literal["answer", "asked", "size", "structure"] = "structure"
+    """Whether the answer, the user, the number of its channels or what is done with them keeps it."""
+    cause: str = ""
+    """The reason of the layer that it goes together with; its own where that is itself."""
 
 
 @dataclass(frozen=True)
@@ -154,7 +163,7 @@ def plan_without_shrinking(model: nn.Module, *, exclude: Sequence[str] = ()) -> 
             "layers are excluded; exclude fewer."
         )
     reasons = {layer: "keeps its shape: its smallest weights become zero" for layer in thinned}
-    left_out = tuple(LeftOut(layer, reasons.get(layer, "is excluded by you")) for layer in layers)
+    left_out = tuple(LeftOut(layer, reasons.get(layer, EXCLUDED)) for layer in layers)
     return Plan((), left_out, thinned)
 
 
@@ -162,14 +171,14 @@ def _keep_as_asked(channels: Channels, wishes: Wishes) -> None:
     """Rule out what the user excludes, keeps whole, or does not select."""
     sets = channels.sets
     for layer in wishes.excluded:
-        sets.keep(channels.own_set[layer], "is excluded by you", [layer])
+        sets.keep(channels.own_set[layer], EXCLUDED, [layer])
     for root in sets.roots():
         layers = sets[root].layers
         ratio = wishes.ratio(layers)
         if ratio == 0:
-            sets.keep(root, "is kept whole by you, with a sparsity of 0")
+            sets.keep(root, KEPT)
         elif ratio is None:
-            sets.keep(root, "is not selected by the config list")
+            sets.keep(root, UNSELECTED)
 
 
 def _rank(
@@ -188,7 +197,9 @@ def _rank(
     groups = tuple(ranked.get(group.layers, group) for group in groups)
     whole = [layer for group in groups if group.channels_after == group.channels_before for layer in group.layers]
     reason = "ranks above the others: its channels matter most"
-    return tuple(group for group in groups if group.layers[0] not in whole), tuple(LeftOut(n, reason) for n in whole)
+    return tuple(group for group in groups if group.layers[0] not in whole), tuple(
+        LeftOut(name, reason, "size", reason) for name in whole
+    )
 
 
 @dataclass(frozen=True)
@@ -283,29 +294,38 @@ def decide(
 ) -> tuple[tuple[Group, ...], tuple[LeftOut, ...]]:
     """The groups that lose channels, and the layers that stay with the reason; grouped convolutions are settled."""
     groups: list[Group] = []
-    reasons: dict[str, str] = {}
+    whole: dict[str, LeftOut] = {}
     for root in channels.sets.roots():
         found = channels.sets[root]
         target = _Target(wishes.ratio(found.layers) or 0.0, multiple)
         after = _channels_after(found, wishes, target)
         if found.kept is not None:
-            reasons |= {layer: _kept_reason(layer, found) for layer in found.layers}
+            kind = _KINDS.get(found.kept, "structure")
+            whole |= {name: LeftOut(name, _kept_reason(name, found), kind, found.kept) for name in found.layers}
         elif after >= found.channels:
-            reasons |= {layer: _too_small(found, target) for layer in found.layers}
+            reason = _too_small(found, target)
+            whole |= {name: LeftOut(name, reason, "size", reason) for name in found.layers}
         elif found.layers:
             order = [layer for layer in channels.layers() if layer in set(found.layers)]
             groups.append(Group(tuple(order), found.channels, after, _group_reason(found), found.unit, found.blocks))
-    for layer in channels.followers:
-        reasons[layer] = "has no channels of its own: it follows the concatenation it reads, channel by channel"
+    for name in channels.followers:
+        reason = "has no channels of its own: it follows the concatenation it reads, channel by channel"
+        whole[name] = LeftOut(name, reason, cause=reason)
     for name, module in model.named_modules():
         if (torch_base(type(module)) in LAYERS or is_attention(module)) and name not in channels.own_set:
-            reasons[name] = "is not called by the forward pass, or only inside a module that is not opened"
-    _refuse_named(channels, wishes, reasons)
+            reason = "is not called by the forward pass, or only inside a module that is not opened"
+            whole[name] = LeftOut(name, reason, cause=reason)
+    _refuse_named(channels, wishes, {name: left.reason for name, left in whole.items()})
     parts = tuple(f"{name}." for name in channels.attentions)
-    reasons = {layer: reason for layer, reason in reasons.items() if not layer.startswith(parts)}
     order = {layer: index for index, layer in enumerate(channels.layers())}
-    left_out = sorted(reasons, key=lambda layer: order.get(layer, len(order)))
-    return tuple(groups), tuple(LeftOut(layer, reasons[layer]) for layer in left_out)
+    names = sorted((name for name in whole if not name.startswith(parts)), key=lambda name: order.get(name, len(order)))
+    return tuple(groups), tuple(whole[name] for name in names)
+
+
+_KINDS: dict[str, Literal["answer", "asked"]] = {
+    ANSWER: "answer",
+    **dict.fromkeys((EXCLUDED, KEPT, UNSELECTED), "asked"),
+}
 
 
 def _channels_after(found: ChannelSet, wishes: Wishes, target: _Target) -> int:
@@ -328,7 +348,9 @@ def _refuse_named(channels: Channels, wishes: Wishes, reasons: Mapping[str, str]
 def _kept_reason(layer: str, found: ChannelSet) -> str:
     if layer in found.kept_layers or not found.kept_layers:
         return str(found.kept)
-    return f"goes together with {found.kept_layers[0]}, which {found.kept}"
+    reason = str(found.kept)
+    which = f"whose {reason.removeprefix('its ')}" if reason.startswith("its ") else f"which {reason}"
+    return f"goes together with {found.kept_layers[0]}, {which}"
 
 
 def _too_small(found: ChannelSet, target: _Target) -> str:

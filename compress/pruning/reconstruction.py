@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from .tensors import owners
 from .trace import call_counts, structure_copy, trace
 
 CHUNK = 32
@@ -80,6 +81,7 @@ def reconstruct(
     )
     nodes = list(zip(target.graph.nodes, source.graph.nodes, strict=True))
     called = call_counts(target)
+    tied = {key for key, names in owners(target).items() if len(names) > 1}
     with torch.no_grad():
         chunks = images[: affordable(target, source, images)].split(CHUNK)
         students, teachers = ([_Walk(graph, chunk) for chunk in chunks] for graph in (target, source))
@@ -88,9 +90,11 @@ def reconstruct(
             for walk in teachers:
                 walk.step(same)
             layer = target.get_submodule(str(node.target)) if node.op == "call_module" else None
-            if isinstance(layer, nn.modules.batchnorm._BatchNorm) and layer.running_mean is not None:
+            if called[str(node.target)] > 1 or (layer is not None and tied & {id(t) for t in layer.parameters()}):
+                pass  # what is right for one call is wrong for another
+            elif isinstance(layer, nn.modules.batchnorm._BatchNorm) and layer.running_mean is not None:
                 _take_statistics(layer, [walk.read(node) for walk in students])
-            elif weights and type(layer) in (nn.Conv2d, nn.Linear) and called[str(node.target)] == 1:
+            elif weights and type(layer) in (nn.Conv2d, nn.Linear):
                 wanted = [_kept(walk.env[same], layer, kept.get(str(node.target))) for walk in teachers]
                 errors = _refit(layer, [walk.read(node) for walk in students], wanted, bits)
                 refits += [Refit(str(node.target), *errors)] if errors else []

@@ -54,7 +54,7 @@ class ChannelSets:
         """Unite two sets of the same size; what keeps one keeps both."""
         into, gone = sorted((self.root(first), self.root(second)))
         one, other = self._sets[into], self._sets[gone]
-        if bond not in one.bonds:
+        if bond not in one.bonds and one.layers and other.layers:  # a parameter only follows the layer that it meets
             one.bonds.append(bond)
         if into == gone:
             return
@@ -64,6 +64,13 @@ class ChannelSets:
         if one.kept is None:
             one.kept, one.kept_layers = other.kept, other.kept_layers
         one.unit, one.blocks = math.lcm(one.unit, other.unit), math.lcm(one.blocks, other.blocks)
+
+    def whole_units(self, set_id: int, unit: int, bond: str) -> None:
+        """Rule that `unit` neighbouring channels stay or go together."""
+        found = self[set_id]
+        found.unit = math.lcm(found.unit, unit)
+        if bond not in found.bonds:
+            found.bonds.append(bond)
 
     def keep(self, set_id: int, reason: str, layers: Iterable[str] | None = None) -> None:
         """Rule that nothing of this set is removed; the first reason given is the one told."""

@@ -1,66 +1,64 @@
-"""Really smaller layers: NNI's ModelSpeedup on a scratch copy, and the proof that nothing but the masked part is gone.
+"""Really smaller layers: NNI's speedup replaces each of them, and nothing but the masked part is gone, which is proved.
 
-NNI finds out which inputs and outputs of every module are dead by sending random numbers through the graph and back. It
-does so here on a scratch copy with positive, well-scaled weights, so that what it finds depends on the structure alone:
-weights that are all zero, such as a fresh head, would look dead otherwise. The new layers take the model's own weights.
+NNI's ModelSpeedup would find out which inputs and outputs of a module are dead by sending random numbers through the
+graph, and fails or guesses where an operation is unknown to it. The plan has followed every channel already, so NNI's
+replacements are given the masks that follow from it.
 """
 
 from __future__ import annotations
 
 import contextlib
-import copy
-import functools
-import logging
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, nn
 
 from .. import _nni
 from ..attention import heads_of, is_attention, keep_heads
 from ..errors import PruningError
 from ..tracing import type_name
 from . import Shrunk, nni_backend
-from .channels import Channels
+from .axes import Axis, kept_features
+from .channels import Call, Channels
 from .equality import Difference, check_equal
-from .hosts import Host, find_hosts
 from .plan import Plan, check_example
-from .trace import probe, set_traced_mode, structure_copy, trace, traced_copy
+from .tensors import owners, stored
+from .trace import probe, structure_copy, traced_copy
 
 if TYPE_CHECKING:
     from . import Pruner, Training
 
-_SIZES = ("in_channels", "out_channels", "groups", "in_features", "out_features", "num_features", "num_parameters")
-_INFERENCE_BATCH = 3
-"""NNI takes for constant what is equal within 1e-6 in all random images; with two, that happened by chance."""
-_SILENT = logging.Logger("nni speedup", logging.CRITICAL + 1)
+_SIZES = ("in_channels", "out_channels", "groups", "in_features", "out_features", "num_features", "num_parameters",
+          "num_groups", "num_channels")  # fmt: skip
 
 
-def shrink(model: nn.Module, example: torch.Tensor, plan: Plan, pruner: Pruner, how: Training | None) -> Shrunk:
+def shrink(model: nn.Module, example: Tensor, plan: Plan, pruner: Pruner, how: Training | None) -> Shrunk:
     """Choose, mask, shrink and check a copy of `model`; see `compress.pruning.prune`."""
     started = time.perf_counter()
     check_example(model, example)
     with torch.inference_mode(False), torch.enable_grad(), _nni.random_state_kept():
         choice = nni_backend.choose(model, example, plan, pruner, how)
         with _one_thread():
-            result, difference = _shrunk(choice.model, example, plan, choice.kept)
+            result, difference = _shrunk(choice.model, example, choice.kept)
     seconds = time.perf_counter() - started
     return Shrunk(result, plan, difference.max_abs_diff, difference.reference_scale, choice.kept, seconds)
 
 
-def _shrunk(
-    model: nn.Module, example: torch.Tensor, plan: Plan, kept: dict[str, torch.Tensor]
-) -> tuple[nn.Module, Difference]:
+def _shrunk(model: nn.Module, example: Tensor, kept: dict[str, Tensor]) -> tuple[nn.Module, Difference]:
     graph_module = traced_copy(model, example)
-    images = probe(graph_module, example)
+    probe(graph_module, example)
     channels = Channels(graph_module)
     result = structure_copy(model)
-    for host in find_hosts(model, graph_module, channels, _without_attention(plan, model), images):
-        _shrink_host(result, host, kept, graph_module.meta.get("training", ()))
+    rows = {channels.sets.root(channels.own_set[layer]): kept[layer] for layer in kept}
+    shared = _shared(result)
+    with _nni.quiet(), torch.no_grad():
+        for name, call in channels.calls.items():
+            _shrink_module(result, name, call, channels, rows)
+        _cut_attributes(result, channels, rows)
+    _tie(shared)
     _remove_heads(result, kept)
     _own_tensors(result, model)
     return result, check_equal(graph_module, channels, kept, result, _check_images(example))
@@ -77,162 +75,57 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _check_images(example: torch.Tensor) -> torch.Tensor:
+def _check_images(example: Tensor) -> Tensor:
     """The first image given and a random one, so that the check bites on a blank example too."""
     first = example[:1]
     noise = torch.randn(first.shape, generator=torch.Generator().manual_seed(0)).to(first)
     return torch.cat([first, noise])
 
 
-def _without_attention(plan: Plan, model: nn.Module) -> Plan:
-    return replace(plan, groups=tuple(g for g in plan.groups if not is_attention(model.get_submodule(g.layers[0]))))
+# ---- layers -------------------------------------------------------------------------------------------------------
 
 
-def _remove_heads(result: nn.Module, kept: dict[str, torch.Tensor]) -> None:
-    """Replace attention modules of `result` by ones with fewer heads; NNI's speedup has no replacer for them."""
-    for layer, rows in kept.items():
-        module = result.get_submodule(layer)
-        if is_attention(module):
-            whole = rows.view(-1, heads_of(module).width).all(1)
-            result.set_submodule(layer, keep_heads(module, whole.nonzero().flatten().tolist()))
-
-
-def _shrink_host(result: nn.Module, host: Host, kept: dict[str, torch.Tensor], training: Sequence[str]) -> None:
-    """Run NNI's speedup on one part of `result`, in place; `training` are the modules traced in that mode."""
-    prefix = f"{host.name}." if host.name else ""
-    target = result.get_submodule(host.name)
-    own = {layer.removeprefix(prefix): _masks(result.get_submodule(layer), kept[layer]) for layer in host.layers}
-    scratch = set_traced_mode(copy.deepcopy(target), training)
-    _well_scaled(scratch)
+def _shrink_module(result: nn.Module, name: str, call: Call, channels: Channels, rows: Mapping[int, Tensor]) -> None:
+    reads, gives = (kept_features(axis, channels.sets, rows) for axis in (call.reads, call.gives))
+    if reads is None and gives is None:
+        return
+    module = result.get_submodule(name)
+    whole = {key: torch.ones((), device=value.device).expand_as(value) for key, value in module.named_parameters()}
+    masks = ([_mask(call.read_shape, call.reads, reads)], _mask(call.given_shape, call.gives, gives), whole)
+    functions: dict[str, Any] = _nni.load("nni.compression.speedup.replacement").replace_module
     try:
-        with _nni.quiet(), _without_statistics():
-            _speedup_class()(target, trace(scratch, host.inputs), host.inputs, own).run()
+        _replace(name, module, functions, masks)
     except PruningError:
         raise
     except Exception as error:
-        where = host.name or "the network"
         raise PruningError(
-            f"NNI could not shrink {where}: {type(error).__name__}: {error}. Exclude the layers in it "
-            "to go on without them."
+            f"{name}, a {type(module).__name__}, cannot be made smaller as planned: its tensors do not fit the channels "
+            f"that it reads and gives. Keep it whole with exclude={name} and prune the others."
         ) from error
 
 
-def _masks(layer: nn.Module, kept: torch.Tensor) -> dict[str, torch.Tensor]:
-    """NNI's form of a mask: 0/1 of each parameter's shape, here as views of one column."""
-    rows = kept.float().to(layer.weight.device)
-    column = rows.view(-1, *[1] * (layer.weight.dim() - 1)).expand_as(layer.weight)
-    return {"weight": column} if layer.bias is None else {"weight": column, "bias": rows}
-
-
-def _well_scaled(scratch: nn.Module) -> None:
-    """Fill every parameter with positive numbers that keep activations near one, whatever the depth."""
-    generator = torch.Generator().manual_seed(0)
-    for parameter in scratch.parameters():
-        parameter.requires_grad_(False)
-        fan_in = parameter[0].numel() if parameter.dim() > 1 else 1
-        values = torch.rand(parameter.shape, generator=generator).add_(0.5).div_(fan_in)
-        parameter.data = values.to(parameter.device)
-    for buffer in scratch.buffers():
-        if buffer.is_floating_point():
-            buffer.data = buffer.detach().clone()
-
-
-@functools.cache
-def _speedup_class() -> type:
-    """NNI's ModelSpeedup for masks without conflicts: the plan has put together what has to agree.
-
-    NNI's own resolution of conflicts is left out: it is not idempotent, and takes layers of different sizes that meet
-    in a concatenation or a broadcast gate for dependent. So are its temporary file (the model's weights are never
-    touched here) and its replacement of layers that do not change.
-    """
-    base = _nni.load("nni.compression.speedup").ModelSpeedup
-    updaters = _nni.load("nni.compression.speedup.mask_updater")
-    replacer = _replacer_class()
-
-    class ParameterFree(updaters.LeafModuleMaskUpdater):  # type: ignore[misc, name-defined]
-        """Follows inputs and outputs only: nothing is read from the masks of single weights, which cost a gradient."""
-
-        def detect(self, model_speedup: Any, node: fx.Node) -> bool:
-            if node.op != "call_module":
-                return False
-            info, module = model_speedup.node_infos[node], model_speedup.fetch_attr(node.target)
-            whole = {
-                name: torch.ones((), device=value.device).expand_as(value) for name, value in module.named_parameters()
-            }
-            info.module, info.param_masks = module, whole | model_speedup.masks.get(node.target, {})
-            return True
-
-        indirect_update_preprocess = updaters.DefaultMaskUpdater.indirect_update_preprocess
-        indirect_update_process = updaters.DefaultMaskUpdater.indirect_update_process
-
-    class Speedup(base):  # type: ignore[misc, valid-type]
-        def __init__(
-            self,
-            target: nn.Module,
-            graph_module: fx.GraphModule,
-            inputs: torch.Tensor,
-            masks: dict[str, dict[str, torch.Tensor]],
-        ) -> None:
-            functions = (torch.relu, torch.relu_, torch.sigmoid, torch.tanh, nn.functional.dropout)
-            super().__init__(
-                target,
-                inputs,
-                masks,
-                batch_size=_INFERENCE_BATCH,
-                graph_module=graph_module,
-                logger=_SILENT,
-                customized_mask_updaters=[
-                    updaters.NoChangeMaskUpdater(customized_no_change_act_func=functions),
-                    updaters.NoMaskUpdater(),
-                    ParameterFree(),
-                ],
-            )
-            self.replacers = [replacer()]
-
-        def run(self) -> nn.Module:
-            torch.manual_seed(0)
-            self.initialize_propagate(self.dummy_input)
-            self.propagate_originally()
-            self.initialize_update_sparsity()
-            self.update_direct_sparsity()
-            self.update_indirect_sparsity()
-            self.replace_compressed_modules()
-            return self.bound_model
-
-    return Speedup
-
-
-@functools.cache
-def _replacer_class() -> type:
-    """A replacer that uses NNI's functions on the modules which change, and puts their result into the old module."""
-    base = _nni.load("nni.compression.speedup.replacer").Replacer
-    functions: dict[str, Any] = _nni.load("nni.compression.speedup.replacement").replace_module
-
-    class Replacer(base):  # type: ignore[misc, valid-type]
-        def replace_modules(self, speedup: Any) -> None:
-            done: set[str] = set()
-            for node, info in speedup.node_infos.items():
-                if node.op != "call_module":
-                    continue
-                name, info.replaced = str(node.target), True
-                inputs = [speedup.node_infos[item].output_masks for item in node.all_input_nodes]
-                module = speedup.bound_model.get_submodule(name)
-                has_tensors = any(True for _ in chain(module.parameters(), module.buffers()))
-                if has_tensors and name not in done and _loses_channels(module, [*inputs, info.output_masks]):
-                    done.add(name)
-                    _replace(name, module, functions, (inputs, info.output_masks, info.param_masks))
-
-    return Replacer
+def _mask(shape: tuple[int, ...], axis: Axis | None, rows: Tensor | None) -> Tensor:
+    """NNI's form of a mask of a tensor, 0/1 of its shape, as a view of one row."""
+    if axis is None or rows is None:
+        return torch.ones(()).expand(shape)
+    row = [1] * len(shape)
+    row[axis.dim] = shape[axis.dim]
+    return rows.float().view(row).expand(shape)
 
 
 def _replace(name: str, module: nn.Module, functions: dict[str, Any], masks: tuple[Any, Any, Any]) -> None:
+    """Put the tensors and sizes that NNI's replacement has into `module`."""
     function = functions.get(type_name(module))
+    if isinstance(module, nn.modules.batchnorm._NormBase) and module.running_mean is None:
+        function = _without_statistics
     if function is None:
-        raise PruningError(f"NNI cannot shrink {name}, a {type(module).__name__}; exclude the layers before it.")
+        raise PruningError(
+            f"{name}, a {type(module).__name__}, cannot be made smaller. Keep the layers before it whole with exclude."
+        )
     smaller = function(module, masks)
     for key, parameter in smaller.named_parameters(recurse=False):
         old = module.get_parameter(key)
-        new = nn.Parameter(parameter.detach().to(old.dtype), requires_grad=old.requires_grad)
+        new = nn.Parameter(parameter.detach().to(old), requires_grad=old.requires_grad)
         module.register_parameter(key, new)
     for key, buffer in smaller.named_buffers(recurse=False):
         if buffer.dim() > 0:  # the count of batches seen stays the old one's
@@ -242,31 +135,78 @@ def _replace(name: str, module: nn.Module, functions: dict[str, Any], masks: tup
             setattr(module, attribute, getattr(smaller, attribute))
 
 
-def _loses_channels(module: nn.Module, masks: list[Any]) -> bool:
-    """Whether an input or output has a channel in which nothing is alive, at any position."""
-    dim = -1 if isinstance(module, nn.Linear | nn.LayerNorm | nn.MultiheadAttention) else 1
-    tensors = [mask for mask in masks if isinstance(mask, torch.Tensor) and mask.dim() > 1]
-    return any(not bool((mask != 0).movedim(dim, 0).flatten(1).any(1).all()) for mask in tensors)
+def _without_statistics(norm: nn.Module, masks: tuple[Any, Any, Any]) -> nn.Module:
+    """A normalisation that NNI cannot replace, for it looks for running statistics."""
+    kept = masks[1][0].flatten(1)[:, 0].bool() if masks[1].dim() > 2 else masks[1][0].bool()
+    smaller = type(norm)(int(kept.sum()), norm.eps, norm.momentum, norm.affine, track_running_stats=False)
+    for key, parameter in norm.named_parameters(recurse=False):
+        smaller.get_parameter(key).data = parameter.data[kept.to(parameter.device)]
+    return smaller
 
 
-@contextlib.contextmanager
-def _without_statistics() -> Iterator[None]:
-    """NNI computes the sparsity of every mask for its log, a third of its time, even when nothing is logged."""
-    module = _nni.load("nni.compression.speedup.model_speedup")
-    statistics = module.sparsity_stats
-    module.sparsity_stats = lambda mask: ""
-    try:
-        yield
-    finally:
-        module.sparsity_stats = statistics
+# ---- tensors that no layer of NNI's has ----------------------------------------------------------------------------
+
+
+def _cut_attributes(result: nn.Module, channels: Channels, rows: Mapping[int, Tensor]) -> None:
+    """Take the channels out of parameters and buffers that the forward pass reads by itself."""
+    for name in channels.roles.names.values():
+        tensor = stored(channels.graph_module, name)
+        lost = {
+            dim: features
+            for dim, axis in channels.roles.dims(tensor).items()
+            if isinstance(dim, int) and (features := kept_features(axis, channels.sets, rows)) is not None
+        }
+        owner, _, key = name.rpartition(".")
+        module = result.get_submodule(owner)
+        present = getattr(module, key)
+        if not lost or present.shape != tensor.shape:  # a layer's own weight is smaller by now
+            continue
+        for dim, features in lost.items():
+            present = present.index_select(dim, features.nonzero().flatten().to(present.device))
+        _store(module, key, present)
+
+
+def _store(module: nn.Module, key: str, tensor: Tensor) -> None:
+    old = getattr(module, key)
+    setattr(module, key, nn.Parameter(tensor, requires_grad=old.requires_grad) if key in module._parameters else tensor)
+    if getattr(module, "num_features", None) == old.shape[0]:
+        module.num_features = tensor.shape[0]
+
+
+def _shared(model: nn.Module) -> list[list[tuple[nn.Module, str]]]:
+    """Where each tensor is that `model` has in more than one place."""
+    return [
+        [(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in names]
+        for names in owners(model).values()
+        if len(names) > 1
+    ]
+
+
+def _tie(shared: list[list[tuple[nn.Module, str]]]) -> None:
+    """What was one tensor is one again: the plan has given every place of it the same channels."""
+    for places in shared:
+        tensors = [getattr(module, key) for module, key in places]
+        if any(tensor.shape != tensors[0].shape for tensor in tensors):
+            raise PruningError("A weight that several layers share got several sizes; exclude these layers.")
+        for module, key in places:
+            setattr(module, key, tensors[0])
+
+
+def _remove_heads(result: nn.Module, kept: dict[str, Tensor]) -> None:
+    """Replace attention modules of `result` by ones with fewer heads; NNI's speedup has no replacement for them."""
+    for layer, rows in kept.items():
+        module = result.get_submodule(layer)
+        if is_attention(module):
+            whole = rows.view(-1, heads_of(module).width).all(1)
+            result.set_submodule(layer, keep_heads(module, whole.nonzero().flatten().tolist()))
 
 
 def _own_tensors(result: nn.Module, model: nn.Module) -> None:
     """Give `result` its own copy of each tensor that it still shares with the input model, keeping ties."""
     shared = {id(tensor) for tensor in chain(model.parameters(), model.buffers())}
-    copies: dict[int, torch.Tensor] = {}
+    copies: dict[int, Tensor] = {}
 
-    def own(tensor: torch.Tensor) -> torch.Tensor:
+    def own(tensor: Tensor) -> Tensor:
         if id(tensor) not in shared:
             return tensor
         if id(tensor) not in copies:

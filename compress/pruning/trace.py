@@ -19,15 +19,23 @@ PROBE_BATCH = 2
 """Images in a probe: two are enough to tell a channel that varies from one that is constant."""
 
 
-def trace(model: nn.Module, example: torch.Tensor | None = None, *, opens_attention: bool = True) -> fx.GraphModule:
+def trace(
+    model: nn.Module,
+    example: torch.Tensor | None = None,
+    *,
+    opens_attention: bool = True,
+    follows_buffers: bool = False,
+) -> fx.GraphModule:
     """Trace `model`, in the train/eval mode it is in; see `compress.tracing` for how and with what.
 
     Without `opens_attention` every attention is one node, so that graphs before and after it lost heads have the same.
+    With `follows_buffers` what is computed from buffers is part of the graph; else it is a constant in it.
 
     The graph module shares the modules of `model`. Each function or method call carries `meta["source"]`, the
     user's function, file and line; what is called inside an attention module carries its name as `meta["attention"]`,
     and the graph module's `meta["attentions"]` has the heads of each. `meta["decisions"]` has what the forward pass asked
     about sizes; the graph then holds for images of the example's size and those for which `meta["holds_for"]` says so.
+    `meta["root"]` is `model`, whose layers may be called as functions of their weights.
 
     Args:
         example: images [N, C, H, W] of the size that the model is used with, of which only shape, type and device are
@@ -36,13 +44,15 @@ def trace(model: nn.Module, example: torch.Tensor | None = None, *, opens_attent
     Raises:
         PruningError: the forward pass cannot be traced; names the reason and the line.
     """
+    tracer = partial(_Tracer, opens_attention=opens_attention, follows_buffers=follows_buffers)
     try:
-        captured = tracing.capture(model, example, partial(_Tracer, opens_attention=opens_attention))
+        captured = tracing.capture(model, example, tracer)
     except Exception as error:
         raise PruningError(tracing.explained(error, model, example)) from error
     graph_module = captured.graph_module
     _unpack_record(graph_module.graph)
     graph_module.recompile()
+    graph_module.meta["root"] = model
     attentions = {node.meta["attention"] for node in graph_module.graph.nodes if "attention" in node.meta}
     graph_module.meta["attentions"] = {name: heads_of(model.get_submodule(name)) for name in attentions}
     graph_module.meta["decisions"], graph_module.meta["holds_for"] = captured.decisions, captured.holds_for
@@ -80,15 +90,15 @@ def traced_copy(model: nn.Module, example: torch.Tensor | None = None) -> fx.Gra
     Raises:
         PruningError: untraceable, random, or training takes another way through the network than evaluation.
     """
-    graph_module = trace(structure_copy(model).eval(), example)
+    graph_module = _with_buffers(structure_copy(model).eval(), example)
     if example is not None:
         _prove(graph_module, model, example)
     unused = unused_modules(graph_module, model)
-    heads = unused - unused_modules(trace(structure_copy(model).train(), example), model) if unused else set()
+    heads = unused - unused_modules(_with_buffers(structure_copy(model).train(), example), model) if unused else set()
     if not heads:
         return graph_module
     around = _modules_around(heads, model)
-    graph_module = trace(set_traced_mode(structure_copy(model), around), example)
+    graph_module = _with_buffers(set_traced_mode(structure_copy(model), around), example)
     graph_module.meta["training"] = around
     missing = unused_modules(graph_module, model) - (unused - heads)
     if missing:
@@ -105,6 +115,14 @@ def _prove(graph_module: fx.GraphModule, model: nn.Module, example: torch.Tensor
         tracing.prove(graph_module, structure_copy(model).eval(), probe(graph_module, example))
     except tracing.Untraceable as error:
         raise PruningError(tracing.explained(error, model, example)) from error
+
+
+def _with_buffers(model: nn.Module, example: torch.Tensor | None) -> fx.GraphModule:
+    """The graph with what is computed from buffers, unless the forward pass decides by them."""
+    try:
+        return trace(model, example, follows_buffers=True)
+    except PruningError:
+        return trace(model, example)
 
 
 def set_traced_mode(model: nn.Module, training: Iterable[str]) -> nn.Module:
@@ -180,8 +198,9 @@ def probe(graph_module: fx.GraphModule, example: torch.Tensor) -> torch.Tensor:
 class _Tracer(tracing.ValueTracer):
     """Remembers in which attention module each operation stands."""
 
-    def __init__(self, images: torch.Tensor | None, opens_attention: bool) -> None:
+    def __init__(self, images: torch.Tensor | None, opens_attention: bool, follows_buffers: bool) -> None:
         super().__init__(images)
+        self.proxy_buffer_attributes = follows_buffers
         self._opens_attention = opens_attention
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
@@ -205,12 +224,20 @@ class _Shapes(fx.Interpreter):
     def run_node(self, n: fx.Node) -> object:
         result = super().run_node(n)
         n.meta["shape"] = tuple(result.shape) if isinstance(result, torch.Tensor) else None
+        n.meta["number"] = result if isinstance(result, int) else None
         return result
 
 
 def shape_of(node: fx.Node) -> tuple[int, ...] | None:
     """Shape of the tensor that `node` gave on the probe, or None when it is not one tensor."""
     return node.meta.get("shape")
+
+
+def number_of(value: object) -> int | None:
+    """A whole number written down, or the one that a node gave on the probe; None for anything else."""
+    if isinstance(value, fx.Node):
+        return value.meta.get("number")
+    return value if isinstance(value, int) else None
 
 
 def call_counts(graph_module: fx.GraphModule) -> Counter[str]:

@@ -54,6 +54,8 @@ class Outlook:
     """Layer, why it stays whole."""
     uncounted: tuple[str, ...]
     """Fields of the request that change the plan and are not counted."""
+    short: str | None = None
+    """What to tell where the plan removes far less than asked for."""
 
 
 Count = Callable[[Structure], dict[str, Any]]
@@ -90,6 +92,7 @@ class Estimates:
             tuple((words[layers], before, after, words[why]) for layers, before, after, why in row["groups"]),
             tuple((words[layer], words[why]) for layer, why in row["left_out"]),
             tuple(name for name in others if getattr(request, name) != Request.model_fields[name].default),
+            None if row.get("short") is None else words[row["short"]],
         )
 
     def _profile(self, structure: Structure) -> Mapping[str, Any] | None:

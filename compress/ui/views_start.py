@@ -64,7 +64,8 @@ def _plan(outlook: Outlook) -> str:
     ):
         if rows:
             parts.append(views.folded(f"{title} ({count})", views.table(headers, rows, title)))
-    return f'<div class="plan"><p class="soft">Counted from the plan for {escape(what)}.{escape(left)}</p>{"".join(parts)}</div>'
+    short = f'<p class="soft">{escape(outlook.short)}</p>' if outlook.short and not without else ""
+    return f'<div class="plan">{short}<p class="soft">Counted from the plan for {escape(what)}.{escape(left)}</p>{"".join(parts)}</div>'
 
 
 def _pruning_meaning(request: Request, kept: float) -> str:
