@@ -44,7 +44,7 @@ RECIPE_FORMAT = 1
 
 _SIZES = (
     "in_channels", "out_channels", "groups", "num_features", "in_features", "out_features", "normalized_shape",
-    "num_groups", "num_channels", "embed_dim", "kdim", "vdim", "num_heads", "head_dim",
+    "num_groups", "num_channels", "num_parameters", "embed_dim", "kdim", "vdim", "num_heads", "head_dim",
 )  # fmt: skip
 """Module attributes that describe widths; a rebuilt module gets them back."""
 
@@ -191,13 +191,16 @@ def _resize(model: nn.Module, sizes: Mapping[str, Mapping[str, Any]], tensors: M
     for name, values in sizes.items():
         for key, value in values.items():
             setattr(modules[name], key, tuple(value) if isinstance(value, list) else value)
+    smaller: dict[int, tuple[Tensor, Tensor]] = {}
     for name, tensor in tensors.items():
         if present[name].shape == tensor.shape:
             continue
         owner, _, key = name.rpartition(".")
         old = getattr(modules[owner], key)
-        new = torch.empty(tensor.shape, dtype=old.dtype, device=old.device)
-        setattr(modules[owner], key, nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new)
+        if id(old) not in smaller:  # a tied tensor stays one
+            new = torch.empty(tensor.shape, dtype=old.dtype, device=old.device)
+            smaller[id(old)] = old, nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
+        setattr(modules[owner], key, smaller[id(old)][1])
 
 
 def _sizes(model: nn.Module) -> dict[str, dict[str, Any]]:

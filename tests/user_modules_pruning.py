@@ -178,3 +178,66 @@ STAYS: dict[str, tuple[Callable[[Spelled, Tensor], Tensor], str]] = {
     "made in forward": (lambda m, x: x * torch.arange(32.0).view(1, -1, 1, 1), r"fixed"),
 }
 """What has to stay whole, and what the reason has to name."""
+
+
+class Tied(nn.Module):
+    """Two convolutions share a weight, two more a bias; a Linear and a function share another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = conv_bn(3, CHANNELS)
+        self.one, self.two = (nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1, bias=False) for _ in range(2))
+        self.two.weight = self.one.weight
+        self.norms = nn.ModuleList(nn.BatchNorm2d(CHANNELS) for _ in range(2))
+        self.left, self.right = nn.Conv2d(CHANNELS, 48, 1), nn.Conv2d(CHANNELS, 48, 1)
+        self.right.bias = self.left.bias
+        self.hidden, self.head = nn.Linear(48, 40), nn.Linear(40, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        x = torch.relu(self.norms[0](self.one(x)))
+        x = torch.relu(self.norms[1](self.two(x)))
+        x = (self.left(x) * self.right(x)).mean((2, 3))
+        return self.head(torch.relu(self.hidden(x)) + F.linear(torch.sin(x), self.hidden.weight, self.hidden.bias))
+
+
+class TiedOtherwise(nn.Module):
+    """A weight that one layer applies and another function of the model reads in its own way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.body = conv_bn(3, CHANNELS), nn.Conv2d(CHANNELS, CHANNELS, 1)
+        self.free, self.head = conv_bn(CHANNELS, CHANNELS), nn.Linear(CHANNELS, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.body(self.stem(x)))
+        x = F.conv2d(x, self.body.weight.transpose(0, 1))
+        return self.head(self.free(x).mean((2, 3)))
+
+
+class Recurrent(nn.Module):
+    """One block called three times, with and without its residual, and one BatchNorm for two layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, CHANNELS, 3), nn.BatchNorm2d(CHANNELS)
+        self.block = nn.Sequential(conv_bn(CHANNELS, 48), nn.Conv2d(48, CHANNELS, 1))
+        self.head = nn.Linear(CHANNELS, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.norm(self.stem(x)))
+        x = self.norm(self.block(x) + x)
+        x = self.block(self.block(x))
+        return self.head(x.mean((2, 3)))
+
+
+class Mostly(nn.Module):
+    """Nearly all parameters lie in layers whose channels are shuffled."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.small, self.wide = conv_bn(3, 16), nn.Conv2d(16, 256, 3, padding=1)
+        self.wider, self.head = nn.Conv2d(256, 64, 3), nn.Linear(64, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.wider(channel_shuffle(None, self.wide(self.small(x)))).sort(1)[0].mean((2, 3)))

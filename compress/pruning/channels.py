@@ -79,7 +79,7 @@ class Channels:
         in_graph = {name: module for name, module in graph_module.named_modules() if type(module) is not nn.Module}
         self.modules = dict(graph_module.meta["root"].named_modules()) | in_graph
         self.sets = ChannelSets()
-        self.roles = Roles(self.sets)
+        self.roles = Roles(self.sets, frozenset(graph_module.meta["root"].state_dict()))
         self.axes: dict[fx.Node, Axis | None] = {}
         self.own_set: dict[str, int] = {}
         self.calls: dict[str, Call] = {}
@@ -338,7 +338,9 @@ class Channels:
     def where(self, node: fx.Node) -> str:
         """The operation and the user's own line."""
         source = node.meta.get("source")
-        call = str(node.target) if node.op == "call_module" else f"{operation_name(node).strip('()')}()"
+        call = f"{operation_name(node).strip('()')}()"
+        if node.op == "call_module":
+            call = f"{type(self.modules[str(node.target)]).__name__} ({node.target})"
         return f"{call} in {source}" if source else call
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Mapping
 
 from torch import nn
 
@@ -13,6 +14,8 @@ FAR_BELOW = 0.5
 layer's channels removes between s of the parameters (where only outputs or only inputs go) and 1 - (1 - s)^2."""
 NAMED = 3
 """Reasons that are told, of those that keep the most parameters."""
+WORTH_TELLING = 0.01
+"""Of all parameters."""
 
 
 def shortfall(
@@ -56,11 +59,12 @@ def shortfall(
 
 def _reasons(whole: list[LeftOut], sizes: dict[str, int], total: int) -> str:
     """The reasons that keep most, each with its layers."""
-    by_cause: dict[str, list[LeftOut]] = defaultdict(list)
+    by_cause: Mapping[str, list[LeftOut]] = defaultdict(list)
     for left in whole:
         by_cause[left.cause].append(left)
     weights = {cause: sum(sizes[left.layer] for left in layers) for cause, layers in by_cause.items()}
     told = []
+    by_cause = {cause: layers for cause, layers in by_cause.items() if weights[cause] >= WORTH_TELLING * total}
     for cause in sorted(by_cause, key=lambda cause: -weights[cause])[:NAMED]:
         layers = sorted(by_cause[cause], key=lambda left: -sizes[left.layer])
         more = f" and {len(layers) - 1} more" if len(layers) > 1 else ""

@@ -116,8 +116,8 @@ def _mask(shape: tuple[int, ...], axis: Axis | None, rows: Tensor | None) -> Ten
 def _replace(name: str, module: nn.Module, functions: dict[str, Any], masks: tuple[Any, Any, Any]) -> None:
     """Put the tensors and sizes that NNI's replacement has into `module`."""
     function = functions.get(type_name(module))
-    if isinstance(module, nn.modules.batchnorm._NormBase) and module.running_mean is None:
-        function = _without_statistics
+    if isinstance(module, nn.modules.batchnorm._NormBase) and (function is None or module.running_mean is None):
+        function = _smaller_norm
     if function is None:
         raise PruningError(
             f"{name}, a {type(module).__name__}, cannot be made smaller. Keep the layers before it whole with exclude."
@@ -135,12 +135,14 @@ def _replace(name: str, module: nn.Module, functions: dict[str, Any], masks: tup
             setattr(module, attribute, getattr(smaller, attribute))
 
 
-def _without_statistics(norm: nn.Module, masks: tuple[Any, Any, Any]) -> nn.Module:
-    """A normalisation that NNI cannot replace, for it looks for running statistics."""
-    kept = masks[1][0].flatten(1)[:, 0].bool() if masks[1].dim() > 2 else masks[1][0].bool()
-    smaller = type(norm)(int(kept.sum()), norm.eps, norm.momentum, norm.affine, track_running_stats=False)
-    for key, parameter in norm.named_parameters(recurse=False):
-        smaller.get_parameter(key).data = parameter.data[kept.to(parameter.device)]
+def _smaller_norm(norm: nn.Module, masks: tuple[Any, Any, Any]) -> nn.Module:
+    """A normalisation that NNI cannot replace: it knows no SyncBatchNorm, and looks for running statistics."""
+    kept = masks[1].movedim(1, 0).flatten(1)[:, 0].nonzero().flatten()
+    tracks = norm.running_mean is not None
+    smaller = type(norm)(len(kept), norm.eps, norm.momentum, norm.affine, track_running_stats=tracks)
+    for key, old in (*norm.named_parameters(recurse=False), *norm.named_buffers(recurse=False)):
+        if old.dim() > 0:
+            getattr(smaller, key).data = old.data[kept.to(old.device)]
     return smaller
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from itertools import chain
 from operator import attrgetter
@@ -28,10 +28,13 @@ def stored(model: nn.Module, name: str) -> object:
 
 
 class Roles:
-    """Along which of its dimensions each parameter or buffer has which channels, whoever reads it, and how often."""
+    """Along which of its dimensions each parameter or buffer has which channels, whoever reads it, and how often.
 
-    def __init__(self, sets: ChannelSets) -> None:
-        self._sets = sets
+    Only what the model's state dict has (`saved`) can get smaller: a rebuilt model makes everything else anew.
+    """
+
+    def __init__(self, sets: ChannelSets, saved: Collection[str]) -> None:
+        self._sets, self._saved = sets, saved
         self._dims: dict[int, dict[int | str, Axis | None]] = {}
         self._readers: dict[int, str] = {}
         self._frozen: dict[int, str] = {}
@@ -40,8 +43,10 @@ class Roles:
 
     def bind(self, tensors: Mapping[str, tuple[torch.Tensor, Dims]], reader: str) -> None:
         """Say what the dimensions of tensors are for `reader`; an earlier reader's channels become the same ones."""
-        for tensor, dims in tensors.values():
+        for name, (tensor, dims) in tensors.items():
             key = id(tensor)
+            if name not in self._saved:
+                self._frozen.setdefault(key, _unsaved(name))
             before = self._dims.setdefault(key, dict(dims))
             first = self._readers.setdefault(key, reader)
             if key in self._frozen:
@@ -80,10 +85,7 @@ class Roles:
 
     def opened(self, name: str, tensor: torch.Tensor, dim: int) -> Axis:
         """A new set along one dimension of a tensor that has none yet."""
-        kept = self._frozen.get(id(tensor))
-        if _made_in_forward(name):
-            kept = "meets a tensor that the forward pass makes of fixed numbers"
-        axis = Axis(dim, (Part(self._sets.new(tensor.shape[dim], kept=kept), tensor.shape[dim]),))
+        axis = Axis(dim, (Part(self._sets.new(tensor.shape[dim]), tensor.shape[dim]),))
         self.bind({name: (tensor, {dim: axis})}, name)
         return axis
 
@@ -108,6 +110,12 @@ class Roles:
 
 def _made_in_forward(name: str) -> bool:
     return name.rpartition(".")[2].startswith(MADE_IN_FORWARD)
+
+
+def _unsaved(name: str) -> str:
+    if _made_in_forward(name):
+        return "meets a tensor that the forward pass makes of fixed numbers"
+    return f"meets {name}, which is not saved with the model; make it a parameter or a persistent buffer"
 
 
 def owners(model: nn.Module) -> dict[int, list[str]]:
