@@ -270,7 +270,8 @@ def test_settings_come_from_the_environment() -> None:
         "at_once": 2, "max_queued": 5, "max_per_owner": 3, "max_seconds": 5400, "keeping": Limits(30, 50 * 10**9)
     }  # fmt: skip
     assert settings.hosts[-2:] == ("a.example", "b.example")
-    assert (Settings().hosts, Settings(host="0.0.0.0").hosts) == (("127.0.0.1", "localhost", "::1"), ())
+    assert Settings().hosts == ("127.0.0.1", "localhost", "::1") and not Settings().answers_to_addresses
+    assert Settings(host="0.0.0.0").hosts == (*Settings().hosts, "0.0.0.0") and Settings(host="0.0.0.0").answers_to_addresses
     behind_a_proxy = Settings(allowed_hosts=("app.example",))
     assert (behind_a_proxy.local, behind_a_proxy.lists_all_runs) == (False, False), "strangers reach it by that name"
     assert "app.example" in behind_a_proxy.hosts and "127.0.0.1" in behind_a_proxy.hosts

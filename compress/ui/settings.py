@@ -111,7 +111,7 @@ class Settings:
     @property
     def hosts(self) -> tuple[str, ...]:
         """Host names that are answered."""
-        return (*LOOPBACK, self.host, *self.allowed_hosts)
+        return tuple(dict.fromkeys((*LOOPBACK, self.host, *self.allowed_hosts)))
 
     @property
     def answers_to_addresses(self) -> bool:
