@@ -100,26 +100,37 @@ def _described(answer: Any) -> str:
     return f"a {type(answer).__name__} of {f'tensors of shape {shapes}' if shapes else 'no tensors'}"
 
 
-def _sentence(model: nn.Module, doing: str, error: Exception) -> str:
+def raised(error: BaseException) -> str:
+    """Type and first line of an exception: "KeyError: 'mask'"."""
     message = str(error).strip()
-    raised = f"{type(error).__name__}: {message.splitlines()[0].rstrip('.')}" if message else type(error).__name__
+    return f"{type(error).__name__}: {message.splitlines()[0].rstrip('.')}" if message else type(error).__name__
+
+
+def own_line(error: BaseException) -> str | None:
+    """Where in the model's own code an exception began: file, line, function and code."""
+    own = [line for line in traceback.extract_tb(error.__traceback__) if _is_the_models(line.filename)]
+    return (
+        f"{Path(own[-1].filename).name}, line {own[-1].lineno}, in {own[-1].name} (`{own[-1].line}`)" if own else None
+    )
+
+
+def _sentence(model: nn.Module, doing: str, error: Exception) -> str:
     where = _layer(model, error)
-    if _ONE_VALUE in message:
+    if _ONE_VALUE in str(error):
         norm = "A BatchNorm" if where is None else f"T{where[1:]}"
         return (
             f"{norm} gets one value per channel {doing}, of which no variance can be taken: raise --train-batch-size (of "
             "which each of --training-processes takes its part) or --input-size."
         )
-    own = [line for line in traceback.extract_tb(error.__traceback__) if _is_the_models(line.filename)]
-    if not own:
+    line = own_line(error)
+    if line is None:
         return (
-            f"The model stops {doing}{f', at {where}' if where else ''}: {raised}. Call it yourself in the same way, and mend "
-            "what stops it."
+            f"The model stops {doing}{f', at {where}' if where else ''}: {raised(error)}. Call it yourself in the same way, and "
+            "mend what stops it."
         )
-    last = own[-1]
     return (
-        f"The model's own code stops {doing}: {Path(last.filename).name}, line {last.lineno}, in {last.name} (`{last.line}`) "
-        f"raises {raised}. Call it yourself in the same way, and mend that line."
+        f"The model's own code stops {doing}: {line} raises {raised(error)}. Call it yourself in the same way, and mend that "
+        "line."
     )
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 
 from compress import counting, data, evaluation, pruning, quantization, training
 from compress.errors import TrainingError
-from compress.model_calls import classes_of, logits_of
+from compress.model_calls import classes_of, logits_of, own_errors
 from compress.pruning.reconstruction import Refit, reconstruct
 from compress.pruning.registry import TRAINS
 from compress.request import Request
@@ -177,14 +177,25 @@ def require_trainable(request: Request, source: Source) -> None:
     """Refuses what would end the training of `source.model` before its first step.
 
     Raises:
-        TrainingError: every parameter is frozen, or the images do not fill one batch.
+        TrainingError: every parameter is frozen, forward takes no gradients, or the images do not fill one batch.
     """
     looks = request.prunes and pruning.PRUNERS[request.pruner].needs_images and source.dataset.kind != "none"
     trained = training_stages(request, source)
     if trained:
         training.parameter_groups(source.model, 0.0)
+        _require_gradients(source)
     if (looks or trained) and training_images(request, source).per_epoch == 0:
         raise TrainingError(training.TOO_FEW_IMAGES)
+
+
+def _require_gradients(source: Source) -> None:
+    with torch.enable_grad(), own_errors(source.model, "in eval mode, with one image"):
+        learns = logits_of(source.model(source.example)).requires_grad
+    if not learns:
+        raise TrainingError(
+            "The model answers without gradients, so it cannot be trained: take torch.no_grad, torch.inference_mode or detach "
+            "out of its forward, or set --finetune-epochs and --qat-epochs to 0."
+        )
 
 
 def recipe_of(request: Request, source: Source, epochs: float, learning_rate: float) -> training.Recipe:

@@ -637,8 +637,8 @@ def raising(error: Exception) -> nn.Module:
 def test_the_modules_own_error_is_named_with_its_line(error, monkeypatch):
     monkeypatch.setattr(inputs, "SIDES", (32, 96))  # the search for other sizes ends sooner
     told = refusal(raising(error))
-    assert f"it raised {type(error).__name__}" in told and "at test_own_modules_door.py, line " in told
-    assert "in pack: `raise error`" in told and "\n" not in told
+    assert f"in pack (`raise error`) raises {type(error).__name__}" in told and "\n" not in told
+    assert "and test_own_modules_door.py, line " in told
 
 
 # ---- a run's weights, loaded into a fresh instance ----

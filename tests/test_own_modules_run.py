@@ -14,7 +14,9 @@ from torch.nn.utils import parametrizations, prune
 from user_modules_door import Net, trained_values
 
 import compress
-from compress import benchmark, pipeline, text, tryout
+from compress import benchmark, pipeline, preflight, text, tryout
+from compress.errors import TrainingError
+from compress.sources import open_source
 
 REQUEST = compress.Request(
     model="custom", input_size=16, mean=(0.5,) * 3, std=(0.25,) * 3, finetune_epochs=1, qat_epochs=1, train_batch_size=8,
@@ -90,3 +92,24 @@ def test_check_says_what_was_done():
     found = pipeline.check(REQUEST.model_copy(update={"data": "none"}), model=nn.DataParallel(Kitchen()))
     assert found["possible"] and found["notes"][0] == SAID[0] and "the logits are answer['logits']" in found["notes"][2]
     assert f"Note: {SAID[0]}" in text.check(found)
+
+
+class Unlearning(Net):
+    @torch.no_grad()
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x)
+
+
+class Inferring(Net):
+    @torch.inference_mode()
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("build", [Unlearning, Inferring])
+def test_a_forward_without_gradients_is_refused_before_it_is_trained(build, images):
+    request = REQUEST.model_copy(update={"data": str(images)})
+    with pytest.raises(TrainingError, match="answers without gradients, so it cannot be trained: take torch.no_grad"):
+        preflight.require_plan(request, open_source(request, build()))
+    resting = request.model_copy(update={"finetune_epochs": 0, "qat_epochs": 0})
+    preflight.require_plan(resting, open_source(resting, build()))

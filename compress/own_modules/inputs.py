@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import sysconfig
 import time
-import traceback
 from collections.abc import Iterator
 from itertools import product
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +17,6 @@ SIDES = (32, 48, 64, 96, 128, 192, 224, 256, 320, 384)
 """Of images that are not square."""
 PATIENCE_S = 10
 """How long other sizes and channels are looked for."""
-_LIBRARIES = tuple(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib"))
 
 
 def example(size: int, channels: int = 3, width: int | None = None) -> Tensor:
@@ -111,18 +107,6 @@ def _not_square(model: nn.Module, found: list[tuple[int, int, int]]) -> RequestE
         "it resize to those of its training first, `def forward(self, x): return "
         f"self.model(torch.nn.functional.interpolate(x{mean}, ({height}, {width})))`",
     )
-
-
-def raised(error: Exception) -> str:
-    """The error and the user's own line."""
-    text = str(error).splitlines()[0].rstrip(".") if str(error) else ""
-    frames = traceback.extract_tb(error.__traceback__)
-    ours = str(Path(__file__).parent)
-    own = [frame for frame in frames if not frame.filename.startswith((*_LIBRARIES, ours, "<"))]
-    where = (
-        f" at {Path(own[-1].filename).name}, line {own[-1].lineno}, in {own[-1].name}: `{own[-1].line}`" if own else ""
-    )
-    return f"it raised {type(error).__name__}{f' ({text})' if text else ''}{where}"
 
 
 def _refused(model: nn.Module, allowed: str) -> RequestError:
