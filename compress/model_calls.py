@@ -27,7 +27,8 @@ _ONE_VALUE = "Expected more than 1 value per channel"
 def own_errors(model: nn.Module, doing: str) -> Iterator[None]:
     """Around calls of `model`: an exception of its own code becomes a sentence with its file, line and code.
 
-    Memory that ran out is not the model's fault and passes, as do refusals of ours.
+    Memory that ran out, and the end of another process that trains with this one, are not the model's fault and pass, as do
+    refusals of ours.
 
     Args:
         doing: what the model was called for, such as "in training mode, with 16 images of 32 x 32 pixels".
@@ -40,7 +41,7 @@ def own_errors(model: nn.Module, doing: str) -> Iterator[None]:
     except CompressError:
         raise
     except Exception as error:
-        if memory.ran_out(error):
+        if memory.ran_out(error) or _is_of_a_partner(error):
             raise
         raise ModelError(_sentence(model, doing, error)) from error
 
@@ -76,6 +77,11 @@ def classes_of(model: nn.Module, images: Tensor) -> int:
     """
     with torch.no_grad(), own_errors(model, "in eval mode, with one image"):
         return logits_of(model.eval()(images[:1])).shape[1]
+
+
+def _is_of_a_partner(error: Exception) -> bool:
+    """Whether another of the training processes is gone; Gloo raises RuntimeError, which names its source file."""
+    return isinstance(error, torch.distributed.DistError) or "/gloo/" in str(error)
 
 
 def _tensors(answer: Any) -> Iterator[Tensor]:

@@ -82,9 +82,9 @@ def quantized_at(
     model: nn.Module, weight_bits: int = 8, activation_bits: int = 8, *, batches=None, train=None, **options
 ) -> Quantized:
     """`model` quantized with the same bits in every layer; by default without training."""
-    prepared = prepare(model)
-    plan = assign_bits(prepared, weight_bits, activation_bits)
     images = calibration() if batches is None else batches
+    prepared = prepare(model, None if batches is None else images[0])
+    plan = assign_bits(prepared, weight_bits, activation_bits)
     return quantize(prepared, plan, calibration=images, train=train, **options)
 
 

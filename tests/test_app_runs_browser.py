@@ -52,7 +52,7 @@ def alter_report(folder: Path, *, accuracy: float, p50_ms: float, sparsity: floa
     report.write_text(json.dumps(facts))
     listed = signing.opened(MANIFEST, manifest)
     listed["files"]["report.json"]["sha256"] = sha256(report)
-    manifest.write_text(signing.sealed(MANIFEST, listed))
+    manifest.write_text(signing.sealed(MANIFEST, listed, manifest))
 
 
 @pytest.fixture

@@ -179,4 +179,4 @@ def test_fewer_images_where_all_would_take_too_much_memory(monkeypatch):
     monkeypatch.setattr(shrunk[0], "forward", lambda x, f=shrunk[0].forward: seen.append(len(x)) or f(x))
     monkeypatch.setattr(reconstruction, "MEMORY", 1)
     reconstruct(shrunk, dense, {"0": EVEN}, images(512))
-    assert sum(seen) <= reconstruction.CHUNK + 1
+    assert sum(seen) <= reconstruction.CHUNK + 3, "three prove the graph"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from pruning_networks import randomise
@@ -119,3 +121,23 @@ def test_hooks_on_the_module_itself_are_part_of_the_graph():
 def test_without_an_example_what_asks_for_sizes_says_so():
     with pytest.raises(PruningError, match="and no example image was given to decide by, at user_modules_tracing.py"):
         trace(network("flags_of_a_shape"))
+
+
+def test_other_threads_trace_and_run_models_meanwhile():
+    """torch.fx patches every module of the process while it traces."""
+
+    def network() -> nn.Module:
+        return nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3)).eval()
+
+    def taken(_: int) -> None:
+        for _ in range(10):
+            capture(network(), torch.rand(1, 3, 16, 16))
+
+    def called(_: int) -> None:
+        model = network()
+        for _ in range(300):
+            model(torch.rand(1, 3, 16, 16))
+
+    with ThreadPoolExecutor(3) as pool:
+        ended = [pool.submit(work, 0) for work in (taken, taken, called)]
+    assert [future.result() for future in ended] == [None] * 3

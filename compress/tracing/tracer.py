@@ -7,6 +7,7 @@ import functools
 import inspect
 import logging
 import operator
+import threading
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import chain
@@ -43,6 +44,8 @@ _COMPARISONS = (operator.eq, operator.ne, operator.lt, operator.le, operator.gt,
 _WITHOUT_EXAMPLE = (
     "decides in Python about what it computes from its input, and no example image was given to decide by"
 )
+_ONE_AT_A_TIME = threading.RLock()
+"""torch.fx patches torch.nn.Module while it traces; two threads that undo it in another order leave the patch behind."""
 
 
 class ValueTracer(fx.Tracer):
@@ -51,7 +54,6 @@ class ValueTracer(fx.Tracer):
     Attributes:
         decisions: what Python asked about sizes, in order.
         own: modules to put in the place of the model's own, by name.
-        is_evaluating: whether an example is being computed, with which the model's code has nothing to do.
     """
 
     def __init__(self, images: Tensor | None) -> None:
@@ -60,16 +62,28 @@ class ValueTracer(fx.Tracer):
         self._fake = FakeTensorMode(allow_non_fake_inputs=True)
         self._twins: dict[int, nn.Module] = {}
         self._memo: dict[int, Tensor] = {}
-        self.is_evaluating = False
+        self._evaluates, self._thread = False, threading.get_ident()
         self.values: dict[fx.Node, Any] = {}
         self.decisions: list[Decision] = []
         self.own = OwnLayers()
+
+    @property
+    def is_evaluating(self) -> bool:
+        """Whether a call is none of the traced model's: an example is being computed, or another thread calls a module.
+
+        While torch.fx traces, the calls of every module of the process arrive here.
+        """
+        return self._evaluates or threading.get_ident() != self._thread
+
+    @is_evaluating.setter
+    def is_evaluating(self, evaluates: bool) -> None:
+        self._evaluates = evaluates
 
     def trace_root(self, root: nn.Module) -> fx.Graph:
         """Raises `Untraceable`, and what the model's own code raises."""
         if self._images is not None:
             self._memo = {id(tensor): self._as_fake(tensor) for tensor in chain(root.parameters(), root.buffers())}
-        with buffers_kept(root), _factories_traced(self), _quiet():
+        with _ONE_AT_A_TIME, buffers_kept(root), _factories_traced(self), _quiet():
             graph = self.trace(root)
         self._erase_unused(graph)
         return graph
