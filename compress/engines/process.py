@@ -14,6 +14,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Mapping
 from multiprocessing.connection import Connection
@@ -73,6 +74,8 @@ class RuntimeProcess:
         finally:
             theirs.close()
             os.close(lifeline)
+        # one that ends by itself, having nothing to do, would stay a zombie until somebody asks for it
+        threading.Thread(target=self._process.wait, daemon=True).start()
 
     def _started(self, files: tuple[int, ...]) -> subprocess.Popen[bytes]:
         kind = type(self._runtime)
