@@ -175,10 +175,10 @@ def test_the_remedy_for_float8_leads_to_a_file_that_is_read(dtype, tmp_path):
 def test_the_remedies_for_shared_and_mixed_tensors_lead_to_files_that_pass(tmp_path):
     base = torch.zeros(3000)
     torch.save({k: v.clone() for k, v in {f"w{i}": base for i in range(9)}.items()}, tmp_path / "weights.pth")
-    inspection.inspect(tmp_path / "weights.pth")
+    assert set(inspection.inspect(tmp_path / "weights.pth").tensors) == {f"w{i}" for i in range(9)}
     mixed = small_state() | {"classes": ["a"]}
     torch.save({k: v for k, v in mixed.items() if torch.is_tensor(v)}, tmp_path / "weights.pth")
-    inspection.inspect(tmp_path / "weights.pth")
+    assert set(inspection.inspect(tmp_path / "weights.pth").tensors) == set(small_state())
 
 
 @pytest.mark.parametrize("length", [0x80, 0x4D42, 0x1F, 0x8B1F])
