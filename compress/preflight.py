@@ -93,12 +93,18 @@ def _text(source: Source, facts: dict[str, int], found: rehearsal.Rehearsal) -> 
     if found.problems:
         return "This cannot work as asked: " + " ".join(found.problems)
     plan = found.plan
+    groups, whole = len(plan["groups"]), len(plan["left_out"])
     layers = sum(len(group["layers"]) for group in plan["groups"])
-    pruned = f"{layers} layers can be pruned in {len(plan['groups'])} groups, {len(plan['left_out'])} stay whole"
+    pruned = f"{_count(layers, 'layer')} can be pruned in {_count(groups, 'group')}"
+    pruned += f", {whole} {'stays' if whole == 1 else 'stay'} whole"
     if plan["thinned"]:
-        pruned = f"{len(plan['thinned'])} layers get zeros among their weights, and every layer keeps its shape"
+        pruned = f"{_count(len(plan['thinned']), 'layer')} with zeros among the weights, and every layer keeps its shape"
     short = f" {found.shortfall}" if found.shortfall else ""
     return (
         f"{source.name}: {facts['parameters'] / 1e6:.2f} M parameters, {facts['macs'] / 1e6:.0f} M MACs; {pruned}. "
         f"Weights: {source.weights}. Images: {source.dataset.source}.{short}"
     )
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

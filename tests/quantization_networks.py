@@ -83,7 +83,7 @@ def quantized_at(
 ) -> Quantized:
     """`model` quantized with the same bits in every layer; by default without training."""
     images = calibration() if batches is None else batches
-    prepared = prepare(model, None if batches is None else images[0])
+    prepared = prepare(model, batches[0] if batches else None)
     plan = assign_bits(prepared, weight_bits, activation_bits)
     return quantize(prepared, plan, calibration=images, train=train, **options)
 

@@ -166,7 +166,7 @@ def test_a_pruner_that_trains_runs_through_and_one_without_images_is_refused(tra
         compress.run(ask(pruner="agp"), model=trained, out=tmp_path / "refused")
     found = pipeline.check(ask(pruner="slim", data="none"), model=trained)
     assert not found["possible"] and "l1-norm, l2-norm, fpgm, level" in found["text"]
-    assert "6 layers get zeros" in pipeline.check(ask(pruner="level"), model=trained)["text"]
+    assert "6 layers with zeros among the weights" in pipeline.check(ask(pruner="level"), model=trained)["text"]
 
 
 def test_without_images_nothing_is_trained_and_the_report_says_so(trained, tmp_path):

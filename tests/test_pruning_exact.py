@@ -330,15 +330,37 @@ def _harmless(model: nn.Module, call) -> None:
     assert np.array_equal(generators[1], np.random.get_state()[1])
 
 
-def test_a_shrunk_model_that_differs_is_refused_with_both_numbers(monkeypatch):
+_DIFFERS = (
+    r"differ from the masked model's by \S+ where their scale is \S+; \S+ is allowed\. The first layer that differs is "
+    r"layer3\.0\.conv1, which is .*; exclude .*layer3\.0\.conv1.* to go on"
+)
+
+
+def test_a_shrunk_model_that_differs_is_refused_with_both_numbers_and_the_layer(monkeypatch):
     model = randomise(small_resnet())
     _break_one_weight(monkeypatch, "layer3.0.conv1")
 
     def call():
-        with pytest.raises(HandoffError, match=r"differ from the masked model's by \S+ where their scale is \S+;"):
+        with pytest.raises(HandoffError, match=_DIFFERS):
             shrunk(model)
 
     _harmless(model, call)
+
+
+def test_a_shrunk_model_that_does_not_run_names_the_layer(monkeypatch):
+    replace = speedup._replace
+
+    def broken(name, module, functions, masks):
+        replace(name, module, functions, masks)
+        if name == "layer3.0.conv1":
+            module.weight = nn.Parameter(module.weight[:, 1:])
+
+    monkeypatch.setattr(speedup, "_replace", broken)
+    with pytest.raises(HandoffError) as caught:
+        shrunk(randomise(small_resnet()))
+    assert str(caught.value).startswith("The shrunk model does not run. The first layer that differs is layer3.0.conv1, ")
+    assert "exclude layer2.0.conv2, layer2.0.downsample.0, " in str(caught.value)
+    assert "size" not in str(caught.value)  # torch's own words go to the log
 
 
 def test_a_failure_inside_nni_harms_nothing_and_is_explained(monkeypatch):
@@ -378,7 +400,7 @@ def test_a_plan_of_another_model_is_refused():
 def test_an_impossible_count_is_noticed_after_the_run():
     model = nn.Sequential(nn.Conv2d(3, 32, 3), nn.Flatten())
     impossible = Plan((Group(("0",), 32, 20, "no other layer shares its channels", unit=8),), ())
-    with pytest.raises(PruningError, match=r"NNI kept \d+ of 32 channels in 0 where 20 were planned"):
+    with pytest.raises(PruningError, match=r"The pruner keeps \d+ of 32 channels in 0 where 20 were planned"):
         nni_backend.kept_channels(model, impossible, "L1NormPruner")
 
 

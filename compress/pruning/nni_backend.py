@@ -142,7 +142,7 @@ def _kept(plan: Plan, masks: Masks) -> dict[str, torch.Tensor]:
         for layer in group.layers[1:]:
             if not torch.equal(kept[layer], kept[group.layers[0]]):
                 raise PruningError(
-                    f"NNI removed different channels in {group.layers[0]} and {layer}, which share "
+                    f"The pruner chose different channels in {group.layers[0]} and {layer}, which share "
                     "theirs; exclude one of them to go on without the group."
                 )
     return kept
@@ -201,7 +201,7 @@ def _kept_rows(layer: str, group: Group, mask: torch.Tensor) -> torch.Tensor:
     kept = rows.amax(1) > 0
     if int(kept.sum()) != group.channels_after or not torch.equal(kept, rows.amin(1) > 0):
         raise PruningError(
-            f"NNI kept {int(kept.sum())} of {group.channels_before} channels in {layer} where "
+            f"The pruner keeps {int(kept.sum())} of {group.channels_before} channels in {layer} where "
             f"{group.channels_after} were planned; exclude the layer to go on without it."
         )
     return kept
