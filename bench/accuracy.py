@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 import compress
 from compress import architectures, data, training
-from compress.images import Preprocessing
+from compress.preprocessing import Preprocessing
 
 RECIPE = Preprocessing(32, (0.286, 0.286, 0.286), (0.353, 0.353, 0.353))
 DENSE_EPOCHS = {"resnet18": 2.5, "mobilenet_v2": 1.5}

@@ -32,7 +32,7 @@ from bench.randomised import randomise
 from compress import catalog, evaluation, machine, models, onnx_export, pruning
 from compress.engines import RUNTIMES, BuildSpec
 from compress.files import write_text
-from compress.images import Preprocessing
+from compress.preprocessing import Preprocessing
 
 Row = dict[str, Any]
 

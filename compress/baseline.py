@@ -22,7 +22,8 @@ from compress import memory
 from compress.counting import count_macs
 from compress.data import Dataset, Split, normalise
 from compress.errors import BaselineError
-from compress.images import Preprocessing, to_pixels
+from compress.images import to_pixels
+from compress.preprocessing import Preprocessing
 
 SAMPLE, MIN_SAMPLE, SAMPLE_MACS = 512, 96, 8e10
 """Images that the baseline is scored on: as many as this many multiply-accumulates pay for, between the two bounds."""

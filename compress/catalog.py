@@ -10,7 +10,7 @@ import torchvision
 from torch import Tensor
 
 from compress.errors import CheckpointError, RequestError
-from compress.images import Preprocessing
+from compress.preprocessing import Preprocessing
 
 _INPUT_RESCALED = ("googlenet", "inception_v3")
 """Their published weights run with `transform_input=True`, which turns ImageNet's normalisation into mean 0.5 and

@@ -22,7 +22,7 @@ from compress import containers, facts, files, signing
 from compress.errors import CheckpointError, StorageError
 from compress.inspection import Inspected, inspect
 from compress.loader import Loader
-from compress.models import Preprocessing
+from compress.preprocessing import Preprocessing
 
 PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.", "net.")
 """What DataParallel, torch.compile, Lightning and similar wrappers put before every name."""

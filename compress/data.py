@@ -22,7 +22,8 @@ from torch.nn import functional
 from compress import fashion_mnist, images, labels
 from compress.archives import Files, open_files
 from compress.errors import DataError
-from compress.images import Preprocessing, Unreadable
+from compress.images import Unreadable
+from compress.preprocessing import Preprocessing
 
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
 FASHION_MNIST, NONE = "fashion-mnist", "none"

@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 from compress import naming
 from compress.errors import CheckpointError
-from compress.images import INTERPOLATIONS, MAX_RESIZE, Preprocessing
+from compress.preprocessing import INTERPOLATIONS, MAX_RESIZE, Preprocessing
 
 PREPROCESSING, CLASS_NAMES = "preprocessing", "class_names"
 MAX_INPUT = 1024

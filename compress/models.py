@@ -32,7 +32,7 @@ from compress.architectures import (
 from compress.attention import give_heads, pruned_heads
 from compress.counting import LayerShape, count_macs, count_parameters, layer_shapes
 from compress.errors import CheckpointError, StorageError
-from compress.images import Preprocessing
+from compress.preprocessing import Preprocessing
 
 __all__ = [
     "Architecture", "LayerShape", "Preprocessing", "Recipe", "build", "build_empty", "count_macs", "count_parameters",

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from compress import architectures, archives, catalog, checkpoints, data, fashion_mnist, hub, naming, own_modules
 from compress.architectures import Architecture
 from compress.errors import CheckpointError, DataError, RequestError
-from compress.images import Preprocessing
+from compress.preprocessing import Preprocessing
 from compress.request import Request
 
 DEMO_MODEL, DEMO_DATA = "resnet18", "fashion-mnist"

@@ -20,7 +20,8 @@ from compress.benchmark import Pace
 from compress.engines import RUNTIMES, BuildSpec
 from compress.errors import DataError, RunError, StorageError
 from compress.files import sha256
-from compress.images import MAX_FILE_BYTES, Preprocessing, Unreadable, decode, fit, to_pixels
+from compress.images import MAX_FILE_BYTES, Unreadable, decode, fit, to_pixels
+from compress.preprocessing import Preprocessing
 from compress.report import Measurement, Report
 
 REPEATS = 15

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from compress import data
-from compress.images import Preprocessing
+from compress.preprocessing import Preprocessing
 
 RECIPE = Preprocessing(24, (0.5, 0.4, 0.3), (0.25, 0.3, 0.35))
 

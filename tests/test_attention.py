@@ -24,7 +24,7 @@ from torchvision.models.vision_transformer import VisionTransformer
 from compress import attention, counting, onnx_export, quantization
 from compress import models as saved_models
 from compress.errors import CheckpointError, HandoffError, RequestError
-from compress.images import Preprocessing
+from compress.preprocessing import Preprocessing
 from compress.pruning import PRUNERS, Shrunk, Training, plan, prune, speedup
 from compress.pruning.reconstruction import reconstruct
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from compress import baseline, checkpoints, data, models
 from compress.errors import BaselineError
-from compress.images import Preprocessing
+from compress.preprocessing import Preprocessing
 
 CHECKPOINT = data.ASSETS / "resnet18-fashion-mnist.safetensors"
 

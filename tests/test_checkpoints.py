@@ -18,8 +18,8 @@ from torture.hostile import NO_LOADER
 from compress import checkpoints, inspection, pickles, unpacking
 from compress.containers import TensorEntry
 from compress.errors import CheckpointError
-from compress.images import Preprocessing
 from compress.loader import Loader
+from compress.preprocessing import Preprocessing
 
 HOSTILE = sorted(hostile(Path("marker")))
 NEED_NUMBERS = {"NaN", "infinity", "too large for float32", "negative variance"}

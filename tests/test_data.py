@@ -13,7 +13,7 @@ from PIL import Image
 
 from compress import data, fashion_mnist, images
 from compress.errors import DataError
-from compress.images import Preprocessing
+from compress.preprocessing import Preprocessing
 
 # ---- the bundled set and IDX folders ----
 

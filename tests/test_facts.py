@@ -14,7 +14,8 @@ from torchvision.models import get_model
 from compress import data, facts, images, naming, sources
 from compress.errors import CheckpointError, DataError, RequestError
 from compress.facts import Facts
-from compress.images import Preprocessing, Unreadable
+from compress.images import Unreadable
+from compress.preprocessing import Preprocessing
 from compress.request import Request
 
 GOOD = {"input_size": 32, "mean": [0.1, 0.2, 0.3], "std": [1, 1, 1]}

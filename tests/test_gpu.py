@@ -21,7 +21,7 @@ from compress.engines import RUNTIMES, BuildSpec
 from compress.engines import passport as passports
 from compress.engines.tensorrt_run import gpu, missing_gpu
 from compress.files import sha256
-from compress.images import Preprocessing
+from compress.preprocessing import Preprocessing
 
 pytestmark = pytest.mark.gpu
 ENGINES = ("tensorrt", "tensorrt-rtx")

@@ -12,7 +12,8 @@ from PIL import Image
 
 from compress import images
 from compress.errors import RequestError
-from compress.images import Preprocessing, Unreadable
+from compress.images import Unreadable
+from compress.preprocessing import Preprocessing
 
 
 @pytest.mark.parametrize(

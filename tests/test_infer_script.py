@@ -17,8 +17,8 @@ from quantization_networks import CLASSES, SIZE, calibrated, trained
 from compress import images as package_images
 from compress import machine, models
 from compress.engines import RUNTIMES, BuildSpec
-from compress.images import Preprocessing
 from compress.onnx_export import export, export_flavours
+from compress.preprocessing import Preprocessing
 
 SCRIPT = Path(package_images.__file__).parent / "templates" / "infer.py"
 RECIPE = Preprocessing(SIZE, (0.4, 0.5, 0.6), (0.2, 0.25, 0.3), None, "bilinear")

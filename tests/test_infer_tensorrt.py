@@ -17,7 +17,7 @@ from tensorrt_files import SCRIPT, SPEC, answers, files, runtime_of
 from compress import models
 from compress.engines import RUNTIMES
 from compress.engines import passport as passports
-from compress.images import Preprocessing
+from compress.preprocessing import Preprocessing
 
 
 @pytest.fixture

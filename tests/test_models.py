@@ -14,7 +14,8 @@ from torch import nn
 
 from compress import catalog, models
 from compress.errors import CheckpointError, RequestError, StorageError
-from compress.models import Architecture, Preprocessing
+from compress.models import Architecture
+from compress.preprocessing import Preprocessing
 
 RECIPE = Preprocessing(32, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
 FAMILIES = [

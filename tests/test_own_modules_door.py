@@ -35,8 +35,8 @@ from user_modules_door import (
 import compress
 from compress import models, own_modules
 from compress.errors import CheckpointError, CompressError, RequestError
-from compress.images import Preprocessing
 from compress.own_modules import inputs
+from compress.preprocessing import Preprocessing
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore:torch.quantize")
 IMAGES = torch.rand(3, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(3))

@@ -11,7 +11,7 @@ from torchvision.ops import FrozenBatchNorm2d
 from user_modules_pruning import Mostly, Recurrent, Tied, TiedOtherwise
 
 from compress import counting, models
-from compress.images import Preprocessing
+from compress.preprocessing import Preprocessing
 from compress.pruning import Plan, plan, prune, shortfall
 
 torch.set_num_threads(1)

@@ -16,8 +16,8 @@ from quantization_networks import CLASSES, SIZE, calibrated, trained
 from compress import models, signing, tryout
 from compress.errors import DataError, RunError, StorageError
 from compress.files import sha256
-from compress.images import Preprocessing
 from compress.onnx_export import export, export_flavours
+from compress.preprocessing import Preprocessing
 
 RECIPE = Preprocessing(SIZE, (0.4, 0.5, 0.6), (0.2, 0.25, 0.3), None, "bilinear")
 NAMES = tuple(f"thing {number}" for number in range(CLASSES))
