@@ -4,14 +4,14 @@ import os
 import sys
 
 from compress.errors import CompressError
-from compress.ui.settings import Settings, prepare_environment
+from compress.ui.web.settings import Settings, prepare_environment
 
 
 def main() -> None:
     try:
         settings = Settings.from_environment(os.environ)
         prepare_environment(os.environ, settings)
-        from compress.ui.server import serve  # imports Gradio, which reads the environment while it is imported
+        from compress.ui.web.server import serve  # imports Gradio, which reads the environment while it is imported
 
         serve(settings)
     except CompressError as error:

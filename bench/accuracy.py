@@ -17,7 +17,9 @@ import torch
 from safetensors.torch import save_file
 
 import compress
-from compress import architectures, data, training
+from compress import training
+from compress.data import dataset
+from compress.models import architectures
 from compress.preprocessing import Preprocessing
 
 RECIPE = Preprocessing(32, (0.286, 0.286, 0.286), (0.353, 0.353, 0.353))
@@ -28,7 +30,7 @@ QAT_SHARE = 1 / 6
 
 def dense_checkpoint(
     name: str,
-    images: data.Split,
+    images: dataset.Split,
     out: Path,
     *,
     epochs: float,
@@ -41,7 +43,7 @@ def dense_checkpoint(
         model = architectures.build(architectures.fresh(name, 10, preprocessing.input_size))
         training.fit(
             model,
-            lambda epoch: data.batches(images, 64, shuffle=True, seed=epoch, preprocessing=preprocessing),
+            lambda epoch: dataset.batches(images, 64, shuffle=True, seed=epoch, preprocessing=preprocessing),
             len(images) // 64,
             training.Recipe(epochs, 0.05, 0.0, 1.0, optimizer="sgd"),
             progress=lambda done, text: print(f"\r{name}: {text}   ", end=""),
@@ -60,7 +62,7 @@ def main() -> None:
     parser.add_argument("--pruner", default="l1-norm")
     parser.add_argument("--out", type=Path, default=Path("runs/bench-accuracy"))
     options = parser.parse_args()
-    images = data.open_data(str(options.folder), RECIPE, num_classes=10).train
+    images = dataset.open_data(str(options.folder), RECIPE, num_classes=10).train
     for name in options.models:
         checkpoint = dense_checkpoint(name, images, options.out, epochs=DENSE_EPOCHS.get(name, 2.0))
         for count in options.images:

@@ -16,7 +16,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from compress import cluster, signing
+from compress import signing
+from compress.jobs import ray
 from compress.request import Request
 
 ROUNDS = 5
@@ -42,7 +43,7 @@ def timed(work: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def over(connection: cluster.Connection, folder: Path) -> None:
+def over(connection: ray.Connection, folder: Path) -> None:
     attempt = connection.submit(folder, nothing)
     while (ended := attempt.ended()) is None:
         time.sleep(0.01)
@@ -54,7 +55,7 @@ def main() -> None:
     address = sys.argv[1]
     signing.prepare()
     seconds: dict[str, list[float]] = {"child": [], "connection of its own": [], "connection kept": []}
-    with tempfile.TemporaryDirectory() as place, cluster.connected(cluster.Cluster(address)) as connection:
+    with tempfile.TemporaryDirectory() as place, ray.connected(ray.Cluster(address)) as connection:
         folder = Path(place)
         (folder / "request.json").write_text(Request().to_json())
         over(connection, folder)  # the first one starts the worker

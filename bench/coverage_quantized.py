@@ -17,8 +17,9 @@ from torch import Tensor
 
 from bench import patterns
 from bench.coverage import SPARSITY, Row, subject
-from compress import evaluation, onnx_export, pruning, quantization
+from compress import onnx_export, pruning, quantization
 from compress.engines import RUNTIMES, BuildSpec, Kernel
+from compress.equality import differences
 from compress.errors import CompressError
 
 IMAGES, CALIBRATION_IMAGES, BATCH = 256, 128, 32
@@ -45,13 +46,13 @@ def measure(name: str, folder: Path) -> Row:
 
     images, labels = patterns.images(IMAGES, tested.input_size, seed=1002)
     wanted = {
-        flavour: _answers(evaluation.torch_answer(quantization.fake_quantized(quantized, flavour)), images)
+        flavour: _answers(differences.torch_answer(quantization.fake_quantized(quantized, flavour)), images)
         for flavour in paths
     }
     return {
         "images": len(images),
         "right": {
-            "float": _right(_answers(evaluation.torch_answer(small), images), labels),
+            "float": _right(_answers(differences.torch_answer(small), images), labels),
             "fake_quantized": _right(wanted["onnxruntime"], labels),
         },
         "layers": len(quantization.quantized_layers(prepared)),
@@ -87,16 +88,16 @@ def _runtime_facts(name: str, paths: dict[Any, Path], wanted: dict[Any, np.ndarr
         return {"error": str(error)}
 
 
-def _answers(answer: evaluation.Answer, images: Tensor) -> np.ndarray:
-    return evaluation.logits(answer, images.split(BATCH))
+def _answers(answer: differences.Answer, images: Tensor) -> np.ndarray:
+    return differences.logits(answer, images.split(BATCH))
 
 
 def _right(answers: np.ndarray, labels: Tensor) -> float:
-    return evaluation.accuracy(answers, labels.numpy()).value
+    return differences.accuracy(answers, labels.numpy()).value
 
 
 def _agreement(wanted: np.ndarray, got: np.ndarray) -> Row:
-    difference = evaluation.compare(wanted, got)
+    difference = differences.compare(wanted, got)
     rms = float(np.sqrt(np.mean(np.square(wanted - got))))
     return {"top1": difference.top1_agreement, "relative_rms": rms / difference.reference_scale}
 

@@ -6,8 +6,8 @@ import re
 from collections import Counter
 from typing import Any
 
-from compress.handoffs import AGREEMENT, FLOAT_TOLERANCE, QUANTIZED_RULE, RMS
-from compress.pruning.equality import TOLERANCE
+from compress.equality import AGREEMENT, FLOAT_TOLERANCE, QUANTIZED_RULE, RMS
+from compress.pruning.equivalence import TOLERANCE
 
 Row = dict[str, Any]
 

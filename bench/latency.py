@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 import compress
-from compress.tables import fastest
+from compress.report.tables import fastest
 
 
 def main() -> None:

@@ -20,10 +20,12 @@ from torch import nn
 
 import compress
 from bench import made_on
-from compress import data, pruning, recipes, training
+from compress import pruning, training
+from compress.data import dataset
+from compress.equality.differences import share
 from compress.errors import CompressError
-from compress.evaluation import share
 from compress.sources import Source, open_source
+from compress.stages import steps
 
 HELD_OUT = 2000
 OUT = Path("docs/pruners.md")
@@ -40,19 +42,19 @@ class Row:
     fine_tuning_seconds: float
 
 
-def measure(name: str, request: compress.Request, source: Source, held_out: data.Split) -> Row:
+def measure(name: str, request: compress.Request, source: Source, held_out: dataset.Split) -> Row:
     """Prunes, refits and fine-tunes a copy of the model of `source`."""
     request = request.model_copy(update={"pruner": name})
-    score = recipes.scorer(held_out, source)
+    score = steps.scorer(held_out, source)
     start = time.perf_counter()
-    plan = recipes.pruning_plan(request, source.model, source.example)
+    plan = steps.pruning_plan(request, source.model, source.example)
     if request.shrinks:
-        how = recipes.pruning_training(request, source, source.model, lambda done, text: None)
+        how = steps.pruning_training(request, source, source.model, lambda done, text: None)
         shrunk = pruning.prune(source.model, source.example, plan, name, how)
         model, kept = shrunk.model, shrunk.kept
     else:
         model, kept = pruning.zero_weights(source.model, plan, request.sparsity).model, {}
-    recipes.recover(request, source, source.model, model, kept)
+    steps.recover(request, source, source.model, model, kept)
     pruned_after = time.perf_counter() - start
     pruned = score(model.to(training.device()).eval())
     start = time.perf_counter()
@@ -63,8 +65,8 @@ def measure(name: str, request: compress.Request, source: Source, held_out: data
 
 
 def _fine_tune(model: nn.Module, request: compress.Request, source: Source) -> None:
-    images = recipes.training_images(request, source)
-    recipe = recipes.recipe_of(request, source, request.finetune_epochs, request.learning_rate)
+    images = steps.training_images(request, source)
+    recipe = steps.recipe_of(request, source, request.finetune_epochs, request.learning_rate)
     training.fit(
         model,
         images.batches,
@@ -102,7 +104,7 @@ def table(rows: list[Row], dense: float, request: compress.Request, images: int)
     return "\n".join(lines) + "\n"
 
 
-def _rows(names: list[str], request: compress.Request, source: Source, held_out: data.Split) -> Iterator[Row]:
+def _rows(names: list[str], request: compress.Request, source: Source, held_out: dataset.Split) -> Iterator[Row]:
     for name in names:
         row = measure(name, request, source, held_out)
         print(
@@ -131,10 +133,10 @@ def main() -> None:
     except CompressError as error:
         parser.error(str(error))
     source = open_source(request)
-    held_out, rest = data.split_held_out(source.dataset.train, HELD_OUT, request.seed)
+    held_out, rest = dataset.split_held_out(source.dataset.train, HELD_OUT, request.seed)
     trained = rest.subset(torch.arange(len(rest))[: options.images])
     source = replace(source, dataset=replace(source.dataset, train=trained))
-    dense = recipes.scorer(held_out, source)(source.model.to(training.device()).eval())
+    dense = steps.scorer(held_out, source)(source.model.to(training.device()).eval())
     source.model.cpu()
     rows = list(_rows(options.pruners, request, source, held_out))
     options.out.parent.mkdir(parents=True, exist_ok=True)

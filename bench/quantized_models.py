@@ -17,9 +17,10 @@ import compress
 from bench import made_on
 from bench.accuracy import dense_checkpoint
 from bench.quantizers import Row, measure
-from compress import evaluation, recipes
+from compress.equality import differences
 from compress.files import write_text
 from compress.sources import DEMO_DATA, Source, open_source
+from compress.stages import steps
 
 MODELS = ("resnet18", "resnet50", "mobilenet_v2", "efficientnet_b0")
 FEW_BITS = {"resnet18": 4}
@@ -53,7 +54,7 @@ def rows_of(name: str, epochs: float, qat_epochs: float) -> tuple[float, int, li
             source = source or open_source(request)
             rows.append(measure(request, source, train=quantizer == "qat"))
             print(name, rows[-1], flush=True)
-    dense = recipes.scorer(source.dataset.test, source)(source.model.eval())
+    dense = steps.scorer(source.dataset.test, source)(source.model.eval())
     return dense, len(source.dataset.test), rows
 
 
@@ -82,7 +83,7 @@ def main() -> None:
     for name in options.models:
         dense, tested, rows = rows_of(name, options.epochs, options.qat_epochs)
         lines += lines_of(name, dense, rows)
-    interval = evaluation.share(round(0.92 * tested), tested)
+    interval = differences.share(round(0.92 * tested), tested)
     page = [
         "# Dense models on integers",
         "",

@@ -21,11 +21,14 @@ from torch import nn
 
 import compress
 from bench import made_on
-from compress import data, evaluation, onnx_export, quantization, recipes, training
+from compress import onnx_export, quantization, training
+from compress.data import dataset
 from compress.engines import RUNTIMES, BuildSpec
+from compress.equality import differences
 from compress.files import write_text
 from compress.quantizers import QUANTIZERS
 from compress.sources import Source, open_source
+from compress.stages import steps
 
 OUT = Path("docs/quantizers.md")
 RUNTIME = "onnxruntime"
@@ -73,12 +76,12 @@ def measure(request: compress.Request, source: Source, train: bool) -> Row:
 
 
 def _quantized(request: compress.Request, source: Source, train: bool) -> quantization.Quantized:
-    images = data.calibration_images(source.dataset, request.calibration_images, source.preprocessing, request.seed)
-    prepared, plan = recipes.prepared_with_bits(request, source.model, images)
+    images = dataset.calibration_images(source.dataset, request.calibration_images, source.preprocessing, request.seed)
+    prepared, plan = steps.prepared_with_bits(request, source.model, images)
 
     def fit(model: nn.Module) -> None:
-        trained_on = recipes.training_images(request, source)
-        recipe = recipes.recipe_of(request, source, request.qat_epochs, request.qat_learning_rate)
+        trained_on = steps.training_images(request, source)
+        recipe = steps.recipe_of(request, source, request.qat_epochs, request.qat_learning_rate)
         training.fit(model, trained_on.batches, trained_on.per_epoch, recipe, teacher=source.model)
 
     return quantization.quantize(
@@ -86,7 +89,7 @@ def _quantized(request: compress.Request, source: Source, train: bool) -> quanti
         plan,
         quantizer=request.quantizer,
         estimator=request.calibration,
-        calibration=images.split(recipes.TEST_BATCH),
+        calibration=images.split(steps.TEST_BATCH),
         train=fit if train else None,
     )
 
@@ -101,7 +104,7 @@ class Deployed:
 
 def _deployed(quantized: quantization.Quantized, source: Source) -> Deployed:
     size, runtime = source.preprocessing.input_size, RUNTIMES[RUNTIME]
-    reference = evaluation.torch_answer(quantization.fake_quantized(quantized, runtime.flavour))
+    reference = differences.torch_answer(quantization.fake_quantized(quantized, runtime.flavour))
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
         onnx_export.export_flavours(quantized, {runtime.flavour: path}, input_size=size)
@@ -109,16 +112,16 @@ def _deployed(quantized: quantization.Quantized, source: Source) -> Deployed:
         with runtime.load(path, spec) as session:
             kernels = session.kernels()
             answers, expected, labels = [], [], []
-            for images, truth in data.batches(
-                source.dataset.test, recipes.TEST_BATCH, shuffle=False, seed=0, preprocessing=source.preprocessing
+            for images, truth in dataset.batches(
+                source.dataset.test, steps.TEST_BATCH, shuffle=False, seed=0, preprocessing=source.preprocessing
             ):
                 answers.append(session.run(images.numpy()))
                 expected.append(reference(images.numpy()))
                 labels.append(truth.numpy())
     found, wanted = np.concatenate(answers), np.concatenate(expected)
     return Deployed(
-        evaluation.accuracy(found, np.concatenate(labels)).value,
-        evaluation.compare(wanted, found).top1_agreement,
+        differences.accuracy(found, np.concatenate(labels)).value,
+        differences.compare(wanted, found).top1_agreement,
         sum(kernel.precision == "int8" for kernel in kernels),
         len(kernels),
     )
@@ -142,7 +145,7 @@ def requests(quantizers: list[str], bits: list[int], **options: float) -> Iterat
 
 def table(rows: list[Row], dense: float, request: compress.Request, tested: int, images: int) -> str:
     """The page, in Markdown."""
-    interval = evaluation.share(round(dense * tested), tested)
+    interval = differences.share(round(dense * tested), tested)
     half = 50 * (interval.high - interval.low)
     lines = [
         "# Quantizers",
@@ -185,12 +188,12 @@ def main() -> None:
         requests(options.quantizers, options.bits, qat_epochs=options.epochs, qat_learning_rate=options.learning_rate)
     )
     source = open_source(wanted[0])
-    dense = recipes.scorer(source.dataset.test, source)(source.model.eval())
+    dense = steps.scorer(source.dataset.test, source)(source.model.eval())
     rows = []
     for request in wanted:
         rows.append(row := measure(request, source, train=options.epochs > 0))
         print(row, flush=True)
-    trained_on = len(recipes.training_images(wanted[0], source).held_out)
+    trained_on = len(steps.training_images(wanted[0], source).held_out)
     images = len(source.dataset.train) - trained_on
     options.out.parent.mkdir(parents=True, exist_ok=True)
     write_text(options.out, table(rows, dense, wanted[0], len(source.dataset.test), images))

@@ -19,8 +19,10 @@ import torch
 from torch import nn
 
 from bench.accuracy import RECIPE, dense_checkpoint
-from compress import architectures, data, pruning, training
-from compress.checkpoints import read
+from compress import pruning, training
+from compress.checkpoints.reader import read
+from compress.data import dataset
+from compress.models import architectures
 from compress.pruning.reconstruction import reconstruct
 
 HELD_OUT = 10_000
@@ -47,22 +49,22 @@ TRIALS = (
 )
 
 
-def accuracy(model: nn.Module, split: data.Split) -> float:
+def accuracy(model: nn.Module, split: dataset.Split) -> float:
     right = 0
     with torch.no_grad():
-        for images, labels in data.batches(split, 500, shuffle=False, seed=0, preprocessing=RECIPE):
+        for images, labels in dataset.batches(split, 500, shuffle=False, seed=0, preprocessing=RECIPE):
             right += int((model(images).argmax(1) == labels).sum())
     return right / len(split)
 
 
-def recovered(trial: Trial, dense: nn.Module, shrunk: pruning.Shrunk, images: data.Split, count: int) -> nn.Module:
+def recovered(trial: Trial, dense: nn.Module, shrunk: pruning.Shrunk, images: dataset.Split, count: int) -> nn.Module:
     model = copy.deepcopy(shrunk.model)
-    shown = data.normalise(images.take(torch.arange(1024), RECIPE), RECIPE)
+    shown = dataset.normalise(images.take(torch.arange(1024), RECIPE), RECIPE)
     reconstruct(model, dense, shrunk.kept, shown, weights=trial.refit)
     if trial.train:
         training.fit(
             model,
-            lambda epoch: data.batches(
+            lambda epoch: dataset.batches(
                 images, 64, shuffle=True, seed=epoch, augment=trial.augment, preprocessing=RECIPE
             ),
             len(images) // 64,
@@ -78,8 +80,8 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=18_000)
     parser.add_argument("--out", type=Path, default=Path("runs/bench-recovery"))
     options = parser.parse_args()
-    held_out, images = data.split_held_out(
-        data.open_data(str(options.folder), RECIPE, num_classes=10).train, HELD_OUT, seed=0
+    held_out, images = dataset.split_held_out(
+        dataset.open_data(str(options.folder), RECIPE, num_classes=10).train, HELD_OUT, seed=0
     )
     path = dense_checkpoint("resnet18", images, options.out, epochs=3.0)
     dense = architectures.load(architectures.fresh("resnet18", 10, RECIPE.input_size), read(path)).eval()

@@ -20,7 +20,7 @@ from bench import made_on
 from compress.errors import CompressError
 from compress.files import write_text
 from compress.search.candidate import Candidate
-from compress.search.oneshot import OneShot
+from compress.search.evaluate import OneShot
 from compress.search.outcome import Outcome
 from compress.search.problem import Problem
 from compress.search.space import Space

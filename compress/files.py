@@ -13,6 +13,11 @@ from typing import Any
 
 from compress.errors import StorageError
 
+PACKAGE = Path(__file__).resolve().parent
+"""The folder of the package `compress`."""
+INSTALLATION = PACKAGE.parent
+"""The folder that Python finds `compress` in; in a checkout, its root."""
+
 PARTIAL = ".partial-"
 """Prefix of a file that is being written; such a file is never an artifact."""
 

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compress import naming, runs, signing
+from compress.checkpoints.inspection import MAX_FILE_BYTES
 from compress.errors import CheckpointError, PublishingError, RequestError
-from compress.inspection import MAX_FILE_BYTES
-from compress.jobs_record import RUN_ID
+from compress.jobs.database import RUN_ID
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi

@@ -22,13 +22,13 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
+from compress.equality import Facts
 from compress.errors import HandoffError
-from compress.folding import folded
-from compress.handoffs import Facts
 from compress.quantization.convert import convert
 from compress.quantization.flavours import Flavour, apply_flavour, constant, free_suffix, remove_unused
+from compress.quantization.grids import Quantized
 from compress.quantization.prepare import quantization_points
-from compress.quantization.ranges import Quantized
+from compress.tracing.folding import folded
 
 Precision = Literal["fp32", "fp16"]
 INPUT, OUTPUT = "images", "logits"

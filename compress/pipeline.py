@@ -14,14 +14,16 @@ from typing import Any
 
 from torch import nn
 
-from compress import checkpoints, deployment, forecasts, measuring, preflight, stages, summary
-from compress.engines import remote
+from compress.checkpoints import reader
+from compress.engines.processes import remote
 from compress.files import storage_error
-from compress.forecasts import Front
 from compress.report import Report
+from compress.report import forecast as report_forecast
+from compress.report.forecast import Front
 from compress.request import Request
 from compress.runs import Run, open_run
 from compress.sources import open_source
+from compress.stages import deployment, measure, preflight, report, workspace
 
 log = logging.getLogger("compress")
 
@@ -50,18 +52,18 @@ def run(
     expected = Front.from_file(forecast).at(request) if forecast else None
     with _opened(out, request, notify, resume) as work:
         if expected:
-            forecasts.keep(expected, work.folder)
+            report_forecast.keep(expected, work.folder)
         source = open_source(request, model, kept=work.uploads)
         preflight.require_plan(request, source)
 
-        work.stage("baseline", lambda: stages.measure_baseline(work, source))
-        work.stage("prune", lambda: stages.prune_and_shrink(work, source))
-        work.stage("finetune", lambda: stages.fine_tune(work, source))
-        work.stage("quantize", lambda: stages.quantize(work, source))
+        work.stage("baseline", lambda: workspace.measure_baseline(work, source))
+        work.stage("prune", lambda: workspace.prune_and_shrink(work, source))
+        work.stage("finetune", lambda: workspace.fine_tune(work, source))
+        work.stage("quantize", lambda: workspace.quantize(work, source))
         work.stage("export", lambda: deployment.export(work, source))
         work.stage("build", lambda: deployment.build_engines(work, source))
-        work.stage("measure", lambda: measuring.measure(work, source))
-        work.stage("report", lambda: summary.write_report(work, source))
+        work.stage("measure", lambda: measure.measure(work, source))
+        work.stage("report", lambda: report.write_report(work, source))
 
         return Report.from_file(work.folder / "report.json")
 
@@ -81,7 +83,7 @@ def _opened(out: Path, request: Request, notify: Callable[[dict[str, Any]], None
     """The run's folder with its log; the last event says how the run ended."""
     work = open_run(out, request, notify, resume=resume)
     if not resume:
-        checkpoints.forget(work.uploads)
+        reader.forget(work.uploads)
     handler = logging.FileHandler(out / "log.txt", encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     log.addHandler(handler)

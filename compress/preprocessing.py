@@ -21,7 +21,7 @@ class Preprocessing:
     """How an image becomes the model's input. One rule, also followed by `artifacts/infer.py`:
 
     1. The image is turned upright (EXIF) and made RGB; transparency is put on white.
-    2. Size (`compress.images.fit`), by Pillow with `interpolation` and its antialiasing:
+    2. Size (`compress.data.images.fit`), by Pillow with `interpolation` and its antialiasing:
        - exactly `input_size` x `input_size`: used as it is;
        - both sides at most 32 pixels (MNIST-like, CIFAR): centred on a black 32 x 32 canvas (left and top margins
          rounded down), and the canvas resized to `input_size`;

@@ -15,6 +15,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from compress.files import INSTALLATION
+
 PROC = Path("/proc")
 POLL_S = 0.05
 DEAD = ("Z", "X")
@@ -64,7 +66,7 @@ def child_environment() -> dict[str, str]:
     passed = {
         name: os.environ[name] for name in os.environ if name in ENVIRONMENT or name.startswith(ENVIRONMENT_PREFIXES)
     }
-    return passed | {"PYTHONPATH": str(Path(__file__).resolve().parents[1]), "PYTHONUNBUFFERED": "1"}
+    return passed | {"PYTHONPATH": str(INSTALLATION), "PYTHONUNBUFFERED": "1"}
 
 
 def start(

@@ -11,14 +11,18 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from compress import architectures, archives, catalog, checkpoints, data, fashion_mnist, hub, naming, own_modules
-from compress.architectures import Architecture
+from compress import hub, naming, own_modules
+from compress.checkpoints import reader
+from compress.data import archives, fashion_mnist
+from compress.data import dataset as data_dataset
 from compress.errors import CheckpointError, DataError, RequestError
+from compress.models import architectures, catalog
+from compress.models.architectures import Architecture
 from compress.preprocessing import Preprocessing
 from compress.request import Request
 
 DEMO_MODEL, DEMO_DATA = "resnet18", "fashion-mnist"
-DEMO_CHECKPOINT = data.ASSETS / "resnet18-fashion-mnist.safetensors"
+DEMO_CHECKPOINT = data_dataset.ASSETS / "resnet18-fashion-mnist.safetensors"
 CUSTOM = "custom"
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -35,7 +39,7 @@ class Source:
     """Where the weights come from, in words."""
     preprocessing: Preprocessing
     class_names: tuple[str, ...]
-    dataset: data.Dataset
+    dataset: data_dataset.Dataset
     notes: tuple[str, ...] = ()
     """What was done to a module of the user's own before anything else, a sentence each."""
 
@@ -67,11 +71,11 @@ def open_source(request: Request, model: nn.Module | None = None, *, kept: Path 
         RequestError: the model is unknown, or needs something that was not given.
         CheckpointError, DataError: the files cannot be used.
     """
-    if request.data not in (data.FASHION_MNIST, data.NONE):
+    if request.data not in (data_dataset.FASHION_MNIST, data_dataset.NONE):
         archives.refuse_missing(Path(request.data))  # before weights are downloaded
     loaded = _own_module(request, model) if model is not None else _torchvision_model(request, kept)
     preprocessing = _preprocessing(request, loaded)
-    dataset = data.open_data(
+    dataset = data_dataset.open_data(
         request.data,
         preprocessing,
         num_classes=_outputs(loaded.model, preprocessing),
@@ -133,7 +137,7 @@ def _torchvision_model(request: Request, kept: Path | None) -> _Loaded:
     return _Loaded(architectures.load(architecture, tensors), architecture, weights, recipe, names)
 
 
-def _read_checkpoint(given: str, kept: Path | None) -> tuple[checkpoints.Checkpoint, str]:
+def _read_checkpoint(given: str, kept: Path | None) -> tuple[reader.Checkpoint, str]:
     """What is in the file, and in words where it comes from."""
     if given.startswith(hub.SCHEME):
         found = hub.download(given)
@@ -142,10 +146,10 @@ def _read_checkpoint(given: str, kept: Path | None) -> tuple[checkpoints.Checkpo
     return _read_file(Path(given), kept), Path(given).name
 
 
-def _read_file(path: Path, kept: Path | None) -> checkpoints.Checkpoint:
+def _read_file(path: Path, kept: Path | None) -> reader.Checkpoint:
     if path == DEMO_CHECKPOINT:
-        return checkpoints.read_own(path)
-    return checkpoints.read_with_facts(path) if kept is None else checkpoints.read_once(path, kept)
+        return reader.read_own(path)
+    return reader.read_with_facts(path) if kept is None else reader.read_once(path, kept)
 
 
 def _random_weights(request: Request, published: catalog.Published) -> _Loaded:

@@ -24,7 +24,7 @@ from torch.nn import functional
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from compress import fashion_mnist
+from compress.data import fashion_mnist
 
 INPUT_SIZE = 32
 MEAN, STD = 0.286, 0.353

@@ -10,8 +10,8 @@ from typing import NoReturn
 
 import queues
 
-from compress.cluster import Cluster, run_on
 from compress.errors import CompressError
+from compress.jobs.ray import Cluster, run_on
 from compress.request import Request
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from compress.benchmark import Pace
 from compress.engines import BuildSpec, Kernel, Session
+from compress.engines.benchmark import Pace
 from compress.engines.onnxruntime import OnnxRuntime
 from compress.errors import EngineError
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from compress import data
+from compress.data import dataset
 from compress.preprocessing import Preprocessing
 
 RECIPE = Preprocessing(24, (0.5, 0.4, 0.3), (0.25, 0.3, 0.35))
@@ -34,8 +34,8 @@ def fill(folder: Path, counts: dict[str, int], start: int = 0) -> None:
             (folder / name / f"{number:03}.png").write_bytes(encoded(photo(start + 1000 * index + number)))
 
 
-def open_at(path: Path | str, classes: int = 2, **options: object) -> data.Dataset:
-    return data.open_data(str(path), RECIPE, num_classes=classes, **options)
+def open_at(path: Path | str, classes: int = 2, **options: object) -> dataset.Dataset:
+    return dataset.open_data(str(path), RECIPE, num_classes=classes, **options)
 
 
 def zipped(path: Path, entries: dict[str, bytes]) -> Path:
@@ -53,6 +53,6 @@ def class_entries(root: str = "") -> dict[str, bytes]:
     }
 
 
-def replaced(split: data.Split) -> data.Split:
+def replaced(split: dataset.Split) -> dataset.Split:
     """The same part, decoded image by image."""
-    return data.Split(split.origin, split.positions, split.labels, split.preprocessing, None)
+    return dataset.Split(split.origin, split.positions, split.labels, split.preprocessing, None)

@@ -10,8 +10,8 @@ from compress.errors import DataError  # noqa: E402
 from compress.jobs import Queue  # noqa: E402
 from compress.request import Request  # noqa: E402
 from compress.ui.estimates import Structure  # noqa: E402
-from compress.ui.settings import Settings, prepare_environment  # noqa: E402
 from compress.ui.shell import Offer  # noqa: E402
+from compress.ui.web.settings import Settings, prepare_environment  # noqa: E402
 
 MODELS = ("mobilenet_v2", "resnet101", "resnet152", "resnet18", "resnet34", "resnet50")
 
@@ -81,7 +81,7 @@ def main() -> None:
     prepare_environment(os.environ, settings)
     from example_report import example_report
 
-    from compress.ui.server import build_app, listen
+    from compress.ui.web.server import build_app, listen
 
     with Queue(settings.data_dir, command=fake_command, read_only_when_damaged=True, **settings.queue_limits) as queue:
         (queue.data_dir / "example-report.json").write_text(example_report().to_json())

@@ -16,7 +16,7 @@ from compress.onnx_export import export, export_flavours
 LAYERS = 10
 """Convolutions and fully connected layers of the small network."""
 SPEC = BuildSpec(SIZE, batch_size=2, max_batch=4)
-SCRIPT = Path(compress.__file__).parent / "templates" / "infer.py"
+SCRIPT = Path(compress.__file__).parent / "report" / "templates" / "infer.py"
 
 
 @functools.cache

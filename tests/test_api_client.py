@@ -19,10 +19,9 @@ from fastapi import FastAPI
 from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
 
-from compress import snippets
-from compress.request import Request
-from compress.ui.server import listen
-from compress.ui.settings import Settings
+from compress.request import Request, snippets
+from compress.ui.web.server import listen
+from compress.ui.web.settings import Settings
 
 QUICK: dict[str, Any] = {"model": "resnet18", "learning_rate": 0.001}
 ENDLESS: dict[str, Any] = {"model": "resnet34", "learning_rate": 0.001}

@@ -106,10 +106,10 @@ def test_hostile_zips_are_refused_as_a_whole(write, words, tmp_path):
 
 def test_budgets_count_before_anything_is_unpacked(tmp_path, monkeypatch):
     path = zipped(tmp_path / "upload.zip", class_entries())
-    monkeypatch.setattr("compress.archives.MAX_UNPACKED_BYTES", 10_000)
+    monkeypatch.setattr("compress.data.archives.MAX_UNPACKED_BYTES", 10_000)
     with pytest.raises(DataError, match="would unpack to more than 4 GiB"):
         open_at(path)
-    monkeypatch.setattr("compress.archives.MAX_ZIP_BYTES", 10_000)
+    monkeypatch.setattr("compress.data.archives.MAX_ZIP_BYTES", 10_000)
     with pytest.raises(DataError, match="larger than 1 GiB"):
         open_at(path)
 

@@ -21,9 +21,10 @@ from torchvision.models.swin_transformer import (
 )
 from torchvision.models.vision_transformer import VisionTransformer
 
-from compress import attention, counting, onnx_export, quantization
 from compress import models as saved_models
+from compress import onnx_export, quantization
 from compress.errors import CheckpointError, HandoffError, RequestError
+from compress.models import attention, counting
 from compress.preprocessing import Preprocessing
 from compress.pruning import PRUNERS, Shrunk, Training, plan, prune, speedup
 from compress.pruning.reconstruction import reconstruct

@@ -12,16 +12,19 @@ import pytest
 import torch
 from torch import nn
 
-from compress import baseline, checkpoints, data, models
+from compress import models
+from compress.checkpoints import reader
+from compress.data import dataset as data_dataset
 from compress.errors import BaselineError
 from compress.preprocessing import Preprocessing
+from compress.stages import baseline
 
-CHECKPOINT = data.ASSETS / "resnet18-fashion-mnist.safetensors"
+CHECKPOINT = data_dataset.ASSETS / "resnet18-fashion-mnist.safetensors"
 
 
 @pytest.fixture(scope="module")
-def facts() -> checkpoints.Checkpoint:
-    return checkpoints.read_with_facts(CHECKPOINT)
+def facts() -> reader.Checkpoint:
+    return reader.read_with_facts(CHECKPOINT)
 
 
 @pytest.fixture(scope="module")
@@ -29,17 +32,17 @@ def model(facts) -> nn.Module:
     return models.load(models.recognise(facts.tensors, "resnet18"), facts.tensors)
 
 
-def opened(facts: checkpoints.Checkpoint, **changes: object) -> data.Dataset:
+def opened(facts: reader.Checkpoint, **changes: object) -> data_dataset.Dataset:
     recipe = replace(facts.preprocessing, **changes)
-    return data.open_data("fashion-mnist", recipe, num_classes=10, class_names=facts.class_names)
+    return data_dataset.open_data("fashion-mnist", recipe, num_classes=10, class_names=facts.class_names)
 
 
 @pytest.fixture(scope="module")
-def dataset(facts) -> data.Dataset:
+def dataset(facts) -> data_dataset.Dataset:
     return opened(facts)
 
 
-def relabelled(dataset: data.Dataset, outputs: list[int], class_names: tuple[str, ...]) -> data.Dataset:
+def relabelled(dataset: data_dataset.Dataset, outputs: list[int], class_names: tuple[str, ...]) -> data_dataset.Dataset:
     """Label i becomes `outputs[i]`, as if the folders had been taken in another order."""
     moved = torch.tensor(outputs)
     return replace(dataset, train=replace(dataset.train, labels=moved[dataset.train.labels]), class_names=class_names)
@@ -130,7 +133,7 @@ def test_a_model_with_a_fixed_input_size_is_told_so(dataset):
 
 def test_sizes_that_the_model_does_not_take_are_recorded_as_such(dataset):
     """A linear classifier on the pixels, fitted by least squares: works at 32, and at no other size."""
-    pixels = data.normalise(dataset.train.pixels, dataset.train.preprocessing)[:6000, :1]
+    pixels = data_dataset.normalise(dataset.train.pixels, dataset.train.preprocessing)[:6000, :1]
     targets = nn.functional.one_hot(dataset.train.labels[:6000], 10).float()
     inputs = nn.functional.avg_pool2d(pixels, 2).flatten(1)
     weights = torch.linalg.lstsq(inputs.T @ inputs + 10 * torch.eye(256), inputs.T @ targets).solution
@@ -170,7 +173,7 @@ class FirstChannel(nn.Module):
 
 
 def test_only_labelled_images_can_be_scored(model):
-    nothing = data.open_data("none", Preprocessing(32, (0.5,) * 3, (0.5,) * 3), num_classes=10)
+    nothing = data_dataset.open_data("none", Preprocessing(32, (0.5,) * 3, (0.5,) * 3), num_classes=10)
     with pytest.raises(BaselineError, match="only be scored on labelled images"):
         baseline.gate(model, nothing, nothing.train.preprocessing, seed=0)
 
@@ -189,7 +192,7 @@ def test_the_bundled_checkpoint_is_as_good_as_its_metadata_says_on_the_bundled_t
     with torch.inference_mode():
         right = sum(
             int((model(batch).argmax(1) == found).sum())
-            for batch, found in data.batches(
+            for batch, found in data_dataset.batches(
                 dataset.test, 500, shuffle=False, seed=0, preprocessing=facts.preprocessing
             )
         )
@@ -198,8 +201,8 @@ def test_the_bundled_checkpoint_is_as_good_as_its_metadata_says_on_the_bundled_t
 
 
 def test_the_assets_stay_small_and_name_source_and_licence():
-    files = [path for path in Path(data.ASSETS).rglob("*") if path.is_file()]
+    files = [path for path in Path(data_dataset.ASSETS).rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) < 30 * 10**6
-    text = (data.ASSETS / "README.md").read_text()
+    text = (data_dataset.ASSETS / "README.md").read_text()
     assert "MIT" in text and "Zalando" in text and "scripts/make_demo_assets.py" in text
     assert np.isclose(CHECKPOINT.stat().st_size, 22.4e6, rtol=0.02)

@@ -21,7 +21,7 @@ from bench.peers.driver import Conditions, compress_row, finished, user_lines
 from bench.peers.front import Point, dominators, front
 from bench.peers.rows import OURS, ROWS, Row
 from compress import training
-from compress.data import Dataset, Split
+from compress.data.dataset import Dataset, Split
 
 FAKE = '''"""A peer that copies a file."""
 # told to

@@ -2,7 +2,7 @@
 
 import itertools
 
-from compress.benchmark import Timing, race
+from compress.engines.benchmark import Timing, race
 
 
 def test_contenders_take_turns_and_warm_calls_are_not_timed():

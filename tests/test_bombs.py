@@ -13,10 +13,10 @@ import torch
 from checkpoint_files import edit_zip, safetensors_bytes, small_state
 from image_files import class_entries, zipped
 
-from compress import containers, inspection, pickles
-from compress.containers import Refused
+from compress.checkpoints import containers, inspection, pickles
+from compress.checkpoints.containers import Refused
+from compress.checkpoints.pickles import interpret
 from compress.errors import CheckpointError
-from compress.pickles import interpret
 
 PRIME = 2**61 - 1
 """Every multiple of it has the hash 0."""

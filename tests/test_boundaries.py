@@ -11,25 +11,25 @@ ROOT = Path(__file__).resolve().parents[1]
 SOURCES = sorted([*ROOT.glob("compress/**/*.py"), ROOT / "app.py"])
 ALLOWED = {
     "nni": {
-        "compress/_nni.py",
-        "compress/pruning/dropped.py",  # pruners built on NNI's base classes
-        "compress/pruning/evaluator.py",  # our training as NNI's evaluator
-        "compress/pruning/nni_backend.py",
-        "compress/pruning/nni_config.py",  # a plan as NNI's config list
+        "compress/nni_bridge/__init__.py",
+        "compress/pruning/nni/data_driven.py",  # pruners built on NNI's base classes
+        "compress/pruning/nni/evaluator.py",  # our training as NNI's evaluator
+        "compress/pruning/nni/backend.py",
+        "compress/pruning/nni/config.py",  # a plan as NNI's config list
         "compress/pruning/speedup.py",
-        "compress/pruning/trained.py",  # NNI's pruners that train
-        "compress/quantization/nni_backend.py",
+        "compress/pruning/nni/trained.py",  # NNI's pruners that train
+        "compress/quantization/nni/backend.py",
     },
-    "onnxruntime": {"compress/engines/onnxruntime.py", "compress/templates/infer.py"},
-    "openvino": {"compress/engines/openvino.py", "compress/templates/infer.py"},
+    "onnxruntime": {"compress/engines/onnxruntime.py", "compress/report/templates/infer.py"},
+    "openvino": {"compress/engines/openvino.py", "compress/report/templates/infer.py"},
     "tensorrt": {"compress/engines/tensorrt"},
     "tensorrt_rtx": {"compress/engines/tensorrt"},
-    "pycuda": {"compress/engines/tensorrt", "compress/templates/infer.py"},
+    "pycuda": {"compress/engines/tensorrt", "compress/report/templates/infer.py"},
     "gradio": {"app.py", "compress/ui/"},
     "huggingface_hub": {"compress/hub.py"},
-    "ray": {"compress/cluster.py"},
-    "stable_baselines3": {"compress/search/amc.py"},
-    "gymnasium": {"compress/search/amc.py"},
+    "ray": {"compress/jobs/ray.py"},
+    "stable_baselines3": {"compress/search/strategies/amc.py"},
+    "gymnasium": {"compress/search/strategies/amc.py"},
 }
 
 
@@ -58,7 +58,7 @@ def test_only_the_runtimes_import_by_a_name_made_at_run_time():
     found = {str(p.relative_to(ROOT)) for p in SOURCES if "importlib.import_module(" in p.read_text(encoding="utf-8")}
     engines = {path for path in found if path.startswith("compress/engines/tensorrt")}
     assert len(engines) == 3 and found - engines <= {
-        "compress/_nni.py", "compress/engines/worker.py", "compress/templates/infer.py",
+        "compress/nni_bridge/__init__.py", "compress/engines/processes/worker.py", "compress/report/templates/infer.py",
     }  # fmt: skip
 
 
@@ -73,8 +73,8 @@ def test_one_file_loads_checkpoints_and_nothing_else_of_the_program_may():
     assert {"torch.load", "torch.jit.load", "pickle"} <= set(settings["flake8-tidy-imports"]["banned-api"])
     assert "TID251" in settings["select"]
     ignored = {path for path, rules in settings["per-file-ignores"].items() if "TID251" in rules}
-    assert {path for path in ignored if not path.startswith("tests/")} == {"compress/unpacking.py"}
-    assert (ROOT / "compress/unpacking.py").read_text(encoding="utf-8").count("torch.load(") == 1
+    assert {path for path in ignored if not path.startswith("tests/")} == {"compress/checkpoints/sandboxed.py"}
+    assert (ROOT / "compress/checkpoints/sandboxed.py").read_text(encoding="utf-8").count("torch.load(") == 1
 
 
 def test_checkpoints_are_only_ever_loaded_as_weights():

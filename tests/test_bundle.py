@@ -8,7 +8,7 @@ import subprocess
 import zipfile
 from pathlib import Path
 
-from compress import bundle
+from compress.report import bundle
 
 
 def test_the_zip_holds_every_byte_and_the_hashes_verify(tmp_path: Path) -> None:

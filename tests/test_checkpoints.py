@@ -15,10 +15,10 @@ from safetensors.torch import save_file
 from torture.honest import KINDS, difference
 from torture.hostile import NO_LOADER
 
-from compress import checkpoints, inspection, pickles, unpacking
-from compress.containers import TensorEntry
+from compress.checkpoints import inspection, pickles, reader, sandboxed
+from compress.checkpoints.containers import TensorEntry
+from compress.checkpoints.loader import Loader
 from compress.errors import CheckpointError
-from compress.loader import Loader
 from compress.preprocessing import Preprocessing
 
 HOSTILE = sorted(hostile(Path("marker")))
@@ -40,7 +40,7 @@ def test_hostile_files_are_refused_with_the_reason_and_nothing_runs(name, tmp_pa
     write(path)
 
     with pytest.raises(CheckpointError) as refusal:
-        checkpoints.read(path, loader=loader if name in NEED_NUMBERS else NO_LOADER)
+        reader.read(path, loader=loader if name in NEED_NUMBERS else NO_LOADER)
 
     message = str(refusal.value)
     assert words in message
@@ -73,7 +73,7 @@ def test_a_loader_failure_is_never_answered_by_a_second_load(tmp_path, monkeypat
     monkeypatch.setattr(torch, "load", failing)
 
     with path.open("rb") as file, pytest.raises(ValueError, match="Weights only load failed"):
-        unpacking.unpack(file, True, [], {}, {})
+        sandboxed.unpack(file, True, [], {}, {})
     assert calls == [{"map_location": "cpu", "weights_only": True, "mmap": False}]
 
 
@@ -91,26 +91,26 @@ def test_what_the_loader_gives_back_is_compared_with_what_the_file_described(tmp
     with pytest.raises(CheckpointError, match="its tensors cannot be read") as refusal:
         loader.unpack(path, replace(inspected, tensors=other), tmp_path / "out", {})
 
-    assert refusal.value.__cause__.status == unpacking.UNREADABLE
+    assert refusal.value.__cause__.status == sandboxed.UNREADABLE
     loader.unpack(path, inspected, tmp_path / "out2", {})
 
 
 def test_a_checkpoint_of_a_run_is_opened_once(tmp_path, monkeypatch):
     path, folder = tmp_path / "a.pth", tmp_path / "uploads"
     torch.save(small_state(), path)
-    first = checkpoints.read_once(path, folder)
+    first = reader.read_once(path, folder)
     path.write_bytes(b"something else")
 
-    again = checkpoints.read_once(path, folder)
+    again = reader.read_once(path, folder)
 
     assert all(torch.equal(first.tensors[name], again.tensors[name]) for name in small_state())
-    kept = folder / checkpoints.ACCEPTED
+    kept = folder / reader.ACCEPTED
     kept.write_bytes(kept.read_bytes()[:-1] + b"x")
     with pytest.raises(CheckpointError, match="neither a .safetensors file nor"):
-        checkpoints.read_once(path, folder)
-    checkpoints.forget(folder)
+        reader.read_once(path, folder)
+    reader.forget(folder)
     with pytest.raises(CheckpointError, match="neither a .safetensors file nor"):
-        checkpoints.read_once(path, folder)
+        reader.read_once(path, folder)
 
 
 @pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16, torch.float64])
@@ -120,7 +120,7 @@ def test_other_float_formats_become_float32_and_integers_stay(kind, suffix, tmp_
     path = tmp_path / f"a{suffix}"
     (save_file if suffix == ".safetensors" else torch.save)(state, path)
 
-    read = checkpoints.read(path, loader=loader)
+    read = reader.read(path, loader=loader)
 
     assert read["1.num_batches_tracked"].dtype == torch.int64
     assert all(torch.equal(read[key], state[key].float()) for key in state if state[key].is_floating_point())
@@ -131,8 +131,8 @@ def test_a_prefix_that_belongs_to_the_callers_own_module_stays(tmp_path, loader)
     state = {f"model.{key}": value for key, value in small_state().items()}
     torch.save({f"module.{key}": value for key, value in state.items()}, tmp_path / "a.pth")
 
-    assert set(checkpoints.read(tmp_path / "a.pth", names=state, loader=loader)) == set(state)
-    assert set(checkpoints.read(tmp_path / "a.pth", names=["other"], loader=loader)) == {
+    assert set(reader.read(tmp_path / "a.pth", names=state, loader=loader)) == set(state)
+    assert set(reader.read(tmp_path / "a.pth", names=["other"], loader=loader)) == {
         f"module.{key}" for key in state
     }
 
@@ -145,21 +145,21 @@ def test_facts_in_the_metadata_are_read(tmp_path, loader):
     }
     save_file(small_state(), path, metadata=metadata)
 
-    facts = checkpoints.read_with_facts(path, loader=loader)
+    facts = reader.read_with_facts(path, loader=loader)
 
     assert facts.preprocessing == Preprocessing(32, (0.1, 0.2, 0.3), (1.0, 1.0, 1.0))
     assert facts.class_names == ("cat", "dog")
     save_file(small_state(), path)
-    assert checkpoints.read_with_facts(path, loader=loader).class_names is None
+    assert reader.read_with_facts(path, loader=loader).class_names is None
 
 
 def test_a_missing_file_and_one_that_is_too_large_are_named(tmp_path, monkeypatch):
     with pytest.raises(CheckpointError, match="There is no checkpoint file"):
-        checkpoints.read(tmp_path / "none.pth")
+        reader.read(tmp_path / "none.pth")
     monkeypatch.setattr(inspection, "MAX_FILE_BYTES", 1000)
     torch.save(small_state(), tmp_path / "a.pth")
     with pytest.raises(CheckpointError, match="at most 2 GiB are accepted"):
-        checkpoints.read(tmp_path / "a.pth")
+        reader.read(tmp_path / "a.pth")
 
 
 def test_a_directory_of_too_many_entries_is_refused_before_it_is_parsed(tmp_path, monkeypatch):
@@ -170,14 +170,14 @@ def test_a_directory_of_too_many_entries_is_refused_before_it_is_parsed(tmp_path
     monkeypatch.setattr(zipfile, "ZipFile", None)
 
     with pytest.raises(CheckpointError, match="more than 10000 entries"):
-        checkpoints.read(path)
+        reader.read(path)
 
 
 def test_a_published_architecture_stays_far_below_the_limits(tmp_path, loader):
     import torchvision
 
     torch.save(torchvision.models.densenet121().state_dict(), tmp_path / "a.pth")
-    assert len(checkpoints.read(tmp_path / "a.pth", loader=loader)) == 727
+    assert len(reader.read(tmp_path / "a.pth", loader=loader)) == 727
     with zipfile.ZipFile(tmp_path / "a.pth") as file:
         index = file.read("a/data.pkl")
     assert len(index) < pickles.MAX_PICKLE_BYTES / 6

@@ -8,7 +8,7 @@ import torchvision
 from PIL import Image
 from safetensors.torch import save_file
 
-from compress import __main__ as shell
+from compress.cli import main as shell
 
 
 def call(capsys, monkeypatch, *words):
@@ -169,7 +169,7 @@ def test_fractions_and_config_lists_come_from_the_shell(capsys, monkeypatch, tmp
 
 def test_the_reports_command_repeats_the_plan():
     from compress.request import Request
-    from compress.snippets import shell_command
+    from compress.request.snippets import shell_command
 
     ratios = Request(layer_sparsity="layer1=0.3 conv1=0").model_dump(mode="json")
     assert shell_command(ratios).endswith("--layer-sparsity layer1=0.3 --layer-sparsity conv1=0.0")

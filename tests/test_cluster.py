@@ -16,15 +16,16 @@ import pytest
 from queues import QUICK, fake_command, wait
 from typer.testing import CliRunner
 
-from compress import __version__, cluster, cluster_node, processes, signing
-from compress.__main__ import cli
-from compress.cluster import Attempt, Cluster, cluster_command
-from compress.cluster_node import Ended, Order
+from compress import __version__, processes, signing
+from compress.cli.main import cli
 from compress.errors import RequestError, RunError
-from compress.jobs import Queue
-from compress.jobs_executor import Executor
+from compress.jobs import Queue, ray_node
+from compress.jobs import ray as job_ray
+from compress.jobs.executor import Executor
+from compress.jobs.ray import Attempt, Cluster, cluster_command
+from compress.jobs.ray_node import Ended, Order
 from compress.request import Request
-from compress.ui.settings import Settings
+from compress.ui.web.settings import Settings
 
 ADDRESS = "10.0.0.1:6379"
 NODE = platform.node()
@@ -60,7 +61,7 @@ def test_the_queue_starts_the_shell_command_of_the_same_run(tmp_path: Path) -> N
 
 def test_only_the_child_that_submits_gets_the_token(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_AUTH_TOKEN", "canary")
-    for passes, expected in ((cluster.ENVIRONMENT, True), ((), False)):
+    for passes, expected in ((job_ray.ENVIRONMENT, True), ((), False)):
         with Queue(data_dir, command=fake_command, passes=passes) as queue:
             job_id = queue.submit(Request(**QUICK))
             wait(queue, job_id, "done")
@@ -98,10 +99,10 @@ def test_files_named_relative_to_this_folder_are_named_for_every_folder(
     monkeypatch.chdir(tmp_path)
     for name in ("weights.pth", "auto", "photos"):
         (tmp_path / name).touch()
-    request = cluster._with_absolute_paths(Request(checkpoint="weights.pth", data="photos"))
+    request = job_ray._with_absolute_paths(Request(checkpoint="weights.pth", data="photos"))
     assert (request.checkpoint, request.data) == (str(tmp_path / "weights.pth"), str(tmp_path / "photos"))
     unchanged = Request(checkpoint="auto", data="fashion-mnist")
-    assert cluster._with_absolute_paths(unchanged) == unchanged
+    assert job_ray._with_absolute_paths(unchanged) == unchanged
 
 
 @pytest.fixture
@@ -114,12 +115,12 @@ def order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Order:
 
 
 def test_a_node_that_fits_has_no_objection(order: Order) -> None:
-    assert cluster_node.unfit(order) is None
+    assert ray_node.unfit(order) is None
 
 
 def test_a_node_refuses_what_it_would_do_wrongly(order: Order, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refusal(**changed: str) -> str | None:
-        return cluster_node.unfit(dataclasses.replace(order, **changed))
+        return ray_node.unfit(dataclasses.replace(order, **changed))
 
     assert refusal(version="9.9") == (
         f"The node {NODE} has Espalier {__version__}, not 9.9: install the same version on every node."
@@ -138,7 +139,7 @@ def test_a_node_refuses_what_it_would_do_wrongly(order: Order, tmp_path: Path, m
     assert refusal() == (
         f"The node {NODE} lets everybody in: start Ray with RAY_AUTH_MODE=token on every node, see docs/cluster.md."
     )
-    assert cluster_node.carry_out(order).console.startswith("Error: The node"), "and starts nothing"
+    assert ray_node.carry_out(order).console.startswith("Error: The node"), "and starts nothing"
 
 
 def test_a_node_carries_the_order_out_and_tells_how_it_ended(order: Order, tmp_path: Path) -> None:
@@ -146,14 +147,14 @@ def test_a_node_carries_the_order_out_and_tells_how_it_ended(order: Order, tmp_p
     folder.mkdir(parents=True)
     text = Request(model="resnet152").to_json()
     (folder / "request.json").write_text(text)
-    ended = cluster_node.carry_out(dataclasses.replace(order, folder=str(folder), request=text))
+    ended = ray_node.carry_out(dataclasses.replace(order, folder=str(folder), request=text))
     assert ended.returncode == 1
     assert ended.console.endswith("Error: The runtime tensorrt is not installed here: choose another.\n")
 
 
 def test_a_node_needs_no_temporary_folder(order: Order, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", "/nowhere")
-    ended = cluster_node.carry_out(dataclasses.replace(order, command=lambda folder, resume: ["echo", "hello"]))
+    ended = ray_node.carry_out(dataclasses.replace(order, command=lambda folder, resume: ["echo", "hello"]))
     assert ended == Ended(0, "hello\n")
 
 

@@ -8,17 +8,17 @@ from dataclasses import replace
 import pytest
 from example_report import example_report
 
-from compress import compare
-from compress.charts_compare import accuracy_against_latency
-from compress.compare import Entry
+from compress.report import comparison
+from compress.report.comparison import Entry
+from compress.report.comparison_charts import accuracy_against_latency
 from compress.request import Request
-from compress.ui import views_compare
 from compress.ui.phone import narrowed
+from compress.ui.views import compare as view_compare
 
 
 @pytest.fixture(scope="module")
 def entry() -> Entry:
-    return compare.entry_of("a" * 32, "first <run>", example_report())
+    return comparison.entry_of("a" * 32, "first <run>", example_report())
 
 
 def made(entry: Entry, name: str, accuracy: float | None, p50_ms: float | None, **others: object) -> Entry:
@@ -31,9 +31,9 @@ def test_an_entry_has_the_figures_of_the_deployed_file(entry: Entry) -> None:
     assert entry.kind == ("2,000 images of fashion-mnist at 32 × 32", "Example CPU, 1 thread")
     report = example_report()
     unlabelled = report.model_copy(update={"data": report.data.model_copy(update={"kind": "unlabelled"})})
-    assert compare.entry_of("b", "b", unlabelled).kind != entry.kind, "agreement is no accuracy"
+    assert comparison.entry_of("b", "b", unlabelled).kind != entry.kind, "agreement is no accuracy"
     not_run = report.model_copy(update={"verdict": report.verdict.model_copy(update={"runtime": None})})
-    assert compare.entry_of("c", "c", not_run).p50_ms is None
+    assert comparison.entry_of("c", "c", not_run).p50_ms is None
 
 
 def test_the_front_is_what_no_other_of_its_kind_beats(entry: Entry) -> None:
@@ -47,8 +47,8 @@ def test_the_front_is_what_no_other_of_its_kind_beats(entry: Entry) -> None:
         "g": made(entry, "g", 0.90, 1.0),  # equal to a: neither beats the other
         "h": made(entry, "h", 0.99, 0.1, machine="another"),
     }
-    assert "".join(found.title for found in compare.front(list(runs.values()))) == "dagbh"
-    assert compare.front([]) == ()
+    assert "".join(found.title for found in comparison.front(list(runs.values()))) == "dagbh"
+    assert comparison.front([]) == ()
 
 
 def test_the_table_shows_figures_and_only_the_settings_that_differ(entry: Entry) -> None:
@@ -60,7 +60,7 @@ def test_the_table_shows_figures_and_only_the_settings_that_differ(entry: Entry)
         p50_ms=0.3,
         request=Request(sparsity=0.3, layer_bits={"fc": "32"}).model_dump(mode="json"),
     )
-    headers, rows = compare.table([entry, other])
+    headers, rows = comparison.table([entry, other])
     assert headers == ("Figure", "first <run>", "second")
     cells = {name: values for name, *values in rows}
     assert cells["Accuracy"] == ["90.7 % (89.5 to 91.9)", "95.0 % (89.5 to 91.9)"]
@@ -68,22 +68,22 @@ def test_the_table_shows_figures_and_only_the_settings_that_differ(entry: Entry)
     assert cells["Sparsity"] == ["0.5", "0.3"]
     assert cells["Layer bits"] == ["—", "fc=32"]
     assert "Pruner" not in cells and "Seed" not in cells
-    assert compare.best_in("Accuracy", [entry, other]) == {other.job_id}
-    assert compare.best_in("Batch 1, p50", [entry, other]) == {entry.job_id}
-    assert compare.best_in("File", [entry, other]) == set(), "equal figures have no best"
+    assert comparison.best_in("Accuracy", [entry, other]) == {other.job_id}
+    assert comparison.best_in("Batch 1, p50", [entry, other]) == {entry.job_id}
+    assert comparison.best_in("File", [entry, other]) == set(), "equal figures have no best"
     elsewhere = replace(other, machine="another")
-    assert compare.best_in("Batch 1, p50", [entry, elsewhere]) == set(), "times of two machines are not compared"
+    assert comparison.best_in("Batch 1, p50", [entry, elsewhere]) == set(), "times of two machines are not compared"
 
 
 def test_the_view_escapes_marks_the_best_and_warns(entry: Entry) -> None:
     other = made(entry, "b", 0.95, 0.3, images="other images", machine="other machine")
-    shown = views_compare.side_by_side([entry, other])
+    shown = view_compare.side_by_side([entry, other])
     assert "first &lt;run&gt;" in shown and "first <run>" not in shown
     assert "their accuracies cannot be compared" in shown and "their times cannot be compared" in shown
     assert 'class="best"' not in shown
-    assert 'class="best"' in views_compare.side_by_side([entry, made(entry, "b", 0.95, 0.3)])
-    assert "Tick two or more" in views_compare.side_by_side([])
-    assert views_compare.points([entry, other]).count("<tr>") == 3
+    assert 'class="best"' in view_compare.side_by_side([entry, made(entry, "b", 0.95, 0.3)])
+    assert "Tick two or more" in view_compare.side_by_side([])
+    assert view_compare.points([entry, other]).count("<tr>") == 3
 
 
 def test_the_chart_has_a_numbered_link_at_each_point_and_a_front_for_each_kind(entry: Entry) -> None:

@@ -15,9 +15,9 @@ import pytest
 import torch
 from checkpoint_files import small_state
 
-from compress import confinement, inspection, unpacking
+from compress.checkpoints import inspection, sandboxed, seccomp
+from compress.checkpoints.loader import Loader
 from compress.errors import CheckpointError, StorageError
-from compress.loader import Loader
 
 PROGRAM = """
 import json, os, socket, subprocess
@@ -61,7 +61,7 @@ def test_a_confined_process_computes_and_nothing_else(tmp_path):
         text=True,
         timeout=60,
         cwd=tmp_path,
-        env={"PYTHONPATH": str(Path(confinement.__file__).parents[1])},
+        env={"PYTHONPATH": str(Path(seccomp.__file__).parents[1])},
     )
     found = json.loads(done.stdout)
     assert (found.pop("compute"), found.pop("write what is open")) == ("worked", "worked")
@@ -83,7 +83,7 @@ time.sleep(60)
 
 
 def test_a_child_ends_with_its_parent():
-    environment = {"PYTHONPATH": str(Path(confinement.__file__).parents[1])}
+    environment = {"PYTHONPATH": str(Path(seccomp.__file__).parents[1])}
     parent = subprocess.Popen([sys.executable, "-c", ORPHAN], stdout=subprocess.PIPE, text=True, env=environment)
     with parent:
         child = Path(f"/proc/{parent.stdout.readline().strip()}")
@@ -96,8 +96,8 @@ def test_a_child_ends_with_its_parent():
 
 
 def test_a_child_whose_parent_is_gone_already_ends():
-    code = "from compress.confinement import die_with_parent; die_with_parent(1 << 30); print('lives')"
-    environment = {"PYTHONPATH": str(Path(confinement.__file__).parents[1])}
+    code = "from compress.checkpoints.seccomp import die_with_parent; die_with_parent(1 << 30); print('lives')"
+    environment = {"PYTHONPATH": str(Path(seccomp.__file__).parents[1])}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, env=environment, timeout=60)
     assert (done.returncode, done.stdout) == (1, b"")
 
@@ -110,7 +110,7 @@ ARCHITECTURES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 
 def verdict(call: int, architecture: int) -> int:
     """What the filter answers, carried out as the kernel does it (classic BPF)."""
-    program = list(struct.iter_unpack("=HBBI", confinement._filter()))
+    program = list(struct.iter_unpack("=HBBI", seccomp._filter()))
     at, accumulator, data = 0, 0, struct.pack("=II", call, architecture)
     while True:
         code, if_true, if_false, constant = program[at]
@@ -129,7 +129,7 @@ def verdict(call: int, architecture: int) -> int:
 def test_only_the_listed_calls_of_this_architecture_are_allowed(machine, monkeypatch):
     monkeypatch.setattr(platform, "machine", lambda: machine)
     own, column = ARCHITECTURES[machine], list(ARCHITECTURES).index(machine)
-    listed = {call[column] for call in confinement._CALLS.values()}
+    listed = {call[column] for call in seccomp._CALLS.values()}
     assert {call for call in range(1000) if verdict(call, own) == ALLOW} == listed
     assert {verdict(call, own) for call in range(1000)} == {ALLOW, REFUSE}
     assert {verdict(call | 0x40000000, own) for call in range(1000)} == {REFUSE}, "calls of x32"
@@ -145,7 +145,7 @@ def test_calls_of_another_architecture_end_the_process(machine, monkeypatch):
 
 def test_the_list_of_calls_is_this_one():
     """Longer means more that a hole in a loader can do: add to both only what reading bytes needs."""
-    assert set(confinement._CALLS) == set(
+    assert set(seccomp._CALLS) == set(
         "read write close fstat lseek mmap mprotect munmap brk rt_sigaction rt_sigprocmask rt_sigreturn pread64 sched_yield "
         "mremap madvise getpid exit gettid futex clock_gettime exit_group getrandom".split()
     )
@@ -154,7 +154,7 @@ def test_the_list_of_calls_is_this_one():
 def test_other_machines_are_told_from_those_that_can_confine(monkeypatch):
     monkeypatch.setattr(platform, "machine", lambda: "riscv64")
     with pytest.raises(OSError, match="seccomp is set up for Linux"):
-        confinement.confine(memory_bytes=2**40, cpu_s=10**6, file_bytes=2**40)
+        seccomp.confine(memory_bytes=2**40, cpu_s=10**6, file_bytes=2**40)
 
 
 # ---- and that a checkpoint is opened in such a process ----------------------------------------------------------------
@@ -210,10 +210,10 @@ def ends(tmp_path_factory) -> dict[str, tuple[int, bytes, float]]:
 
 
 def test_what_the_loader_does_is_done_in_confinement(ends):
-    assert ends["reads"][:2] == (unpacking.WRITTEN, b"read")
+    assert ends["reads"][:2] == (sandboxed.WRITTEN, b"read")
     for name in ("opens", "allocates", "writes"):
         status, content, _ = ends[name]
-        assert status == unpacking.UNREADABLE or status < 0, name
+        assert status == sandboxed.UNREADABLE or status < 0, name
         assert len(content) <= 2**16 and content not in (b"opened", b"allocated")
 
 
@@ -223,7 +223,7 @@ def test_a_loader_that_computes_for_ever_is_ended(ends):
 
 
 def test_without_confinement_the_file_is_not_looked_at(ends):
-    assert ends["cannot"][:2] == (unpacking.NOT_CONFINED, b"")
+    assert ends["cannot"][:2] == (sandboxed.NOT_CONFINED, b"")
 
 
 class Answers(Loader):
@@ -232,16 +232,16 @@ class Answers(Loader):
     def __init__(self, status: int | None) -> None:
         self.status = status
 
-    def _carry_out(self, order: unpacking.Order) -> int | None:
+    def _carry_out(self, order: sandboxed.Order) -> int | None:
         return self.status
 
 
 @pytest.mark.parametrize(
     "status, kind, words",
     [
-        (unpacking.NOT_CONFINED, CheckpointError, "does not let a process be confined"),
-        (unpacking.NO_ROOM, StorageError, "The disk is full"),
-        (unpacking.UNREADABLE, CheckpointError, "its tensors cannot be read"),
+        (sandboxed.NOT_CONFINED, CheckpointError, "does not let a process be confined"),
+        (sandboxed.NO_ROOM, StorageError, "The disk is full"),
+        (sandboxed.UNREADABLE, CheckpointError, "its tensors cannot be read"),
         (-9, CheckpointError, "its tensors cannot be read"),
         (None, CheckpointError, "ended or took too long"),
     ],
@@ -270,12 +270,12 @@ def test_what_a_child_wrote_is_compared_with_the_description(written, tmp_path):
     torch.save(small_state(), path)
     save_file(written, tmp_path / "out")
     with pytest.raises(CheckpointError, match="its tensors cannot be read"):
-        Answers(unpacking.WRITTEN).unpack(path, inspection.inspect(path), tmp_path / "out", {})
+        Answers(sandboxed.WRITTEN).unpack(path, inspection.inspect(path), tmp_path / "out", {})
     save_file(small_state(), tmp_path / "out", {"class_names": "x"})
     with pytest.raises(CheckpointError, match="its tensors cannot be read"):
-        Answers(unpacking.WRITTEN).unpack(path, inspection.inspect(path), tmp_path / "out", {})
+        Answers(sandboxed.WRITTEN).unpack(path, inspection.inspect(path), tmp_path / "out", {})
     save_file(small_state(), tmp_path / "out")
-    Answers(unpacking.WRITTEN).unpack(path, inspection.inspect(path), tmp_path / "out", {})
+    Answers(sandboxed.WRITTEN).unpack(path, inspection.inspect(path), tmp_path / "out", {})
 
 
 @pytest.mark.parametrize(
@@ -286,14 +286,14 @@ def test_what_torch_loads_is_compared_with_the_description(tensors, tmp_path):
     path = tmp_path / "a.pth"
     torch.save(small_state(), path)
     with path.open("rb") as file, pytest.raises((ValueError, KeyError)):
-        unpacking.unpack(file, True, [], tensors, {})
+        sandboxed.unpack(file, True, [], tensors, {})
 
 
 @pytest.mark.parametrize("value", [torch.eye(2).to_sparse(), torch.ones(2, device="meta"), [1.0]])
 def test_only_tensors_of_numbers_come_out(value, monkeypatch):
-    monkeypatch.setattr(unpacking, "_load", lambda *_: {"w": value})
+    monkeypatch.setattr(sandboxed, "_load", lambda *_: {"w": value})
     with pytest.raises(ValueError, match="not a tensor of numbers"):
-        unpacking.unpack(None, True, [], {"w": ("float32", [2])}, {})
+        sandboxed.unpack(None, True, [], {"w": ("float32", [2])}, {})
 
 
 @pytest.mark.parametrize(
@@ -304,4 +304,4 @@ def test_what_a_child_says_is_foreign_text(found, tmp_path):
     torch.save(small_state(), path)
     (tmp_path / "out").write_bytes(found)
     with pytest.raises(CheckpointError, match="its tensors cannot be read"):
-        Answers(unpacking.FOUND).unpack(path, inspection.inspect(path), tmp_path / "out", {})
+        Answers(sandboxed.FOUND).unpack(path, inspection.inspect(path), tmp_path / "out", {})

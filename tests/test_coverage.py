@@ -10,7 +10,7 @@ from torch import nn
 from torchvision.models.vision_transformer import VisionTransformer
 
 from bench import coverage, coverage_quantized, coverage_table, patterns
-from compress import catalog
+from compress.models import catalog
 
 FAMILIES = (
     "alexnet", "convnext_tiny", "efficientnet_b0", "googlenet+aux", "mnasnet0_5", "regnet_y_400mf", "resnet18",

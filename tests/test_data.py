@@ -11,7 +11,8 @@ import torch
 from image_files import RECIPE, encoded, fill, open_at, photo, replaced
 from PIL import Image
 
-from compress import data, fashion_mnist, images
+from compress.data import dataset as data_dataset
+from compress.data import fashion_mnist, images
 from compress.errors import DataError
 from compress.preprocessing import Preprocessing
 
@@ -19,7 +20,7 @@ from compress.preprocessing import Preprocessing
 
 
 def test_the_bundled_set_is_balanced_padded_and_separate():
-    dataset = data.open_data("fashion-mnist", Preprocessing(32, (0.286,) * 3, (0.353,) * 3), num_classes=10)
+    dataset = data_dataset.open_data("fashion-mnist", Preprocessing(32, (0.286,) * 3, (0.353,) * 3), num_classes=10)
     assert dataset.kind == "labelled" and dataset.class_names == fashion_mnist.CLASS_NAMES
     assert torch.equal(dataset.test.labels.bincount(), torch.full((10,), 200))
     assert torch.equal(dataset.train.labels.bincount(), torch.full((10,), 1200))
@@ -184,12 +185,12 @@ def test_data_that_does_not_exist_is_named(tmp_path):
 def test_batches_are_normalised_complete_and_repeatable(tmp_path):
     fill(tmp_path, {"cat": 12, "dog": 12})
     train = open_at(tmp_path).train
-    together = list(data.batches(train, 8, shuffle=False, seed=0, preprocessing=RECIPE))
+    together = list(data_dataset.batches(train, 8, shuffle=False, seed=0, preprocessing=RECIPE))
     assert [len(batch) for batch, _ in together] == [8, 8, 4]
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (RECIPE.mean, RECIPE.std))
     assert torch.allclose(together[0][0][3], (train[3][0] / 255 - mean) / std, atol=1e-6)
     shuffled = [
-        torch.cat([found for _, found in data.batches(train, 8, shuffle=True, seed=seed, preprocessing=RECIPE)])
+        torch.cat([found for _, found in data_dataset.batches(train, 8, shuffle=True, seed=seed, preprocessing=RECIPE)])
         for seed in (1, 1, 2)
     ]
     assert torch.equal(shuffled[0], shuffled[1]) and not torch.equal(shuffled[0], shuffled[2])
@@ -199,19 +200,19 @@ def test_batches_are_normalised_complete_and_repeatable(tmp_path):
 def test_decoding_batch_by_batch_gives_the_same_numbers(tmp_path, monkeypatch):
     fill(tmp_path, {"cat": 12, "dog": 12})
     kept = open_at(tmp_path).train
-    monkeypatch.setattr(data, "MEMORY_BYTES", 1000)
+    monkeypatch.setattr(data_dataset, "MEMORY_BYTES", 1000)
     lazy = open_at(tmp_path).train
     assert kept.pixels is not None and lazy.pixels is None
     for (one, first), (other, second) in zip(
-        *(data.batches(part, 7, shuffle=True, seed=3, augment=True, preprocessing=RECIPE) for part in (kept, lazy)),
+        *(data_dataset.batches(part, 7, shuffle=True, seed=3, augment=True, preprocessing=RECIPE) for part in (kept, lazy)),
         strict=True,
     ):
         assert torch.equal(one, other) and torch.equal(first, second)
     (tmp_path / "cat" / "000.png").unlink()
     with pytest.raises(DataError, match="cat/000.png could be read before, but not any more"):
         list(
-            data.batches(
-                data.Split(lazy.origin, np.array([0]), torch.zeros(1), RECIPE, None),
+            data_dataset.batches(
+                data_dataset.Split(lazy.origin, np.array([0]), torch.zeros(1), RECIPE, None),
                 1,
                 shuffle=False,
                 seed=0,
@@ -230,7 +231,7 @@ def test_another_size_is_decoded_from_the_original_image(tmp_path):
 
 def test_augmentation_shifts_and_flips_each_image_on_its_own():
     ramp = torch.arange(32, dtype=torch.uint8).view(1, 1, 1, 32).expand(64, 3, 32, 32)
-    moved = data.shift_and_flip(ramp, torch.Generator().manual_seed(0))
+    moved = data_dataset.shift_and_flip(ramp, torch.Generator().manual_seed(0))
     rising = moved[:, 0, 0, 20].int() > moved[:, 0, 0, 10].int()
     centres = torch.where(rising, moved[:, 0, 5, 16], moved[:, 0, 5, 15]).int() - 16
     assert 20 < rising.sum() < 44 and set(centres.tolist()) <= {-2, -1, 0, 1, 2} and len(set(centres.tolist())) == 5
@@ -238,11 +239,11 @@ def test_augmentation_shifts_and_flips_each_image_on_its_own():
 
 
 def test_batches_are_fast_enough_for_the_training_loop():
-    split = data.open_data("fashion-mnist", Preprocessing(32, (0.286,) * 3, (0.353,) * 3), num_classes=10).train
+    split = data_dataset.open_data("fashion-mnist", Preprocessing(32, (0.286,) * 3, (0.353,) * 3), num_classes=10).train
     started = time.perf_counter()
     count = sum(
         len(found)
-        for _, found in data.batches(split, 128, shuffle=True, seed=0, augment=True, preprocessing=split.preprocessing)
+        for _, found in data_dataset.batches(split, 128, shuffle=True, seed=0, augment=True, preprocessing=split.preprocessing)
     )
     assert count / (time.perf_counter() - started) > 1500
 
@@ -250,7 +251,7 @@ def test_batches_are_fast_enough_for_the_training_loop():
 def test_held_out_images_are_not_trained_on(tmp_path):
     fill(tmp_path, {"cat": 12, "dog": 12})
     train = open_at(tmp_path).train
-    held_out, rest = data.split_held_out(train, 5, seed=0)
+    held_out, rest = data_dataset.split_held_out(train, 5, seed=0)
     assert (len(held_out), len(rest)) == (5, 15)
     assert sorted([*held_out.positions, *rest.positions]) == sorted(train.positions)
     assert torch.equal(held_out.pixels[0], train.pixels[list(train.positions).index(held_out.positions[0])])
@@ -259,16 +260,16 @@ def test_held_out_images_are_not_trained_on(tmp_path):
 def test_calibration_never_sees_test_images_and_is_synthetic_without_data(tmp_path):
     fill(tmp_path, {"cat": 12, "dog": 12})
     dataset = open_at(tmp_path)
-    chosen = data.calibration_images(dataset, 100, RECIPE, seed=0)
-    trained = {bytes(image.numpy()) for image in data.normalise(dataset.train.pixels, RECIPE)}
+    chosen = data_dataset.calibration_images(dataset, 100, RECIPE, seed=0)
+    trained = {bytes(image.numpy()) for image in data_dataset.normalise(dataset.train.pixels, RECIPE)}
     assert len(chosen) == 20 and {bytes(image.numpy()) for image in chosen} == trained
     nothing = open_at("none")
-    made = data.calibration_images(nothing, 6, RECIPE, seed=0)
+    made = data_dataset.calibration_images(nothing, 6, RECIPE, seed=0)
     assert nothing.kind == "none" and len(nothing.train) == len(nothing.test) == 0
     assert made.shape == (6, 3, 24, 24) and made.std() > 0.3
-    low, high = (data.normalise(torch.full((1, 3, 1, 1), value, dtype=torch.uint8), RECIPE) for value in (0, 255))
+    low, high = (data_dataset.normalise(torch.full((1, 3, 1, 1), value, dtype=torch.uint8), RECIPE) for value in (0, 255))
     assert (
         (made >= low).all()
         and (made <= high).all()
-        and torch.equal(made, data.calibration_images(nothing, 6, RECIPE, seed=0))
+        and torch.equal(made, data_dataset.calibration_images(nothing, 6, RECIPE, seed=0))
     )

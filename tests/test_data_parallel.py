@@ -12,9 +12,11 @@ from torch import nn
 from torch.nn import functional
 
 import compress
-from compress import data, data_parallel, models, processes, recipes, training
+from compress import models, processes, training
+from compress.data import dataset
 from compress.errors import RequestError, TrainingError
 from compress.sources import open_source
+from compress.stages import data_parallel, steps
 
 
 @pytest.fixture(scope="module")
@@ -68,15 +70,15 @@ def test_a_step_of_two_processes_is_the_step_of_one(tmp_path):
 def test_the_parts_of_a_batch_are_the_batch():
     source = open_source(compress.Request())
     how = {"shuffle": True, "seed": 3, "preprocessing": source.preprocessing}
-    whole = next(data.numbered_batches(source.dataset.train, 64, **how))
+    whole = next(dataset.numbered_batches(source.dataset.train, 64, **how))
     parts = [
-        next(data.numbered_batches(source.dataset.train, 64, part=slice(rank, None, 3), **how)) for rank in range(3)
+        next(dataset.numbered_batches(source.dataset.train, 64, part=slice(rank, None, 3), **how)) for rank in range(3)
     ]
     assert sorted(torch.cat([part[2] for part in parts]).tolist()) == sorted(whole[2].tolist())
     assert torch.equal(parts[1][0], whole[0][1::3]) and torch.equal(parts[1][1], whole[1][1::3])
     assert (
-        recipes.training_images(ask(), source, slice(0, None, 2)).per_epoch
-        == recipes.training_images(ask(), source).per_epoch
+        steps.training_images(ask(), source, slice(0, None, 2)).per_epoch
+        == steps.training_images(ask(), source).per_epoch
     )
 
 
@@ -90,12 +92,12 @@ def test_a_process_that_is_killed_ends_the_others_and_says_so(prepared):
 
     def kill_one(fraction, text):
         if not killed:
-            killed.extend(processes.find("compress.data_parallel"))
+            killed.extend(processes.find("compress.stages.data_parallel"))
             os.kill(killed[0], 9)
 
     with pytest.raises(TrainingError, match=r"ended without a result \(signal 9\); .*--training-processes 1"):
         fine_tuned(prepared, ask(finetune_epochs=5), kill_one)
-    assert len(killed) == 2 and not processes.find("compress.data_parallel")
+    assert len(killed) == 2 and not processes.find("compress.stages.data_parallel")
 
 
 def test_the_processes_end_with_the_one_that_started_them(prepared, tmp_path):
@@ -112,9 +114,9 @@ def test_the_processes_end_with_the_one_that_started_them(prepared, tmp_path):
     parent.kill()
     parent.communicate()
     deadline = time.monotonic() + 20
-    while processes.find("compress.data_parallel") and time.monotonic() < deadline:
+    while processes.find("compress.stages.data_parallel") and time.monotonic() < deadline:
         time.sleep(0.1)
-    assert not processes.find("compress.data_parallel")
+    assert not processes.find("compress.stages.data_parallel")
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from compress import distillation
-from compress.distillation import Teacher
-from compress.training import Recipe, fit
+from compress.training import Recipe, distillation, fit
+from compress.training.distillation import Teacher
 
 CPU = torch.device("cpu")
 

@@ -13,7 +13,8 @@ import pytest
 from PIL import Image
 
 import compress
-from compress import fashion_mnist, machine, sources
+from compress import machine, sources
+from compress.data import fashion_mnist
 from compress.report import Report
 
 pytestmark = pytest.mark.e2e

@@ -14,8 +14,9 @@ from faulty_runtimes import Faulty
 from torch import nn
 
 import compress
-from compress import benchmark, pipeline
-from compress.engines import RUNTIMES, remote
+from compress import pipeline
+from compress.engines import RUNTIMES, benchmark
+from compress.engines.processes import remote
 from compress.errors import EngineError, HandoffError
 from compress.runs import Run
 

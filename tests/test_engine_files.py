@@ -10,10 +10,11 @@ import pytest
 from tensorrt_files import SPEC, files
 from typer.testing import CliRunner
 
-from compress import engine_files, runs, signing
-from compress.__main__ import cli
+from compress import runs, signing
+from compress.cli.main import cli
 from compress.engines import RUNTIMES
 from compress.engines import passport as passports
+from compress.engines import rebuild as engine_rebuild
 from compress.errors import HandoffError, RequestError, RunError
 from compress.files import sha256
 
@@ -38,14 +39,14 @@ def put(monkeypatch, release: str = TENSORRT, **options) -> gpu_double.Gpu:
 
 
 def build(path: Path, runtime: str = "tensorrt") -> Path:
-    return engine_files.build(path, runtime, batch_size=2, max_batch=4, targets=()).path
+    return engine_rebuild.build(path, runtime, batch_size=2, max_batch=4, targets=()).path
 
 
 def test_a_built_engine_joins_the_manifest_and_can_run(finished, monkeypatch):
     double = put(monkeypatch)
     engine = build(finished)
     assert engine == finished.with_name("quantized.tensorrt.tensorrt.engine")
-    assert runs.verify(finished.parents[1]) == [] and engine_files.check(engine) == []
+    assert runs.verify(finished.parents[1]) == [] and engine_rebuild.check(engine) == []
     listed = json.loads((finished.parents[1] / "manifest.json").read_text())["files"]
     assert listed[f"artifacts/{engine.name}"]["parent"] == "artifacts/quantized.tensorrt.onnx"
     monkeypatch.setattr(passports, "_built_by_this_process", set())
@@ -61,7 +62,7 @@ def test_each_reason_why_an_engine_cannot_run_here(finished, monkeypatch):
     def problems(release: str = TENSORRT, failing: str = "", **options) -> list[str]:
         found = put(monkeypatch, release, **options)
         found.failing.add(failing)
-        *reasons, rebuild = engine_files.check(engine)
+        *reasons, rebuild = engine_rebuild.check(engine)
         assert "deserialize_cuda_engine" not in found.calls
         assert rebuild.endswith(
             "python -m compress engine build quantized.tensorrt.onnx --runtime tensorrt --batch-size 2 --max-batch 4"
@@ -77,21 +78,21 @@ def test_each_reason_why_an_engine_cannot_run_here(finished, monkeypatch):
     assert double.calls.count("deserialize_cuda_engine") == loads
     put(monkeypatch, name="NVIDIA L4")
     monkeypatch.setattr(passports, "this_platform", lambda: "Linux aarch64")
-    assert engine_files.check(engine)[0].endswith("and this machine is Linux aarch64.")
+    assert engine_rebuild.check(engine)[0].endswith("and this machine is Linux aarch64.")
 
 
 def test_a_changed_or_unknown_engine_is_told(finished, monkeypatch):
     put(monkeypatch)
     engine = build(finished)
     (finished.parents[1] / "manifest.json").rename(finished.parents[1] / "elsewhere.json")
-    assert engine_files.check(engine)[0].startswith(f"No manifest of a run lists {engine.name} with this hash")
+    assert engine_rebuild.check(engine)[0].startswith(f"No manifest of a run lists {engine.name} with this hash")
     (finished.parents[1] / "elsewhere.json").rename(finished.parents[1] / "manifest.json")
     engine.write_bytes(engine.read_bytes() + b" ")
-    assert engine_files.check(engine)[0] == "It is not the file that its passport describes: the sha256 differs."
+    assert engine_rebuild.check(engine)[0] == "It is not the file that its passport describes: the sha256 differs."
     passports.path_of(engine).unlink()
-    assert "has no readable passport" in engine_files.check(engine)[0]
+    assert "has no readable passport" in engine_rebuild.check(engine)[0]
     with pytest.raises(RunError, match="There is no file"):
-        engine_files.check(finished.with_name("none.engine"))
+        engine_rebuild.check(finished.with_name("none.engine"))
 
 
 def test_what_cannot_be_built_is_refused(finished, monkeypatch, tmp_path):
@@ -101,11 +102,11 @@ def test_what_cannot_be_built_is_refused(finished, monkeypatch, tmp_path):
     ):
         build(finished, "openvino")
     with pytest.raises(RequestError, match="target: got 'SM89', expected nothing, because tensorrt builds for the GPU"):
-        engine_files.build(finished, "tensorrt", batch_size=2, max_batch=4, targets=("SM89",))
+        engine_rebuild.build(finished, "tensorrt", batch_size=2, max_batch=4, targets=("SM89",))
     stranger = files()["tensorrt"]
     with pytest.raises(RunError, match="belongs to no finished run"):
         build(stranger)
-    monkeypatch.setattr(engine_files, "TOLERANCE", -1.0)
+    monkeypatch.setattr(engine_rebuild, "TOLERANCE", -1.0)
     with pytest.raises(HandoffError, match="answer differently: root mean square .* The engine was not kept"):
         build(finished)
     assert [path.name for path in finished.parent.iterdir()] == [finished.name] and double.holds_nothing()

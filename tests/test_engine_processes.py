@@ -17,9 +17,10 @@ from faulty_runtimes import Faulty
 from onnx import TensorProto, helper, numpy_helper
 
 from compress import processes
-from compress.benchmark import Pace
-from compress.engines import RUNTIMES, BuildSpec, process, remote
-from compress.engines.process import RuntimeProcess
+from compress.engines import RUNTIMES, BuildSpec
+from compress.engines.benchmark import Pace
+from compress.engines.processes import process, remote
+from compress.engines.processes.process import RuntimeProcess
 from compress.errors import EngineError
 
 SIZE, CLASSES = 8, 3
@@ -253,7 +254,7 @@ def ghost() -> onnx.ModelProto:
 
 def test_the_program_of_the_web_app_loads_no_runtime() -> None:
     program = (
-        "import sys, compress.ui.server, compress.ui.page, compress.ui.handlers, compress.ui.api\n"
+        "import sys, compress.ui.web.server, compress.ui.page, compress.ui.handlers, compress.ui.api\n"
         "print([name for name in ('onnxruntime', 'openvino', 'tensorrt', 'tensorrt_rtx', 'pycuda') if name in sys.modules])"
     )
     done = subprocess.run(

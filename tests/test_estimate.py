@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from compress import architectures, counting, profiles, pruning
+from compress import pruning
 from compress.errors import RequestError
+from compress.models import architectures, counting
+from compress.pruning import profiles
 from compress.pruning.estimate import estimates
 
 COVERAGE = Path(__file__).parents[1] / "docs" / "coverage.json"

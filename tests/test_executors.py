@@ -22,9 +22,9 @@ from example_report import example_report
 from queues import ENDLESS, QUICK, child_of, fake_command, staged_command, wait, wait_for_stage
 from staged_run import STAGES, seed_of
 
-from compress import cluster, processes
-from compress.jobs import Queue, Status
-from compress.jobs_executor import Command
+from compress import processes
+from compress.jobs import Queue, Status, ray
+from compress.jobs.executor import Command
 from compress.request import Request
 
 TESTS = Path(__file__).resolve().parent
@@ -57,11 +57,11 @@ class OnRay:
             words = [sys.executable, str(TESTS / "cluster_child.py"), self.ray_cluster.address, str(cpus), str(gpus)]
             return [*words, command.__name__, str(folder), str(folder / "request.json"), *["--resume"] * resume]
 
-        return {"command": child, "passes": (*cluster.ENVIRONMENT, "PYTHONPATH", LOOPBACK)}
+        return {"command": child, "passes": (*ray.ENVIRONMENT, "PYTHONPATH", LOOPBACK)}
 
     def carrier_of(self, queue: Queue, job_id: str) -> int:
         """The worker of Ray above the leash."""
-        leashes = [pid for pid in pids_of(queue.folder(job_id)) if b"compress.leash" in processes._arguments(pid)]
+        leashes = [pid for pid in pids_of(queue.folder(job_id)) if b"compress.jobs.supervisor" in processes._arguments(pid)]
         holders = {parent_of(pid) for pid in leashes} - set(leashes)
         assert len(holders) == 1, "one attempt at a time"
         return holders.pop()

@@ -11,10 +11,13 @@ from PIL import Image
 from safetensors.torch import save_file
 from torchvision.models import get_model
 
-from compress import data, facts, images, naming, sources
+from compress import naming, sources
+from compress.checkpoints import metadata
+from compress.checkpoints.metadata import Facts
+from compress.data import dataset as data_dataset
+from compress.data import images
+from compress.data.images import Unreadable
 from compress.errors import CheckpointError, DataError, RequestError
-from compress.facts import Facts
-from compress.images import Unreadable
 from compress.preprocessing import Preprocessing
 from compress.request import Request
 
@@ -51,7 +54,7 @@ GOOD = {"input_size": 32, "mean": [0.1, 0.2, 0.3], "std": [1, 1, 1]}
 )
 def test_preprocessing_out_of_range_is_refused_with_its_value(change, words):
     with pytest.raises(CheckpointError) as refused:
-        facts.read("a.safetensors", {"preprocessing": json.dumps(GOOD | change)})
+        metadata.read("a.safetensors", {"preprocessing": json.dumps(GOOD | change)})
     text = str(refused.value)
     assert text.startswith("a.safetensors: its metadata gives ") and words in text and len(text) < 400
     assert text.endswith(": correct it, or save the file without this metadata.")
@@ -60,13 +63,13 @@ def test_preprocessing_out_of_range_is_refused_with_its_value(change, words):
 @pytest.mark.parametrize("text", ["no json", "[" * 100_000, '{"a": 1', "\ud800"])
 def test_metadata_that_is_no_json_is_refused(text):
     with pytest.raises(CheckpointError, match="its metadata `preprocessing` is not the JSON"):
-        facts.read("a.safetensors", {"preprocessing": text})
+        metadata.read("a.safetensors", {"preprocessing": text})
 
 
 @pytest.mark.parametrize("value", [None, 3, [], "x", {"input_size": 32}])
 def test_preprocessing_of_another_kind_is_refused(value):
     with pytest.raises(CheckpointError, match="its metadata gives preprocessing as"):
-        facts.read("a.safetensors", {"preprocessing": json.dumps(value)})
+        metadata.read("a.safetensors", {"preprocessing": json.dumps(value)})
 
 
 @pytest.mark.parametrize(
@@ -94,24 +97,24 @@ def test_preprocessing_of_another_kind_is_refused(value):
 )
 def test_class_names_that_cannot_be_used_are_refused(value, words):
     with pytest.raises(CheckpointError) as refused:
-        facts.read("a.safetensors", {"class_names": json.dumps(value)})
+        metadata.read("a.safetensors", {"class_names": json.dumps(value)})
     assert words in str(refused.value) and str(refused.value).isprintable()
 
 
 def test_honest_metadata_of_all_scripts_is_taken_and_written_again():
     class_names = ("chat", "Katze 猫", "кошка", "گربه\u200cها", "🐈\u200d⬛", "T-shirt/top", "<b>&amp;")
-    told = facts.read(
+    told = metadata.read(
         "a", {"preprocessing": json.dumps(GOOD), "class_names": json.dumps(class_names), "anything": "else"}
     )
     assert told == Facts(Preprocessing(32, (0.1, 0.2, 0.3), (1.0, 1.0, 1.0)), class_names)
-    assert facts.read("a", told.as_metadata()) == told and set(told.as_metadata()) == {"preprocessing", "class_names"}
-    assert facts.read("a", {"format": "pt"}) == Facts()
+    assert metadata.read("a", told.as_metadata()) == told and set(told.as_metadata()) == {"preprocessing", "class_names"}
+    assert metadata.read("a", {"format": "pt"}) == Facts()
 
 
 def test_the_largest_input_is_what_a_request_may_ask_for():
-    Request(input_size=facts.MAX_INPUT)
+    Request(input_size=metadata.MAX_INPUT)
     with pytest.raises(RequestError):
-        Request(input_size=facts.MAX_INPUT + 1)
+        Request(input_size=metadata.MAX_INPUT + 1)
 
 
 @pytest.mark.parametrize("name", ["clean", "n\u00e4ht"])
@@ -185,8 +188,8 @@ def test_images_that_would_grow_too_large_are_listed_whether_kept_or_not(tmp_pat
     path = zipped(tmp_path / "a.zip", entries)
     recipe = Preprocessing(64, RECIPE.mean, RECIPE.std, 2000)
     for memory in (2**31, 0):
-        monkeypatch.setattr(data, "MEMORY_BYTES", memory)
-        dataset = data.open_data(str(path), recipe, num_classes=2)
+        monkeypatch.setattr(data_dataset, "MEMORY_BYTES", memory)
+        dataset = data_dataset.open_data(str(path), recipe, num_classes=2)
         assert len(dataset.train) + len(dataset.test) == 24
         assert any("wide.png (2,000 x 20,000 pixels once" in note for note in dataset.notes)
 
@@ -205,9 +208,9 @@ def test_preprocessing_from_anywhere_keeps_its_bounds(change):
 def test_a_checkpoint_with_such_metadata_is_refused_before_it_is_loaded(tmp_path):
     from torture.hostile import NO_LOADER
 
-    from compress import checkpoints
+    from compress.checkpoints import reader
 
     path = tmp_path / "a.safetensors"
     save_file({"w": torch.zeros(1)}, path, {"preprocessing": json.dumps(GOOD | {"resize_size": 20_000})})
     with pytest.raises(CheckpointError, match="resize_size as 20000"):
-        checkpoints.read(path, loader=NO_LOADER)
+        reader.read(path, loader=NO_LOADER)

@@ -14,8 +14,8 @@ from torture.kills import KILLS, Point
 from torture.rows import Row
 from torture.runs_in_a_row import RUNS
 
-from compress import jobs_files, processes
-from compress.jobs import Queue
+from compress import processes
+from compress.jobs import Queue, folders
 
 MANIFEST_FIRST = """
 import sys
@@ -82,6 +82,6 @@ def test_a_fault_is_put_into_the_call_that_is_meant(tmp_path: Path) -> None:
 def test_a_folder_that_was_begun_is_gone_on_with(tmp_path: Path) -> None:
     (tmp_path / "request.json").touch()
     (tmp_path / "uploads").mkdir()
-    assert not jobs_files.has_begun(tmp_path)
+    assert not folders.has_begun(tmp_path)
     (tmp_path / "stages").mkdir()
-    assert jobs_files.has_begun(tmp_path)
+    assert folders.has_begun(tmp_path)

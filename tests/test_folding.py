@@ -7,7 +7,7 @@ from torchvision import models
 
 from compress import onnx_export
 from compress.errors import HandoffError
-from compress.folding import folded
+from compress.tracing.folding import folded
 
 
 def _with_statistics(model):
@@ -127,6 +127,6 @@ def test_a_fold_that_changes_answers_is_found(monkeypatch):
         def forward(self, x):
             return super().forward(x) * 1.001
 
-    monkeypatch.setattr("compress.folding._fused", lambda *_: Other(3, 4, 1))
+    monkeypatch.setattr("compress.tracing.folding._fused", lambda *_: Other(3, 4, 1))
     with pytest.raises(HandoffError, match="model, torch and BatchNorm folded, torch answer differently"):
         folded(_with_statistics(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))), torch.randn(2, 3, 8, 8))

@@ -9,9 +9,9 @@ import search_network
 
 import compress
 from compress.errors import RequestError, RunError
-from compress.forecasts import FILE, Front, Point, came_true, difference, keep
 from compress.pruning import Group
 from compress.report import Verdict
+from compress.report.forecast import FILE, Front, Point, came_true, difference, keep
 from compress.request import Request
 from compress.search import front as fronts
 from compress.search.outcome import Outcome
@@ -74,7 +74,7 @@ def test_what_is_no_forecast_is_refused_with_where_to_get_one(tmp_path, content)
 
 def test_the_interval_of_a_difference_is_newcombes():
     """His example (1998, table II, a): 56 of 70 against 48 of 80 gives 0.2, 0.0524 to 0.3339."""
-    from compress.evaluation import share
+    from compress.equality.differences import share
 
     first, second = share(56, 70), share(48, 80)
     found = difference((first.value, first.low, first.high), (second.value, second.low, second.high))

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from compress.functional import InPlaceError, make_functional
 from compress.tracing import capture
+from compress.tracing.functional import InPlaceError, make_functional
 
 CASES: dict[str, Callable[[Net, Tensor], Tensor]] = {}
 

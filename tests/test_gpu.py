@@ -16,8 +16,8 @@ from PIL import Image
 from quantization_networks import CLASSES, SIZE, Mixed
 from tensorrt_files import LAYERS, SCRIPT, SPEC, answers, batch, files
 
-from compress import benchmark, engine_files, models, signing
-from compress.engines import RUNTIMES, BuildSpec
+from compress import models, signing
+from compress.engines import RUNTIMES, BuildSpec, benchmark, rebuild
 from compress.engines import passport as passports
 from compress.engines.tensorrt_run import gpu, missing_gpu
 from compress.files import sha256
@@ -111,10 +111,10 @@ def test_check_says_that_what_was_built_here_runs_here(name, tmp_path):
     path.write_bytes(files()["tensorrt"].read_bytes())
     listed = {"artifacts/quantized.tensorrt.onnx": {"sha256": sha256(path)}}
     (tmp_path / "manifest.json").write_text(signing.sealed("manifest.json", {"format": 1, "files": listed}))
-    built = engine_files.build(path, name, batch_size=2, max_batch=4, targets=())
-    assert engine_files.check(built.path) == []
+    built = rebuild.build(path, name, batch_size=2, max_batch=4, targets=())
+    assert rebuild.check(built.path) == []
     passports.path_of(built.path).unlink()
-    assert engine_files.check(built.path) != []
+    assert rebuild.check(built.path) != []
 
 
 @pytest.mark.parametrize("name", ENGINES)

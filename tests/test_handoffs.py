@@ -12,12 +12,13 @@ import torch
 from user_modules_quantization import SIZE, InPlaceSkip, built
 
 import compress
-from compress import deployment, handoffs, ledger
+from compress import equality
 from compress.errors import HandoffError
 from compress.quantization import fake_quantized
 from compress.runs import open_run
 from compress.sources import Source, open_source
-from compress.stages import load_model, load_quantized
+from compress.stages import deployment, ledger
+from compress.stages.workspace import load_model, load_quantized
 
 REQUEST = compress.Request(
     model="custom", checkpoint="random", data="none", input_size=SIZE, mean=(0.5,) * 3, std=(0.5,) * 3,
@@ -84,17 +85,17 @@ def test_reports_of_older_versions_have_fewer_rows(folder):
 
 
 def test_few_images_are_at_least_two_and_not_many():
-    assert len(handoffs.few(torch.zeros(1, 3, 8, 8))) == 2
-    assert len(handoffs.few(torch.zeros(100, 3, 96, 96))) == 16 and len(handoffs.few(torch.zeros(100, 3, 97, 97))) == 4
+    assert len(equality.few(torch.zeros(1, 3, 8, 8))) == 2
+    assert len(equality.few(torch.zeros(100, 3, 96, 96))) == 16 and len(equality.few(torch.zeros(100, 3, 97, 97))) == 4
 
 
 def test_numbers_that_are_not_finite_agree_only_with_each_other():
-    one = handoffs.answers(built(InPlaceSkip), torch.zeros(2, 3, SIZE, SIZE))
+    one = equality.answers(built(InPlaceSkip), torch.zeros(2, 3, SIZE, SIZE))
     broken = copy.deepcopy(one)
     broken[0, 0] = float("nan")
-    assert handoffs.same_function("a", "b", broken, broken.copy())["passed"]
+    assert equality.same_function("a", "b", broken, broken.copy())["passed"]
     with pytest.raises(HandoffError, match="a and b answer differently"):
-        handoffs.same_function("a", "b", broken, one)
+        equality.same_function("a", "b", broken, one)
 
 
 @pytest.mark.parametrize(
@@ -105,11 +106,11 @@ def test_numbers_that_are_not_finite_agree_only_with_each_other():
 def test_a_file_beyond_its_tolerance_is_not_handed_on(variant, error, passes):
     expected = np.tile(np.array([1.0, 1.0 - 1e-6], np.float32), (8, 1))
     got = expected + np.array([-error, error], np.float32)
-    row = handoffs.judge(variant, "file.onnx", expected, got)
+    row = equality.judge(variant, "file.onnx", expected, got)
     assert row["passed"] == passes
     if not passes:
         with pytest.raises(HandoffError, match=f"and file.onnx answer differently: .* {re.escape(row['tolerance'])} is allowed"):
-            handoffs.checked(row)
+            equality.checked(row)
 
 
 def test_a_runtime_that_answers_differently_ends_the_run_that_asked_for_it(folder, source, monkeypatch):

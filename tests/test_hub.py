@@ -16,13 +16,14 @@ from huggingface_hub import constants
 from safetensors.torch import save
 from test_cli import call
 
-from compress import card, hub, signing
+from compress import hub, signing
 from compress.errors import CheckpointError, PublishingError, RequestError, RunError
 from compress.files import sha256
+from compress.report import card
 from compress.request import Request
 from compress.sources import open_source
 from compress.ui import sharing
-from compress.ui.settings import Settings
+from compress.ui.web.settings import Settings
 
 
 @pytest.fixture

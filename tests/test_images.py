@@ -10,9 +10,9 @@ import pytest
 from image_files import RECIPE, encoded, photo
 from PIL import Image
 
-from compress import images
+from compress.data import images
+from compress.data.images import Unreadable
 from compress.errors import RequestError
-from compress.images import Unreadable
 from compress.preprocessing import Preprocessing
 
 

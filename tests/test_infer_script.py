@@ -14,13 +14,14 @@ import pytest
 from PIL import Image
 from quantization_networks import CLASSES, SIZE, calibrated, trained
 
-from compress import images as package_images
 from compress import machine, models
+from compress.data import images as package_images
 from compress.engines import RUNTIMES, BuildSpec
+from compress.files import PACKAGE
 from compress.onnx_export import export, export_flavours
 from compress.preprocessing import Preprocessing
 
-SCRIPT = Path(package_images.__file__).parent / "templates" / "infer.py"
+SCRIPT = PACKAGE / "report" / "templates" / "infer.py"
 RECIPE = Preprocessing(SIZE, (0.4, 0.5, 0.6), (0.2, 0.25, 0.3), None, "bilinear")
 NAMES = tuple(f"thing {number}" for number in range(CLASSES))
 

@@ -15,7 +15,7 @@ from compress import signing
 from compress.errors import RequestError, RunError, StorageError
 from compress.files import sha256
 from compress.jobs import Queue
-from compress.jobs_record import RUN_ID
+from compress.jobs.database import RUN_ID
 from compress.request import Request
 
 

@@ -17,7 +17,7 @@ from queues import ENDLESS, FAKE, QUICK, child_of, fake_command, wait, wait_for_
 from compress import processes
 from compress.errors import RunError
 from compress.jobs import Queue, compress_command
-from compress.jobs_watch import Watch
+from compress.jobs.stall import Watch
 from compress.request import Request
 
 
@@ -248,7 +248,7 @@ def test_a_clock_that_is_put_back_does_not_keep_a_cancelled_run_alive(
     wait_for_stage(queue, job_id, "finetune")
     queue._record.ask_to_cancel(job_id)  # by a server that was killed right after it
     real = time.time
-    monkeypatch.setattr("compress.jobs_carrier.time.time", lambda: real() - 3600)
+    monkeypatch.setattr("compress.jobs.scheduler.time.time", lambda: real() - 3600)
     wait(queue, job_id, "cancelled", seconds=5)
 
 

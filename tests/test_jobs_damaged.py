@@ -15,11 +15,11 @@ from gradio_client.exceptions import AppError
 from queues import ENDLESS, QUICK, fake_command, wait, wait_for_stage
 from typer.testing import CliRunner
 
-from compress.__main__ import cli
+from compress.cli.main import cli
 from compress.errors import RunError, StorageError
 from compress.jobs import Queue
-from compress.jobs_readonly import UNKNOWN
-from compress.jobs_record import RUN_ID
+from compress.jobs.database import RUN_ID
+from compress.jobs.recovery import UNKNOWN
 from compress.request import Request
 
 JUNK = b"not a database, but as long as one" * 500

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from compress import labels
+from compress.data import layout
 from compress.errors import DataError
 
 
 def assign(folders, **options):
-    return labels.assign_outputs(
+    return layout.assign_outputs(
         folders, **({"num_classes": 3, "class_names": None, "class_map": None, "source": "pets"} | options)
     )
 
@@ -47,6 +47,6 @@ def test_names_and_maps_that_do_not_fit_are_refused(options, words):
 
 
 def test_very_unequal_classes_are_noted():
-    assert labels.check_counts(["a"] * 1000 + ["b"] * 60, "x") == (
+    assert layout.check_counts(["a"] * 1000 + ["b"] * 60, "x") == (
         "the largest class has over 10 times the images of the smallest",
     )

@@ -22,11 +22,10 @@ from user_modules_training import (
     images,
 )
 
-from compress import layouts
 from compress.errors import ModelError, TrainingError
-from compress.layouts import PLAIN, Format, agree, allows_channels_last, fastest_format
-from compress.model_calls import logits_of
-from compress.training import WORTH_TRIALS, Recipe, fit
+from compress.models.calls import logits_of
+from compress.training import WORTH_TRIALS, Recipe, fit, memory_format
+from compress.training.memory_format import PLAIN, Format, agree, allows_channels_last, fastest_format
 
 RECIPE = Recipe(1, 0.01, 0.5, 4.0)
 
@@ -93,7 +92,7 @@ def test_few_steps_are_not_worth_trials(monkeypatch):
 
 def test_a_fast_layout_with_other_gradients_is_not_taken(monkeypatch):
     """The quickest by far, and wrong in one parameter."""
-    real = layouts._Trial.gradients
+    real = memory_format._Trial.gradients
 
     def wrong(trial, batch):
         found = real(trial, batch)
@@ -101,10 +100,10 @@ def test_a_fast_layout_with_other_gradients_is_not_taken(monkeypatch):
         return {name: gradient * (1.5 if trial.layout.channels_last else 1) for name, gradient in found.items()}
 
     model = Shortcut(channels=16)
-    monkeypatch.setattr(layouts._Trial, "gradients", wrong)
+    monkeypatch.setattr(memory_format._Trial, "gradients", wrong)
     assert fastest_format(model, images()) == PLAIN
-    monkeypatch.setattr(layouts, "TOLERANCE", 1.0)
-    monkeypatch.setattr(layouts, "_has_fast_bfloat16", lambda place: False)
+    monkeypatch.setattr(memory_format, "TOLERANCE", 1.0)
+    monkeypatch.setattr(memory_format, "_has_fast_bfloat16", lambda place: False)
     assert fastest_format(model, images()) == Format(True, None)
 
 

@@ -15,7 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from compress import leash, processes
+from compress import processes
+from compress.jobs import supervisor
 
 ROOT = Path(__file__).resolve().parents[1]
 STUBBORN = """
@@ -36,7 +37,7 @@ def folder(tmp_path: Path) -> Iterator[Path]:
 
 
 def start(folder: Path, code: str) -> subprocess.Popen[str]:
-    words = [sys.executable, "-P", "-m", "compress.leash", str(folder / "events.jsonl")]
+    words = [sys.executable, "-P", "-m", "compress.jobs.supervisor", str(folder / "events.jsonl")]
     return subprocess.Popen(
         [*words, sys.executable, "-S", "-c", code, str(folder)],
         cwd=folder,
@@ -66,7 +67,7 @@ def lives(pid: int) -> bool:
 
 
 def is_free(folder: Path) -> bool:
-    lock = leash.hold(folder / "events.jsonl")
+    lock = supervisor.hold(folder / "events.jsonl")
     if lock is None:
         return False
     lock.close()
@@ -105,14 +106,14 @@ def test_a_run_ends_with_all_that_it_started_when_its_holder_dies(folder: Path) 
     begin = time.monotonic()
     wait_until(lambda: not any(map(lives, pids)), "the run and its child end")
     assert time.monotonic() - begin < 3
-    assert process.wait(timeout=5) == leash.STOPPED and is_free(folder)
+    assert process.wait(timeout=5) == supervisor.STOPPED and is_free(folder)
 
 
 def test_the_leash_itself_may_be_told_to_stop(folder: Path) -> None:
     process = start(folder, STUBBORN)
     pids = pids_of(folder)
     process.terminate()
-    assert process.wait(timeout=5) == leash.STOPPED
+    assert process.wait(timeout=5) == supervisor.STOPPED
     assert not any(map(lives, pids)) and is_free(folder)
 
 
@@ -125,14 +126,14 @@ def test_the_leash_itself_may_be_told_to_stop_while_it_ends_the_run(folder: Path
         return process.poll() is not None
 
     wait_until(told_again, "it ends")
-    assert process.returncode == leash.STOPPED
+    assert process.returncode == supervisor.STOPPED
     assert not any(map(lives, pids)) and is_free(folder)
 
 
 def test_no_second_attempt_works_beside_one_that_was_cut_off(folder: Path) -> None:
     first = start(folder, STUBBORN)
     pids = pids_of(folder)
-    for leash_pid in [pid for pid in processes._pids() if b"compress.leash" in processes._arguments(pid)]:
+    for leash_pid in [pid for pid in processes._pids() if b"compress.jobs.supervisor" in processes._arguments(pid)]:
         if str(folder / "events.jsonl").encode() in processes._arguments(leash_pid):
             os.kill(leash_pid, signal.SIGKILL)  # nobody is left who could end the run, but it keeps its lock
     first.wait()
@@ -146,13 +147,13 @@ def test_no_second_attempt_works_beside_one_that_was_cut_off(folder: Path) -> No
 def test_an_attempt_that_waits_too_long_for_the_other_says_so(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(leash, "PATIENCE_S", 0.3)
-    other = leash.hold(folder / "events.jsonl")
+    monkeypatch.setattr(supervisor, "PATIENCE_S", 0.3)
+    other = supervisor.hold(folder / "events.jsonl")
     assert other is not None
     read, write = os.pipe()
     with os.fdopen(read, "rb") as held:
-        monkeypatch.setattr(leash.sys, "stdin", io.TextIOWrapper(held))
-        assert leash._work(folder / "events.jsonl", ["/bin/false"]) == 1
+        monkeypatch.setattr(supervisor.sys, "stdin", io.TextIOWrapper(held))
+        assert supervisor._work(folder / "events.jsonl", ["/bin/false"]) == 1
     os.close(write)
     other.close()
     assert capfd.readouterr().out == (
@@ -182,11 +183,11 @@ def test_a_run_that_stands_still_is_ended(
 ) -> None:
     monkeypatch.chdir(folder)
     read, write = os.pipe()
-    lock = leash.hold(folder / "events.jsonl")
+    lock = supervisor.hold(folder / "events.jsonl")
     assert lock is not None
     with lock, os.fdopen(read, "rb") as held:
         words = [sys.executable, "-S", "-c", "import time; time.sleep(600)", str(folder)]
-        assert leash.carry_out(words, lock, held, stall_s=1.5) == 1
+        assert supervisor.carry_out(words, lock, held, stall_s=1.5) == 1
     os.close(write)
     assert capfd.readouterr().out == (
         "Error: The run neither computed nor reported anything for 0.025 minutes and was ended. "

@@ -15,13 +15,15 @@ from quantization_networks import SIZE, calibrated, images, quantized_at, scratc
 from torch import Tensor, nn
 
 import compress
-from compress import benchmark, ledger, machine, onnx_export, quantization
+from compress import machine, onnx_export, quantization
+from compress.engines import benchmark
 from compress.engines.onnxruntime import recorder
 from compress.engines.openvino import OpenVino
 from compress.errors import HandoffError
 from compress.quantization import FLAVOURS, Quantized, file_noise, noisiest, quantization_noise
-from compress.quantization.local_noise import CEILING_DB, OUTPUT, by_layer
+from compress.quantization.layer_noise import CEILING_DB, OUTPUT, by_layer
 from compress.report import Hop
+from compress.stages import ledger
 
 LAYERS = ("stem", "conv1", "conv2", "conv3", "down", "depthwise", "left", "right", "last", "fc")
 

@@ -27,12 +27,12 @@ from test_ui_form import no_count, no_images
 
 from compress.errors import RequestError
 from compress.jobs import Queue
-from compress.ui import settings as settings_module
 from compress.ui.handlers import App
-from compress.ui.login import SENTENCE, Login
 from compress.ui.page import build_page
-from compress.ui.server import build_app
-from compress.ui.settings import Settings
+from compress.ui.web import settings as settings_module
+from compress.ui.web.login import SENTENCE, Login
+from compress.ui.web.server import build_app
+from compress.ui.web.settings import Settings
 
 ADA, BOB = ("ada", "correct:horse"), ("böb", "Grüße-12345")
 LOGIN = " ".join(":".join(account) for account in (ADA, BOB))

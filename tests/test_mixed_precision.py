@@ -7,10 +7,10 @@ from image_files import encoded, photo
 from quantization_networks import SIZE, accuracy, calibration, images, trained
 
 import compress
-from compress import charts, tables
 from compress.quantization import assign_bits, choose, fake_quantized, prepare, quantize
 from compress.quantization.bits import FLOAT
-from compress.quantization.mixed import sensitivity
+from compress.quantization.mixed_precision import sensitivity
+from compress.report import charts, tables
 
 
 def fragile():

@@ -12,9 +12,9 @@ import torch
 import torchvision
 from torch import nn
 
-from compress import catalog, models
+from compress import models
 from compress.errors import CheckpointError, RequestError, StorageError
-from compress.models import Architecture
+from compress.models import Architecture, catalog
 from compress.preprocessing import Preprocessing
 
 RECIPE = Preprocessing(32, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))

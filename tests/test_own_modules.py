@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from compress import Request
 from compress.errors import PruningError, RequestError
-from compress.pruning import trace
 from compress.sources import open_source
+from compress.tracing import graph
 
 REQUEST = Request(model="custom", input_size=32, data="none")
 
@@ -54,7 +54,7 @@ class ThroughALibrary(nn.Module):
 
 def test_the_users_own_line_is_named_where_a_library_fails():
     with pytest.raises(PruningError, match=r"at test_own_modules\.py, line \d+, in forward: `return x \* statistics"):
-        trace(ThroughALibrary())
+        graph(ThroughALibrary())
 
 
 def test_the_module_given_is_not_the_one_that_is_changed():

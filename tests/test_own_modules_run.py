@@ -14,9 +14,12 @@ from torch.nn.utils import parametrizations, prune
 from user_modules_door import Net, trained_values
 
 import compress
-from compress import benchmark, pipeline, preflight, text, tryout
+from compress import classify, pipeline
+from compress.cli import text
+from compress.engines import benchmark
 from compress.errors import TrainingError
 from compress.sources import open_source
+from compress.stages import preflight
 
 REQUEST = compress.Request(
     model="custom", input_size=16, mean=(0.5,) * 3, std=(0.25,) * 3, finetune_epochs=1, qat_epochs=1, train_batch_size=8,
@@ -85,7 +88,7 @@ def test_from_the_door_to_the_files_and_back(images, tmp_path, monkeypatch):
     session = onnxruntime.InferenceSession(out / "artifacts" / "pruned.onnx")
     with torch.no_grad():
         assert np.allclose(session.run(None, {"images": batch.numpy()})[0], loaded(batch).numpy(), atol=1e-4)
-    assert len(tryout.classify(out, images / "0.png")["models"]) == 2
+    assert len(classify.classify(out, images / "0.png")["models"]) == 2
 
 
 def test_check_says_what_was_done():

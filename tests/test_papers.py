@@ -4,11 +4,10 @@ import plotly.graph_objects as go
 import pytest
 from example_report import example_report
 
-from compress import card, charts
-from compress.report import Report
+from compress.report import Report, card, charts
+from compress.report.tables import tables
 from compress.search import pages
-from compress.summary import verdict
-from compress.tables import tables
+from compress.stages.report import verdict
 
 KEYS = {"size", "latency", "mixed", "accuracy", "sqnr", "channels", "training"}
 

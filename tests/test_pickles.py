@@ -7,9 +7,9 @@ import struct
 
 import pytest
 
-from compress import pickles
-from compress.containers import Refused
-from compress.pickles import ForeignGlobal, StoredTensor, interpret
+from compress.checkpoints import pickles
+from compress.checkpoints.containers import Refused
+from compress.checkpoints.pickles import ForeignGlobal, StoredTensor, interpret
 
 
 def text(value: str) -> bytes:

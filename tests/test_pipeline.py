@@ -13,7 +13,8 @@ from PIL import Image
 from torch import nn
 
 import compress
-from compress import benchmark, files, pipeline, runs
+from compress import files, pipeline, runs
+from compress.engines import benchmark
 from compress.errors import HandoffError, RequestError, StorageError
 
 
@@ -251,15 +252,15 @@ def test_a_full_disk_is_one_sentence_and_the_run_resumes(trained, tmp_path, monk
 
 
 def test_a_run_interrupted_between_stages_gives_the_same_model_when_resumed(trained, folder, tmp_path, monkeypatch):
-    from compress import stages
+    from compress.stages import workspace
 
     whole = compress.run(ask(data=str(folder)), model=trained, out=tmp_path / "whole")
-    real = stages.quantize
-    monkeypatch.setattr(stages, "quantize", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt()))
+    real = workspace.quantize
+    monkeypatch.setattr(workspace, "quantize", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt()))
     with pytest.raises(KeyboardInterrupt):
         compress.run(ask(data=str(folder)), model=trained, out=tmp_path / "cut")
     assert json.loads((tmp_path / "cut" / "events.jsonl").read_text().splitlines()[-1])["state"] == "cancelled"
-    monkeypatch.setattr(stages, "quantize", real)
+    monkeypatch.setattr(workspace, "quantize", real)
     resumed = compress.run(ask(data=str(folder)), model=trained, out=tmp_path / "cut", resume=True)
     assert resumed.variant("quantized").accuracy == pytest.approx(whole.variant("quantized").accuracy, abs=0.05)
     assert [hop.name for hop in resumed.ledger] == [hop.name for hop in whole.ledger]

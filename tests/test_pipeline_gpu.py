@@ -11,8 +11,8 @@ import torch
 from quantization_networks import SIZE, Mixed
 
 import compress
-from compress import benchmark, pipeline
-from compress.engines import RUNTIMES
+from compress import pipeline
+from compress.engines import RUNTIMES, benchmark
 from compress.engines.tensorrt import TensorRTForRTX
 from compress.errors import HandoffError, RequestError
 

@@ -9,7 +9,7 @@ import torch
 from torch import fx, nn
 from user_modules_quantization import InPlaceSkip, Names, Odd, OwnProjection, Statements, built, images
 
-from compress import functional, handoffs, tracing
+from compress import equality, tracing
 from compress.errors import HandoffError
 from compress.quantization import (
     PROOFS,
@@ -22,6 +22,7 @@ from compress.quantization import (
 )
 from compress.quantization import prepare as prepare_function
 from compress.quantization.convert import convert
+from compress.tracing import functional
 
 prepare_file = __import__("sys").modules[prepare_function.__module__]
 
@@ -36,7 +37,7 @@ def test_the_prepared_graph_is_the_model(kind):
     ]
     assert all(row["passed"] and row["n_images"] == 8 for row in prepared.meta[PROOFS])
     others = torch.randn(5, 3, 16, 16)
-    expected, got = handoffs.answers(model, others), handoffs.answers(prepared, others)
+    expected, got = equality.answers(model, others), equality.answers(prepared, others)
     assert abs(expected - got).max() <= 1e-5 * abs(expected).max()
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
@@ -108,7 +109,7 @@ def test_an_in_place_operation_taken_for_another_is_found(monkeypatch):
             if getattr(module, "inplace", False) is True:
                 module.inplace = False
 
-    monkeypatch.setattr("compress.quantization.decompose.make_functional", forget)
+    monkeypatch.setattr("compress.quantization.attention.make_functional", forget)
     with pytest.raises(
         HandoffError, match=r"model, torch and traced graph, torch answer differently: .* They part between"
     ):
@@ -143,7 +144,7 @@ def test_an_operation_that_cannot_be_made_functional_is_refused_in_words(monkeyp
     def refuse(*_):
         raise functional.InPlaceError("The operation `f` changes a tensor in place.")
 
-    monkeypatch.setattr("compress.quantization.decompose.make_functional", refuse)
+    monkeypatch.setattr("compress.quantization.attention.make_functional", refuse)
     with pytest.raises(Exception, match="InPlaceSkip cannot be quantized: The operation `f` changes a tensor in place"):
         prepare(built(InPlaceSkip), images())
 

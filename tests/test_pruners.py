@@ -20,24 +20,24 @@ from pruning_networks import (
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from compress import _nni
+from compress import nni_bridge
 from compress.errors import PruningError, RequestError, TrainingError
 from compress.pruning import (
     PRUNERS,
     SEARCHES,
     Training,
-    dropped,
-    observe,
+    channel_statistics,
     plan,
     plan_without_shrinking,
     prune,
     require_usable,
     zero_weights,
 )
-from compress.pruning.nni_config import config_list
+from compress.pruning.nni import data_driven
+from compress.pruning.nni.config import config_list
 from compress.pruning.plan import Group, Plan
 from compress.request import SEARCHING_PRUNERS, PrunerName
-from compress.request_rules import FINE_GRAINED_PRUNER
+from compress.request.rules import FINE_GRAINED_PRUNER
 from compress.search.strategies import STRATEGIES
 
 torch.set_num_threads(1)
@@ -85,8 +85,8 @@ def test_the_registry_the_request_and_nni_agree():
     assert set(SEARCHES) <= set(STRATEGIES)
     assert [name for name, pruner in PRUNERS.items() if pruner.fine_grained] == [FINE_GRAINED_PRUNER]
     assert {name for name, pruner in PRUNERS.items() if pruner.leaves_trained} == TRAINED
-    classes = [_nni.load("nni.compression.pruning"), _nni.load("nni.compression.pruning.scheduled_pruner"),
-               _nni.load("nni.compression.base.compressor")]  # fmt: skip
+    classes = [nni_bridge.load("nni.compression.pruning"), nni_bridge.load("nni.compression.pruning.scheduled_pruner"),
+               nni_bridge.load("nni.compression.base.compressor")]  # fmt: skip
     for name, pruner in PRUNERS.items():
         assert pruner.name == name and all((pruner.title, pruner.summary, pruner.needs_data, pruner.cost, pruner.paper))
         assert any(hasattr(module, pruner.nni_class) for module in classes)
@@ -149,7 +149,7 @@ PIXELS = torch.tensor([-1.0, 1.0, 3.0, 5.0]).view(1, 1, 2, 2)
 
 
 def scores(model: nn.Module, found: Plan, statistic: str, images: Tensor = PIXELS) -> Tensor:
-    return observe.activation_scores(model, images, found, [(images, torch.zeros(1))], statistic)[0]
+    return channel_statistics.activation_scores(model, images, found, [(images, torch.zeros(1))], statistic)[0]
 
 
 def test_apoz_and_mean_activation_by_hand():
@@ -180,7 +180,7 @@ def test_a_residual_stream_is_judged_wherever_its_channels_show():
     with torch.no_grad():
         model(example())
     stream = next(index for index, group in enumerate(found.groups) if "stem.0" in group.layers)
-    measured = observe.activation_scores(model, example(), found, [(example(), None)], "activation-apoz")[stream]
+    measured = channel_statistics.activation_scores(model, example(), found, [(example(), None)], "activation-apoz")[stream]
     assert torch.allclose(measured, torch.stack(seen[:2]).mean(0))
 
 
@@ -229,12 +229,12 @@ class Slimmed(nn.Module):
 def test_batchnorm_factors_are_carried_to_the_layers_before_them():
     model = Slimmed()
     groups = tuple(Group((name,), model.get_submodule(name).out_channels, 4, "") for name in "abc")
-    found = observe.normalised_groups(model, example(), Plan(groups, ()))
+    found = channel_statistics.normalised_groups(model, example(), Plan(groups, ()))
     assert [[(name, place.start, place.channels) for name, place in group] for group in found] == [
         [("norm", 0, 16)], [("norm", 16, 8)], [],
     ]  # fmt: skip
     factors, fallback = torch.arange(24.0) - 12, torch.arange(16.0)
-    first, second, third = observe.factor_scores(found, {"norm": factors}, lambda group: group * fallback)
+    first, second, third = channel_statistics.factor_scores(found, {"norm": factors}, lambda group: group * fallback)
     assert torch.equal(first, factors[:16].abs()) and torch.equal(second, factors[16:].abs())
     assert torch.equal(third, 2 * fallback)
 
@@ -254,8 +254,8 @@ def test_admm_projects_and_adds_up_by_hand():
     model = nn.Sequential(nn.Linear(1, 4), nn.Linear(4, 2))
     model[0].weight.data.copy_(torch.tensor([[4.0], [3.0], [-2.0], [1.0]]))
     found = Plan((Group(("0",), 4, 2, ""),), ())
-    with _nni.quiet():
-        pruner = dropped._on_nni(dropped.ADMM, dropped._PRUNER)(model, config_list(model, found), None, 1)
+    with nni_bridge.quiet():
+        pruner = data_driven._on_nni(data_driven.ADMM, data_driven._PRUNER)(model, config_list(model, found), None, 1)
         pruner.start()
         assert pruner.pruned["0"].flatten().tolist() == [4, 3, 0, 0]
         assert pruner.distance().item() == 4 + 1  # W - Z is (0 0 -2 1), U is 0
@@ -273,8 +273,8 @@ def test_the_projection_of_a_group_is_joint():
     model[0].weight.data.copy_(torch.tensor([[3.0], [2.0]]))
     model[1].weight.data.copy_(torch.tensor([[0.0], [1.5]]))
     found = Plan((Group(("0", "1"), 2, 1, ""),), ())
-    with _nni.quiet():
-        pruner = dropped._on_nni(dropped.ADMM, dropped._PRUNER)(model, config_list(model, found), None, 1)
+    with nni_bridge.quiet():
+        pruner = data_driven._on_nni(data_driven.ADMM, data_driven._PRUNER)(model, config_list(model, found), None, 1)
         pruner.start()
     assert [weights.flatten().tolist() for weights in pruner.pruned.values()] == [[3, 0], [0, 0]]
 
@@ -291,7 +291,7 @@ def test_admm_pulls_the_weights_that_will_go(monkeypatch):
         last.append(wrapped[0]._nni_wrapper.weight.detach().flatten(1).norm(dim=1))
         return 0 * wrapped(images).sum()
 
-    monkeypatch.setattr(dropped, "ADMM_PENALTY", 0.5)
+    monkeypatch.setattr(data_driven, "ADMM_PENALTY", 0.5)
     wanted = plan(model, example(), sparsity=0.5)
     kept = prune(model, example(), wanted, "admm", training(16, steps=20, loss=loss)).kept["0"]
     assert torch.equal(kept.nonzero().flatten(), norms.topk(16).indices.sort().values)
@@ -336,8 +336,8 @@ def test_a_lottery_ticket_never_takes_a_channel_back():
     model = nn.Sequential(nn.Linear(1, 4), nn.Linear(4, 2))
     model[0].weight.data.copy_(torch.tensor([[4.0], [3.0], [2.0], [1.0]]))
     wanted = config_list(model, Plan((Group(("0",), 4, 2, ""),), ()))
-    with _nni.quiet():
-        pruner = dropped._on_nni(dropped.LotteryTicket, dropped._SCHEDULED)(model, wanted, None, 2)
+    with nni_bridge.quiet():
+        pruner = data_driven._on_nni(data_driven.LotteryTicket, data_driven._SCHEDULED)(model, wanted, None, 2)
         for times, masked in ((1, [3]), (2, [2, 3])):
             pruner.update_sparse_goals(times)
             pruner.update_masks(pruner.generate_masks())

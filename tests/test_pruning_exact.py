@@ -17,9 +17,10 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.models.swin_transformer import PatchMergingV2, SwinTransformer, SwinTransformerBlockV2
 from torchvision.models.vision_transformer import VisionTransformer
 
-from compress.attention import heads_of, is_attention
 from compress.errors import HandoffError, PruningError, RequestError
-from compress.pruning import PRUNERS, nni_backend, plan, prune, speedup
+from compress.models.attention import heads_of, is_attention
+from compress.pruning import PRUNERS, plan, prune, speedup
+from compress.pruning.nni import backend
 from compress.pruning.plan import Group, Plan
 
 torch.set_num_threads(1)
@@ -119,7 +120,7 @@ def test_equal_to_a_masked_model_made_independently():
     torch.manual_seed(0)
     model, example = randomise(small_resnet()), images()
     found = plan(model, example, sparsity=0.5)
-    kept = nni_backend.kept_channels(model, found, "L1NormPruner")
+    kept = backend.kept_channels(model, found, "L1NormPruner")
     masked = copy.deepcopy(model)
     norms = {"conv1": "bn1", "conv2": "bn2", "0": "1"}
     for layer, rows in kept.items():
@@ -401,7 +402,7 @@ def test_an_impossible_count_is_noticed_after_the_run():
     model = nn.Sequential(nn.Conv2d(3, 32, 3), nn.Flatten())
     impossible = Plan((Group(("0",), 32, 20, "no other layer shares its channels", unit=8),), ())
     with pytest.raises(PruningError, match=r"The pruner keeps \d+ of 32 channels in 0 where 20 were planned"):
-        nni_backend.kept_channels(model, impossible, "L1NormPruner")
+        backend.kept_channels(model, impossible, "L1NormPruner")
 
 
 def test_an_unknown_pruner_is_refused_with_the_known_ones():
@@ -413,7 +414,7 @@ def test_the_fast_geometric_median_ranks_as_nnis_own():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 64, 3), nn.Flatten())
     found = Plan((Group(("0",), 64, 32, "no other layer shares its channels"),), ())
-    fast = nni_backend.kept_channels(model, found, "FPGMPruner")["0"]
+    fast = backend.kept_channels(model, found, "FPGMPruner")["0"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(nni_backend, "_fast_fpgm", lambda base: base)
-        assert torch.equal(nni_backend.kept_channels(model, found, "FPGMPruner")["0"], fast)
+        patch.setattr(backend, "_fast_fpgm", lambda base: base)
+        assert torch.equal(backend.kept_channels(model, found, "FPGMPruner")["0"], fast)

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torchvision import models
 
 from compress.errors import PruningError, RequestError
-from compress.pruning import PRUNERS, plan, trace
+from compress.pruning import PRUNERS, plan
+from compress.tracing import graph
 
 IMAGE = torch.zeros(1, 3, 64, 64)
 
@@ -174,7 +175,7 @@ def test_an_untraceable_model_names_the_line():
         match=r"Branches cannot be traced: its forward pass chooses its way by the values of its input, at "
         r"test_pruning_plan\.py, line \d+, in forward: `if x\.mean\(\) > 0:`",
     ):
-        trace(Branches(), IMAGE)
+        graph(Branches(), IMAGE)
 
 
 def test_auxiliary_heads_are_part_of_the_plan():

@@ -7,7 +7,8 @@ from torch import nn
 from torchvision import models
 from torchvision.models.vision_transformer import VisionTransformer
 
-from compress.pruning import nni_backend, plan
+from compress.pruning import plan
+from compress.pruning.nni import backend
 
 
 def networks() -> dict[str, tuple[nn.Module, int]]:
@@ -23,18 +24,18 @@ def test_portions_change_no_choice(name, pruner, monkeypatch):
     model, size = networks()[name]
     randomise(model)
     found = plan(model, torch.zeros(1, 3, size, size), sparsity=0.5)
-    whole = nni_backend.kept_channels(model, found, pruner)
-    monkeypatch.setattr(nni_backend, "_WEIGHTS_AT_ONCE", 1)
-    assert len(list(nni_backend._portions(model, found))) == len(found.groups) > 1
-    parts = nni_backend.kept_channels(model, found, pruner)
+    whole = backend.kept_channels(model, found, pruner)
+    monkeypatch.setattr(backend, "_WEIGHTS_AT_ONCE", 1)
+    assert len(list(backend._portions(model, found))) == len(found.groups) > 1
+    parts = backend.kept_channels(model, found, pruner)
     assert parts.keys() == whole.keys() and all(torch.equal(parts[layer], whole[layer]) for layer in whole)
 
 
 def test_a_portion_holds_whole_groups_up_to_its_size(monkeypatch):
     model = models.resnet18(num_classes=10)
     found = plan(model, torch.zeros(1, 3, 32, 32), sparsity=0.5)
-    monkeypatch.setattr(nni_backend, "_WEIGHTS_AT_ONCE", 3_000_000)
-    parts = list(nni_backend._portions(model, found))
+    monkeypatch.setattr(backend, "_WEIGHTS_AT_ONCE", 3_000_000)
+    parts = list(backend._portions(model, found))
     assert [group for part in parts for group in part.groups] == list(found.groups)
     for part in parts:
         weights = sum(model.get_submodule(layer).weight.numel() for layer in part.layers)

@@ -10,7 +10,8 @@ from torchvision.models.resnet import BasicBlock, ResNet
 from torchvision.ops import FrozenBatchNorm2d
 from user_modules_pruning import Mostly, Recurrent, Tied, TiedOtherwise
 
-from compress import counting, models
+from compress import models
+from compress.models import counting
 from compress.preprocessing import Preprocessing
 from compress.pruning import Plan, plan, prune, shortfall
 

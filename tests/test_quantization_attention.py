@@ -12,7 +12,7 @@ from torchvision import models
 from torchvision.models.swin_transformer import PatchMergingV2, SwinTransformer, SwinTransformerBlockV2
 from torchvision.models.vision_transformer import VisionTransformer
 
-from compress import attention
+from compress.models import attention
 from compress.quantization import left_float, prepare, quantization_points, quantized_layers
 
 PRODUCT = "attention multiplies activations with each other, which stays in floating point"

@@ -16,7 +16,7 @@ from checkpoint_files import small_state
 from safetensors.torch import save_file
 from torture.hostile import NO_LOADER
 
-from compress import checkpoints, inspection, refusals
+from compress.checkpoints import inspection, reader, refusals
 from compress.errors import CheckpointError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -154,14 +154,14 @@ def test_each_kind_is_told_by_name_with_its_own_remedy(name, tmp_path):
     path = tmp_path / file
     path.write_bytes(make())
     with pytest.raises(CheckpointError) as refused:
-        checkpoints.read(path, loader=NO_LOADER)
+        reader.read(path, loader=NO_LOADER)
     text = str(refused.value)
     assert text.startswith(file) and words in text and len(text) < 420 and text.isprintable()
 
 
 def test_a_folder_is_no_file(tmp_path):
     with pytest.raises(CheckpointError, match="is a folder. Give the file in it"):
-        checkpoints.read(tmp_path)
+        reader.read(tmp_path)
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])

@@ -8,10 +8,11 @@ from image_files import fill
 from pruning_networks import conv_bn, randomise
 from torch import nn
 
-from compress import pipeline, preflight, rehearsal
+from compress import pipeline
 from compress.errors import HandoffError, TrainingError
 from compress.request import Request
 from compress.sources import open_source
+from compress.stages import dry_run, preflight
 
 
 class Odd(nn.Module):
@@ -75,7 +76,7 @@ def test_a_runtime_that_refuses_is_a_problem_only_when_it_was_asked_for(monkeypa
     def refuse(*args):
         raise HandoffError("ONNX Runtime cannot load it.")
 
-    monkeypatch.setattr(type(rehearsal.RUNTIMES["onnxruntime"]), "build", refuse)
+    monkeypatch.setattr(type(dry_run.RUNTIMES["onnxruntime"]), "build", refuse)
     asked = {"quantizer": "none", "weight_bits": 32, "activation_bits": 32}
     assert check(**asked)["possible"]
     assert check(**asked, runtime="onnxruntime")["problems"] == ["ONNX Runtime cannot load it."]

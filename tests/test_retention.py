@@ -10,10 +10,19 @@ from queues import ENDLESS, QUICK, fake_command, wait, wait_for_stage
 
 from compress.errors import RunError, StorageError
 from compress.jobs import Queue
-from compress.jobs_carrier import _Kept
-from compress.jobs_record import RUN_ID, Row
+from compress.jobs.database import RUN_ID, Row
+from compress.jobs.retention import (
+    AFTER_JUMP_S,
+    AFTER_START_S,
+    DAY_S,
+    KEPT_SHARE,
+    LOOK_S,
+    Limits,
+    Sweeper,
+    folder_bytes,
+)
+from compress.jobs.scheduler import _Kept
 from compress.request import Request
-from compress.retention import AFTER_JUMP_S, AFTER_START_S, DAY_S, KEPT_SHARE, LOOK_S, Limits, Sweeper, folder_bytes
 
 NOW = 1_000 * DAY_S
 
@@ -133,7 +142,7 @@ def test_nobody_waits_for_the_record_while_folders_are_walked(data_dir: Path, mo
         walks.append(folder.name)
         return 1
 
-    monkeypatch.setattr("compress.retention.folder_bytes", walk)
+    monkeypatch.setattr("compress.jobs.retention.folder_bytes", walk)
     queue.keep(job_id, share=KEPT_SHARE)
     assert walks == [job_id] and queue.is_kept(job_id)
 

@@ -19,11 +19,11 @@ from test_app_browser import choose_model, compress, open_start, watched
 from compress import signing
 from compress.errors import RunError
 from compress.jobs import Queue
+from compress.jobs.retention import Limits
 from compress.request import Request
-from compress.retention import Limits
-from compress.ui.rights import REFUSAL, Rights, run_key
-from compress.ui.settings import Settings
-from compress.ui.views_runs import keeping
+from compress.ui.views.runs import keeping
+from compress.ui.web.rights import REFUSAL, Rights, run_key
+from compress.ui.web.settings import Settings
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from compress.search.strategies import STRATEGIES
 @pytest.fixture
 def amc():
     pytest.importorskip("stable_baselines3", reason="pip install -r requirements-search.txt")
-    from compress.search import amc
+    from compress.search.strategies import amc
 
     return amc
 
@@ -29,7 +29,7 @@ def problem():
 
 
 def test_without_the_library_the_refusal_says_what_to_install(problem, monkeypatch):
-    monkeypatch.delitem(sys.modules, "compress.search.amc", raising=False)
+    monkeypatch.delitem(sys.modules, "compress.search.strategies.amc", raising=False)
     monkeypatch.setitem(sys.modules, "stable_baselines3", None)
     monkeypatch.setitem(sys.modules, "gymnasium", None)
     with pytest.raises(RequestError) as refusal:

@@ -10,9 +10,8 @@ import search_formulas
 from search_formulas import HARM, TRIALS, best, measured, outcome, search
 
 from compress.errors import PruningError
-from compress.search import annealing
 from compress.search.forecast import Forecast
-from compress.search.strategies import proposal
+from compress.search.strategies import annealing, proposal
 from compress.search.target import Target
 from compress.search.trials import Trials
 

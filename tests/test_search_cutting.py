@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from compress import onnx_export, pruning, quantization
-from compress.search.cutting import CannotCutError, cut
+from compress.search.onnx_surgery import CannotCutError, cut
 
 SIZE = 16
 

@@ -11,18 +11,18 @@ import search_network
 import torch
 from torch import nn
 
-from compress import recipes
 from compress.errors import EngineError, HandoffError, RequestError, RunError
 from compress.request import Request
-from compress.search import oneshot as oneshots
-from compress.search import stopwatch
+from compress.search import evaluate as oneshots
+from compress.search import latency
 from compress.search.candidate import Candidate
-from compress.search.oneshot import OneShot
+from compress.search.evaluate import OneShot
 from compress.search.problem import Problem
 from compress.search.space import Space
 from compress.search.strategies import STRATEGIES
 from compress.search.target import Target
 from compress.sources import open_source
+from compress.stages import steps
 
 NAMES = ("0", "3", "5")
 
@@ -89,8 +89,8 @@ def test_what_a_candidate_keeps_whole_stays_whole_around_a_grouped_convolution(b
     space = Space(oneshots.variable_groups(base, source), 8)
     assert [group.layers for group in space.groups] == [("0", "1"), ("2",)]
     asked = space.candidate({"2": 0.5}).request(base)
-    assert recipes.usable_plan(asked, source).layers.keys() == {"2"}
-    both = recipes.usable_plan(space.candidate({"0": 0.5}).request(base), source)
+    assert steps.usable_plan(asked, source).layers.keys() == {"2"}
+    both = steps.usable_plan(space.candidate({"0": 0.5}).request(base), source)
     assert {layer: group.channels_after for layer, group in both.layers.items()} == {"0": 16, "1": 16}
 
 
@@ -152,7 +152,7 @@ def test_nothing_removed_is_the_dense_structure(oneshot):
 
 def test_a_structure_is_timed_once_also_by_a_later_attempt(oneshot, source, monkeypatch):
     first = oneshot.evaluate(candidate(0.5, 0.0, 0.0))
-    monkeypatch.setattr(stopwatch.benchmark, "race", lambda *_: pytest.fail("timed again"))
+    monkeypatch.setattr(latency.benchmark, "race", lambda *_: pytest.fail("timed again"))
     with OneShot(oneshot.base, source, oneshot.folder) as later:
         assert later.dense == oneshot.dense and later.runtime is oneshot.runtime
         assert later.evaluate(candidate(0.5, 0.0, 0.0)).latency_ms == first.latency_ms
@@ -185,10 +185,10 @@ def test_measurements_of_another_request_are_refused(oneshot, source):
 
 def test_measurements_of_another_machine_or_of_a_runtime_that_is_gone_are_refused(oneshot, source, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(RunError, match=r"another machine \(.*; this one is Z80\)"):
-        patch.setattr(stopwatch.machine, "describe", lambda _: SimpleNamespace(cpu="Z80"))
+        patch.setattr(latency.machine, "describe", lambda _: SimpleNamespace(cpu="Z80"))
         OneShot(oneshot.base, source, oneshot.folder)
     reference = oneshot._stopwatch._kept["reference"]
-    monkeypatch.setitem(stopwatch.RUNTIMES, reference, SimpleNamespace(runs_here=False))
+    monkeypatch.setitem(latency.RUNTIMES, reference, SimpleNamespace(runs_here=False))
     auto = oneshot.base.model_copy(update={"runtime": "auto"})
     (oneshot.folder / "auto").mkdir(exist_ok=True)
     kept = oneshot._stopwatch._kept | {"request": auto.model_dump(mode="json"), "structures": {}}

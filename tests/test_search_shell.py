@@ -5,7 +5,7 @@ import json
 import pytest
 from typer.testing import CliRunner
 
-from compress.__main__ import cli
+from compress.cli.main import cli
 from compress.search import sensitivity, target_search
 from compress.search.target import Target
 from compress.search.target_search import Settings

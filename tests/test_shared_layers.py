@@ -11,7 +11,7 @@ import pytest
 from quantization_networks import scratch_folder
 from user_modules_quantization import SIZE, Called, built, images
 
-from compress import handoffs, onnx_export
+from compress import equality, onnx_export
 from compress.engines import RUNTIMES, BuildSpec
 from compress.quantization import (
     Quantized,
@@ -57,9 +57,9 @@ def test_runtimes_answer_as_the_model(runtime):
     if RUNTIMES[runtime].missing():
         pytest.skip("not installed")
     flavour = RUNTIMES[runtime].flavour
-    expected = handoffs.answers(fake_quantized(quantized(), flavour), images(32))
+    expected = equality.answers(fake_quantized(quantized(), flavour), images(32))
     with RUNTIMES[runtime].load(files()[flavour], BuildSpec(SIZE, static=False, threads=1)) as session:
-        row = handoffs.judge("quantized", runtime, expected, session.run(images(32).numpy()))
+        row = equality.judge("quantized", runtime, expected, session.run(images(32).numpy()))
         kernels = session.kernels()
     assert row["passed"]
     assert [kernel.precision for kernel in kernels] == ["int8"] * 8

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 import compress
-from compress import __main__, snippets
-from compress.request import Request
+from compress.cli import main
+from compress.request import Request, snippets
 from compress.ui.form import from_request, to_request
 
 RICH = (
@@ -49,7 +49,7 @@ def test_the_shell_command_is_parsed_into_the_same_request(
     monkeypatch.setattr("compress.pipeline.run", carried_out)
     monkeypatch.setattr(sys, "argv", ["compress", *words[3:]])
     with pytest.raises(SystemExit):
-        __main__.cli(prog_name="python -m compress")
+        main.cli(prog_name="python -m compress")
     assert parsed == [request_asked]
 
 

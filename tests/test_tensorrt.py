@@ -17,7 +17,7 @@ from tensorrt_files import LAYERS, SPEC, answers, batch, files, runtime_of
 from compress import signing
 from compress.engines import RUNTIMES, BuildSpec
 from compress.engines import passport as passports
-from compress.engines.remote import compile_apart
+from compress.engines.processes.remote import compile_apart
 from compress.engines.tensorrt_build import layers_of_build_log, layers_of_inspector
 from compress.errors import HandoffError, RequestError, RuntimeUnavailableError
 from compress.files import sha256

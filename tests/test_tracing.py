@@ -14,8 +14,8 @@ from user_modules_tracing import BODIES, REFUSED, MyConv, Net, NormAct, SamePad,
 from compress import quantization
 from compress.errors import PruningError, QuantizationError
 from compress.pruning import plan, prune
-from compress.pruning.trace import probe, trace, traced_copy
 from compress.tracing import capture, is_torch_layer, layer_type
+from compress.tracing.graph import probe, trace, traced_copy
 
 IMAGE = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 PRUNED = ("unpacked_sizes", "sizes_as_numbers", "loop_over_a_split", "subclasses",

@@ -8,14 +8,8 @@ import torch
 from torch import nn
 
 from compress.errors import TrainingError
-from compress.layouts import Format, fastest_format
-from compress.training import (
-    Recipe,
-    fit,
-    loss_function,
-    one_cycle,
-    single_pixels_multiplied,
-)
+from compress.training import Recipe, fit, loss_function, one_cycle, single_pixels_multiplied
+from compress.training.memory_format import Format, fastest_format
 
 
 def network(seed=0):

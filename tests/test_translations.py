@@ -19,8 +19,8 @@ from compress.request import Request
 from compress.ui import words
 from compress.ui.handlers import App
 from compress.ui.page import build_page
-from compress.ui.settings import Settings
 from compress.ui.shell import Offer
+from compress.ui.web.settings import Settings
 
 MARK = re.compile(r"__i18n__(\{[^}]*\})")
 OTHERS = sorted(path.stem for path in words.FOLDER.glob("*.json") if path.stem != words.ENGLISH)

@@ -13,7 +13,7 @@ from example_report import example_report
 from PIL import Image
 from quantization_networks import CLASSES, SIZE, calibrated, trained
 
-from compress import models, signing, tryout
+from compress import classify, models, signing
 from compress.errors import DataError, RunError, StorageError
 from compress.files import sha256
 from compress.onnx_export import export, export_flavours
@@ -63,7 +63,7 @@ def photo(path: Path, **options: object) -> Path:
 def test_both_models_answer_through_the_runtime_that_measured_them(folder: Path, tmp_path: Path) -> None:
     import torch
 
-    found = tryout.classify(folder, photo(tmp_path / "photo.png"))
+    found = classify.classify(folder, photo(tmp_path / "photo.png"))
     assert json.loads(json.dumps(found)) == found
     seen = Image.open(io.BytesIO(base64.b64decode(found["seen"])))
     assert (seen.size, found["input_size"]) == ((SIZE, SIZE), SIZE)
@@ -77,8 +77,8 @@ def test_both_models_answer_through_the_runtime_that_measured_them(folder: Path,
     best = int(expected.argmax())
     assert original["top"][0]["class"] == NAMES[best]
     assert original["top"][0]["share"] == pytest.approx(float(expected[best]), abs=1e-4)
-    assert len(original["top"]) == tryout.TOP
-    assert all(model["ms"] > 0 for model in found["models"]) and 1 <= found["repeats"] <= tryout.REPEATS
+    assert len(original["top"]) == classify.TOP
+    assert all(model["ms"] > 0 for model in found["models"]) and 1 <= found["repeats"] <= classify.REPEATS
 
 
 @pytest.mark.parametrize(
@@ -93,7 +93,7 @@ def test_a_bad_image_gets_one_sentence(folder: Path, tmp_path: Path, name: str, 
     path = tmp_path / name
     path.write_bytes(content)
     with pytest.raises(DataError) as refused:
-        tryout.classify(folder, path)
+        classify.classify(folder, path)
     assert str(refused.value) == (f"This image cannot be used ({reason}): choose a JPEG, PNG, WebP or BMP file.")
 
 
@@ -101,21 +101,21 @@ def test_an_image_that_is_cut_off_and_one_that_is_gone(folder: Path, tmp_path: P
     path = photo(tmp_path / "cut.jpg")
     path.write_bytes(path.read_bytes()[:700])
     with pytest.raises(DataError, match="damaged or cut off"):
-        tryout.classify(folder, path)
+        classify.classify(folder, path)
     with pytest.raises(DataError, match="choose it again"):
-        tryout.classify(folder, tmp_path / "gone.jpg")
+        classify.classify(folder, tmp_path / "gone.jpg")
 
 
 def test_a_changed_file_is_not_run_and_no_run_is_no_run(folder: Path, tmp_path: Path) -> None:
     image = photo(tmp_path / "photo.png")
     with pytest.raises(RunError, match="belongs to no finished run"):
-        tryout.classify(tmp_path, image)
+        classify.classify(tmp_path, image)
     file = folder / "artifacts" / "quantized.onnxruntime.onnx"
     kept = file.read_bytes()
     file.write_bytes(kept + b"\0")
     try:
         with pytest.raises(StorageError, match="quantized.onnxruntime.onnx was changed or removed after the run"):
-            tryout.classify(folder, image)
+            classify.classify(folder, image)
     finally:
         file.write_bytes(kept)
 
@@ -124,6 +124,6 @@ def test_neither_torch_nor_nni_is_needed() -> None:
     import subprocess
     import sys
 
-    words = "import sys; import compress.tryout; sys.exit(bool({'torch', 'nni'} & set(sys.modules)))"
+    words = "import sys; import compress.classify; sys.exit(bool({'torch', 'nni'} & set(sys.modules)))"
     root = Path(__file__).parents[1]
     assert subprocess.run([sys.executable, "-c", words], cwd=root, timeout=60).returncode == 0

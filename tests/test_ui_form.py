@@ -13,17 +13,18 @@ import gradio as gr
 import pytest
 from example_report import example_report
 
-from compress import charts
 from compress.errors import CompressError, RequestError, RunError
 from compress.jobs import Queue
+from compress.jobs.retention import Limits
+from compress.report import charts
 from compress.request import Request
-from compress.retention import Limits
-from compress.ui import shell, views_results, views_start
+from compress.ui import shell
 from compress.ui.estimates import Structure
 from compress.ui.form import folded_fields, main_fields, more_fields, to_request
 from compress.ui.handlers import App, Context, Visit
 from compress.ui.phone import narrowed
-from compress.ui.settings import Settings, prepare_environment
+from compress.ui.views import results, start
+from compress.ui.web.settings import Settings, prepare_environment
 
 VISIT = Visit("10.0.0.1", "http://here/")
 
@@ -118,11 +119,11 @@ def test_what_cannot_work_is_refused(untouched: dict[str, Any], changed: dict[st
     ],
 )
 def test_the_settings_are_put_into_words(given: dict[str, Any], words: str) -> None:
-    assert words in views_start.meaning(Request(**given), None)
+    assert words in start.meaning(Request(**given), None)
 
 
 def test_the_estimate_is_in_the_models_own_numbers() -> None:
-    shown = views_start.meaning(Request(), 11_689_512)
+    shown = start.meaning(Request(), 11_689_512)
     assert "11.7 million → about <b>2.9 million</b>" in shown
     assert "46.8 MB → about <b>2.9 MB</b>" in shown
 
@@ -295,7 +296,7 @@ def test_the_environment_switches_off_telemetry_and_history(tmp_path: Path) -> N
 
 def test_the_server_never_imports_torch() -> None:
     words = (
-        "import sys; sys.path.insert(0, sys.argv[1]); import compress.ui.server; "
+        "import sys; sys.path.insert(0, sys.argv[1]); import compress.ui.web.server; "
         "sys.exit('torch' in sys.modules or 'nni' in sys.modules)"
     )
     ended = subprocess.run(
@@ -308,14 +309,14 @@ def test_the_server_never_imports_torch() -> None:
 
 def test_a_bad_result_is_not_dressed_up() -> None:
     report = example_report()
-    good = views_results.verdict(report)
+    good = results.verdict(report)
     assert 'class="bad"' not in good and "<b>−0.5</b>" in good and "<b>12.1×</b><span>faster</span>" in good
     facts = report.verdict.model_copy(update={"speedup_vs_fastest_fp32": 0.8, "accuracy_drop_points": 33.2})
-    bad = views_results.verdict(report.model_copy(update={"verdict": facts}))
+    bad = results.verdict(report.model_copy(update={"verdict": facts}))
     assert '<li class="bad"><b>0.8×</b><span>as fast</span>' in bad
     assert '<li class="bad"><b>−33.2</b>' in bad
     nothing = {"speedup_vs_fastest_fp32": None, "accuracy_drop_points": None, "runtime": None, "size_ratio": None}
-    unknown = views_results.verdict(report.model_copy(update={"verdict": report.verdict.model_copy(update=nothing)}))
+    unknown = results.verdict(report.model_copy(update={"verdict": report.verdict.model_copy(update=nothing)}))
     assert unknown.count("<b>—</b>") == 3 and unknown.count("not measured") == 2
 
 

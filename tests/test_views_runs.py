@@ -1,6 +1,6 @@
 """Where a run's page leads."""
 
-from compress.ui.views_runs import links
+from compress.ui.views.runs import links
 
 
 def test_only_a_finished_run_leads_to_a_comparison():

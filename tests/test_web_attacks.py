@@ -16,14 +16,17 @@ import pytest
 from app_server import AppServer
 from queues import QUICK, wait
 
-from compress import archives, card, checkpoints, signing
+from compress import signing
+from compress.checkpoints import reader
+from compress.data import archives
 from compress.errors import CheckpointError, DataError
 from compress.jobs import Queue
-from compress.report import Report
+from compress.report import Report, card
+from compress.report.tables import tables
 from compress.request import Request
-from compress.tables import tables
-from compress.ui import views, views_results
-from compress.ui.limits import Rate
+from compress.ui import views
+from compress.ui.views import results
+from compress.ui.web.limits import Rate
 
 CANARY = "hf_canaryCANARYcanary0123456789"
 MIB = 2**20
@@ -245,7 +248,7 @@ def test_under_another_name_they_are_refused_by_what_is_in_them(
         path = tmp_path / name
         path.write_bytes(content)
         with pytest.raises(CheckpointError):
-            checkpoints.read_with_facts(path)
+            reader.read_with_facts(path)
     (tmp_path / "images.zip").write_bytes(content)
     with pytest.raises(DataError):
         archives.open_files(tmp_path / "images.zip")
@@ -265,14 +268,14 @@ def test_markup_in_names_of_layers_classes_and_files_is_only_text(
     report = Report.model_validate_json(text)
     assert EVIL in str(report), "the names are in it"
     shown = [
-        views_results.verdict(report),
-        views_results.findings(report),
-        views_results.machine(report),
+        results.verdict(report),
+        results.findings(report),
+        results.machine(report),
         card.html_report(report),
     ]
     for key, (headers, rows) in tables(report).items():
         shown.append(views.table(headers, rows, name=f"{EVIL} {key}"))
-    shown.append(views_results.downloads(job_id, {f"artifacts/{EVIL}": {"bytes": 1, "sha256": EVIL}}))
+    shown.append(results.downloads(job_id, {f"artifacts/{EVIL}": {"bytes": 1, "sha256": EVIL}}))
     shown.append(views.log_text(f"loading {EVIL}"))
     for page in shown:
         assert "<img src=x" not in page

@@ -19,12 +19,12 @@ from gradio_client import Client, handle_file
 
 from compress.errors import RequestError
 from compress.jobs import Queue
-from compress.ui.bodies import NOT_UPLOADED, BodyError, handed_on
-from compress.ui.door import Door, open_routes
-from compress.ui.server import build_app
-from compress.ui.settings import Settings
 from compress.ui.shell import Offer
-from compress.ui.uploads import MOST_AT_ONCE, NoRoomError, Uploads
+from compress.ui.web.bodies import NOT_UPLOADED, BodyError, handed_on
+from compress.ui.web.routes import Door, open_routes
+from compress.ui.web.server import build_app
+from compress.ui.web.settings import Settings
+from compress.ui.web.uploads import MOST_AT_ONCE, NoRoomError, Uploads
 
 CANARY = "canary-7f3a-of-the-server"
 MARK = {"_type": "gradio.FileData"}

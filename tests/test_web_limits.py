@@ -21,14 +21,14 @@ from queues import QUICK, wait
 
 from compress.errors import RequestError, RunError
 from compress.jobs import Queue
-from compress.jobs_files import Folders
+from compress.jobs.folders import Folders
 from compress.request import Request
-from compress.ui.guard import Guard
-from compress.ui.sessions import _Nothing, skip_what_stays
-from compress.ui.settings import Settings
-from compress.ui.streams import FULL, SENTENCE, Streams, StreamsError
 from compress.ui.told import MISTAKE, without_folders, without_traceback
-from compress.ui.turns import Turns
+from compress.ui.web.guard import Guard
+from compress.ui.web.sessions import _Nothing, skip_what_stays
+from compress.ui.web.settings import Settings
+from compress.ui.web.streams import FULL, SENTENCE, Streams, StreamsError
+from compress.ui.web.turns import Turns
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +138,7 @@ def test_two_host_headers_are_refused(server: AppServer) -> None:
 def test_a_start_on_every_address_says_which_names_are_answered(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from compress.ui import server as module
+    from compress.ui.web import server as module
 
     monkeypatch.setattr(module, "listen", lambda app, settings: None)
     monkeypatch.setattr(module, "build_app", lambda *given, **named: None)

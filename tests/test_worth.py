@@ -9,13 +9,13 @@ import pytest
 from example_report import example_report
 from quantization_networks import SIZE, calibrated
 
-from compress import card, measuring
 from compress.engines import RUNTIMES, BuildSpec, Kernel
 from compress.errors import HandoffError
 from compress.onnx_export import export_flavours
-from compress.report import Worth
-from compress.ui import views_results
-from compress.worth import Raced, judge, to_exclude
+from compress.report import Worth, card
+from compress.stages import measure
+from compress.stages.verdict import Raced, judge, to_exclude
+from compress.ui.views import results
 
 INTEGERS = tuple(Kernel(name, "conv", "int8") for name in ("stem", "conv1", "fc"))
 MIXED = (*INTEGERS[:1], Kernel("conv1", "conv", "fp32"), Kernel("attention", "gemm", "fp32"))
@@ -97,20 +97,20 @@ def test_wrong_answers_are_never_worth_their_speed():
 def test_every_face_of_the_report_shows_the_findings_escaped():
     report = example_report()
     sentences = [report.loss.text, report.worth[0].text, report.cross_checks[0].text]
-    for page in (card.html_report(report), views_results.findings(report)):
+    for page in (card.html_report(report), results.findings(report)):
         assert all(text in html.unescape(page) for text in sentences)
         assert "<on two runtimes>" not in page and "&lt;on two runtimes&gt;" in page
     assert all(text in html.unescape(card.model_card(report)) for text in sentences)
     agreed = report.model_copy(update={"cross_checks": (report.cross_checks[0].model_copy(update={"agrees": True}),)})
-    assert "two runtimes" not in views_results.findings(agreed) and "two runtimes" in card.html_report(agreed)
+    assert "two runtimes" not in results.findings(agreed) and "two runtimes" in card.html_report(agreed)
 
 
 def test_the_exclusion_is_raced_against_the_file_as_it_is(tmp_path):
     path, runtime, spec = tmp_path / "quantized.onnx", RUNTIMES["onnxruntime"], BuildSpec(SIZE)
     export_flavours(calibrated(), {"onnxruntime": path}, input_size=SIZE)
-    contender = measuring._Contender("quantized", runtime, path, path, "int8", is_last=True)
+    contender = measure._Contender("quantized", runtime, path, path, "int8", is_last=True)
     with runtime.load(path, spec) as session:
-        assert 0.1 < measuring._race_without({"conv1"}, contender, session, spec) < 10
+        assert 0.1 < measure._race_without({"conv1"}, contender, session, spec) < 10
 
 
 def test_a_runtime_that_refuses_the_changed_file_has_no_figure(tmp_path):
@@ -121,6 +121,6 @@ def test_a_runtime_that_refuses_the_changed_file_has_no_figure(tmp_path):
         def load(self, *_: object, **options: object) -> None:
             raise HandoffError("It takes no such file.")
 
-    contender = measuring._Contender("quantized", Refusing(), path, path, "int8", is_last=True)
+    contender = measure._Contender("quantized", Refusing(), path, path, "int8", is_last=True)
     with RUNTIMES["onnxruntime"].load(path, spec) as session:
-        assert measuring._race_without({"conv1"}, contender, session, spec) is None
+        assert measure._race_without({"conv1"}, contender, session, spec) is None

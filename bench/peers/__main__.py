@@ -18,7 +18,7 @@ from bench import made_on
 from bench.accuracy import RECIPE
 from bench.peers import study, table
 from bench.peers.rows import OURS, ROWS
-from compress import data
+from compress.data import dataset as data_dataset
 from compress.files import write_text
 from compress.sources import DEMO_DATA
 
@@ -41,7 +41,7 @@ def main() -> None:
     options = arguments()
     asked = dict.fromkeys(row.environment for row in ROWS if row.name in options.only)
     made = {name: study.Environment.prepared(name, options.environments.resolve()) for name in asked}
-    dataset = data.open_data(options.data, RECIPE, num_classes=10)
+    dataset = data_dataset.open_data(options.data, RECIPE, num_classes=10)
     models = []
     for name in options.models:
         folder = study.folder_of(options.out, name, options.data, options.images, dataset)

@@ -11,10 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from compress import benchmark, data, evaluation
-from compress.deployment import padded
-from compress.engines import RUNTIMES, BuildSpec, Precision, Session
+from compress.data import dataset
+from compress.engines import RUNTIMES, BuildSpec, Precision, Session, benchmark
+from compress.equality import differences
 from compress.errors import CompressError, EngineError
+from compress.stages.deployment import padded
 
 Facts = dict[str, Any]
 
@@ -51,12 +52,12 @@ class Deployed:
         return own + weights.stat().st_size if self.path.suffix == ".xml" else own
 
 
-def accuracy(deployed: Deployed, test: data.Split, threads: int) -> Facts:
+def accuracy(deployed: Deployed, test: dataset.Split, threads: int) -> Facts:
     """Of the test images, through the file. Raises what the runtime raises: the file is not one of Espalier's."""
-    batches = list(data.batches(test, ANSWERED, shuffle=False, seed=0, preprocessing=test.preprocessing))
+    batches = list(dataset.batches(test, ANSWERED, shuffle=False, seed=0, preprocessing=test.preprocessing))
     with deployed.load(test.preprocessing.input_size, ANSWERED, threads) as session:
-        answers = evaluation.logits(partial(padded, session, ANSWERED), [images for images, _ in batches])
-    found = evaluation.accuracy(answers, test.labels.numpy())
+        answers = differences.logits(partial(padded, session, ANSWERED), [images for images, _ in batches])
+    found = differences.accuracy(answers, test.labels.numpy())
     return {"accuracy": found.value, "ci95": [found.low, found.high], "n": found.n}
 
 

@@ -18,7 +18,8 @@ from bench.peers import environments, measure
 from bench.peers.driver import Conditions, compress_row, finished, user_lines
 from bench.peers.environments import PeerError
 from bench.peers.rows import OURS, ROWS, Row
-from compress import data, machine
+from compress import machine
+from compress.data import dataset as data_dataset
 from compress.files import atomic
 from compress.sources import DEMO_CHECKPOINT, DEMO_DATA, DEMO_MODEL
 
@@ -54,7 +55,7 @@ class Environment:
         return cls(python, {"versions": told, "megabytes": environments.megabytes(name, home)})
 
 
-def folder_of(out: Path, model: str, source: str, budget: int, dataset: data.Dataset) -> Path:
+def folder_of(out: Path, model: str, source: str, budget: int, dataset: data_dataset.Dataset) -> Path:
     """Where all that belongs to one model is kept.
 
     The dense weights and the training images are found again there, so its name has a digest of all that decides them.
@@ -66,7 +67,7 @@ def folder_of(out: Path, model: str, source: str, budget: int, dataset: data.Dat
     return (out / f"{model}-{budget}-{digest.hexdigest()[:8]}").resolve()
 
 
-def conditions_of(model: str, source: str, budget: int, dataset: data.Dataset, folder: Path) -> Conditions:
+def conditions_of(model: str, source: str, budget: int, dataset: data_dataset.Dataset, folder: Path) -> Conditions:
     """The dense weights (trained once, with labels) and the training images, as files that every environment can read.
 
     Args:
@@ -96,11 +97,11 @@ def _resolved(source: str) -> str:
     return source if source == DEMO_DATA else str(Path(source).resolve())
 
 
-def _dense_epochs(model: str, dataset: data.Dataset) -> float:
+def _dense_epochs(model: str, dataset: data_dataset.Dataset) -> float:
     return DENSE_EPOCHS.get(model, 2.0) * FULL_TRAINING / len(dataset.train)
 
 
-def _training_pixels(dataset: data.Dataset) -> np.ndarray:
+def _training_pixels(dataset: data_dataset.Dataset) -> np.ndarray:
     """uint8 [N, C, size, size]"""
     return dataset.train.take(torch.arange(len(dataset.train))).numpy()
 
@@ -146,7 +147,7 @@ def _result(row: Row, conditions: Conditions, folder: Path, made: Environment | 
     return compress_row(row, conditions, folder, made.python)
 
 
-def deployed(found: Collection[Facts], folder: Path, test: data.Split, rows: Collection[Row] = ROWS) -> list[Facts]:
+def deployed(found: Collection[Facts], folder: Path, test: data_dataset.Split, rows: Collection[Row] = ROWS) -> list[Facts]:
     """Each file on each runtime: latency at both sizes, all rows in turn, and accuracy at the smaller."""
     references = {row.name for row in rows if row.reference}
     files: dict[str, list[measure.Deployed]] = {"small": [], "large": []}
@@ -168,7 +169,7 @@ def deployed(found: Collection[Facts], folder: Path, test: data.Split, rows: Col
 
 
 def _entry(
-    one: measure.Deployed, raced: Mapping[str, Mapping[measure.Key, Facts]], absent: str, test: data.Split
+    one: measure.Deployed, raced: Mapping[str, Mapping[measure.Key, Facts]], absent: str, test: data_dataset.Split
 ) -> Facts:
     """`absent` is why there is no larger file, where there is none."""
     entry: Facts = {"row": one.row, "runtime": one.runtime, "asked": one.precision, "file_bytes": one.file_bytes}

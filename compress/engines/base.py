@@ -14,7 +14,7 @@ from typing import Any, Literal, Self
 import numpy as np
 import onnx
 
-from compress import benchmark
+from compress.engines import benchmark
 from compress.errors import HandoffError, RuntimeUnavailableError
 
 Precision = Literal["fp32", "bf16", "fp16", "int8"]
@@ -203,7 +203,7 @@ class OnnxLoader(Runtime):
             return Built(path=None, ran=True, text=f"{self.title} loads {onnx_path.name} {self.how_loaded}.")
 
     def load(self, path: Path, spec: BuildSpec, *, trial: bool = False) -> Session:
-        from compress.engines import remote  # which needs this module
+        from compress.engines.processes import remote  # which needs this module
 
         if reason := self.missing():
             raise RuntimeUnavailableError(reason)

@@ -15,16 +15,7 @@ import numpy as np
 import onnx
 
 from compress import machine
-from compress.engines.base import (
-    BuildSpec,
-    Flavour,
-    Kernel,
-    OnnxLoader,
-    Session,
-    blamed,
-    check_images,
-    precision_of,
-)
+from compress.engines.base import BuildSpec, Flavour, Kernel, OnnxLoader, Session, blamed, check_images, precision_of
 from compress.errors import EngineError, HandoffError
 
 log = logging.getLogger("compress")

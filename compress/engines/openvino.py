@@ -14,7 +14,6 @@ from google.protobuf.message import DecodeError
 from onnx import numpy_helper
 
 from compress import machine
-from compress.engines import remote
 from compress.engines.base import (
     LARGEST_SAFE_WEIGHT,
     BuildSpec,
@@ -27,6 +26,7 @@ from compress.engines.base import (
     check_images,
     precision_of,
 )
+from compress.engines.processes import remote
 from compress.errors import EngineError
 
 _LAYERS = frozenset({"Convolution", "FullyConnected"})

@@ -16,8 +16,8 @@ from typing import Any
 
 from compress.engines import passport as passports
 from compress.engines.base import BuildSpec, Built, Flavour, Kernel, Runtime, Session, installed
-from compress.engines.remote import compile_apart
-from compress.engines.remote import load as load_apart
+from compress.engines.processes.remote import compile_apart
+from compress.engines.processes.remote import load as load_apart
 from compress.engines.tensorrt_build import (
     INPUT,
     OUTPUT,

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from compress import memory, model_calls
+from compress import memory
 from compress.errors import CompressError, HandoffError, RequestError, RunError
+from compress.models import calls
 from compress.own_modules import answers, calling, copying, inputs, permanent, tensors, wrappers
 
 __all__ = ["OwnModule", "open_module", "unwrapped"]
@@ -93,8 +94,8 @@ def _first_answer(own: nn.Module, bare: nn.Module, images: Tensor) -> object:
             with_hooks, _ = _plain_copy(bare, hooks=True)
             if inputs.takes(with_hooks, images):
                 raise _needs_hooks(bare, copying.hooked_modules(with_hooks)[0]) from error
-        where = model_calls.own_line(error)
-        raise inputs.refusal(own, images, f"{where or 'it'} raises {model_calls.raised(error)}") from error
+        where = calls.own_line(error)
+        raise inputs.refusal(own, images, f"{where or 'it'} raises {calls.raised(error)}") from error
     if not answers.has_rows(answer, len(images)):
         raise inputs.refusal(own, images, f"it answered {len(images)} of them with {answers.listed(answer)}")
     return answer

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ..errors import RequestError
-from .plan import Group, LeftOut, Plan, plan, plan_without_shrinking
-from .registry import PRUNERS, SEARCHES, Pruner
-from .shortfall import shortfall
-from .trace import trace
+from compress.errors import RequestError
+from compress.pruning.plan import Group, LeftOut, Plan, plan, plan_without_shrinking
+from compress.pruning.registry import PRUNERS, SEARCHES, Pruner
+from compress.pruning.shortfall import shortfall
+from compress.tracing.graph import trace
 
 __all__ = [
     "PRUNERS",
@@ -119,7 +119,7 @@ def prune(model: nn.Module, example: torch.Tensor, plan: Plan, pruner: str, trai
         raise RequestError("pruner", pruner, f"one of {known}")
     if PRUNERS[pruner].needs_images and training is None:
         raise RequestError("pruner", pruner, f"one that needs no images, because none were given: {_without_images()}")
-    from . import speedup  # imports NNI
+    from compress.pruning import speedup  # imports NNI
 
     return speedup.shrink(model, example, plan, PRUNERS[pruner], training)
 
@@ -131,9 +131,9 @@ def zero_weights(model: nn.Module, plan: Plan, sparsity: float) -> Sparse:
         plan: from `plan_without_shrinking(model, ...)`.
         sparsity: 0 < sparsity < 1; int(sparsity * weights) of each layer go.
     """
-    from . import nni_backend
+    from compress.pruning.nni import backend
 
-    return nni_backend.zero_weights(model, plan, sparsity)
+    return backend.zero_weights(model, plan, sparsity)
 
 
 def require_usable(model: nn.Module, example: torch.Tensor, plan: Plan, pruner: str, *, has_images: bool) -> None:
@@ -146,7 +146,7 @@ def require_usable(model: nn.Module, example: torch.Tensor, plan: Plan, pruner: 
         allowed = f"one that needs no images, because data is `none`: {_without_images()}"
         raise RequestError("pruner", pruner, allowed)
     if pruner == "slim":
-        from .observe import normalised_groups
+        from compress.pruning.channel_statistics import normalised_groups
 
         normalised_groups(model, example, plan)
 

@@ -20,20 +20,20 @@ from dataclasses import dataclass
 import torch
 from torch import fx, nn
 
-from ..attention import Heads
-from . import functions
-from .axes import Axis, Part
-from .layouts import reshaped
-from .operations import (
+from compress.models.attention import Heads
+from compress.pruning.channel_sets import ChannelSets
+from compress.pruning.graph import functions
+from compress.pruning.graph.axes import Axis, Part
+from compress.pruning.graph.layouts import reshaped
+from compress.pruning.graph.operations import (
     CHANNELWISE_MODULES,
     ELEMENTWISE_MODULES,
     INFORMATION,
     POOLING_MODULES,
     operation_name,
 )
-from .sets import ChannelSets
-from .tensors import READS, Dims, Roles, owners, stored
-from .trace import call_counts, shape_of
+from compress.pruning.graph.tensors import READS, Dims, Roles, owners, stored
+from compress.tracing.graph import call_counts, shape_of
 
 LAYERS = (nn.Conv2d, nn.Linear)
 ANSWER = "gives the answer: its outputs are the classes"

@@ -12,10 +12,10 @@ from typing import Any
 
 from torch import nn
 
-from ..errors import RequestError
-from ..nni_entries import Selector
-from ..tracing import type_name
-from .wishes import Wishes
+from compress.errors import RequestError
+from compress.nni_bridge.entries import Selector
+from compress.pruning.constraints import Wishes
+from compress.tracing import type_name
 
 _NEW = {"sparse_ratio", "max_sparse_ratio", "global_group_id", "target_names", "target_settings"}
 _OLD = {"sparsity", "sparsity_per_layer", "total_sparsity", "max_sparsity_per_layer"}

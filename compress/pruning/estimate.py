@@ -12,14 +12,14 @@ from dataclasses import dataclass
 import torch
 from torch import fx, nn
 
-from ..attention import keep_heads
-from ..counting import count_macs, count_parameters, macs_by_module
-from .axes import Axis
-from .channels import Channels
-from .plan import DEFAULT_MULTIPLE, Plan, decide, settle_grouped
-from .tensors import stored
-from .trace import probe, traced_copy
-from .wishes import by_name
+from compress.models.attention import keep_heads
+from compress.models.counting import count_macs, count_parameters, macs_by_module
+from compress.pruning.channels import Channels
+from compress.pruning.constraints import by_name
+from compress.pruning.graph.axes import Axis
+from compress.pruning.graph.tensors import stored
+from compress.pruning.plan import DEFAULT_MULTIPLE, Plan, decide, settle_grouped
+from compress.tracing.graph import probe, traced_copy
 
 
 @dataclass(frozen=True)

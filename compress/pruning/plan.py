@@ -10,15 +10,15 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from ..attention import is_attention
-from ..errors import PruningError, RequestError
-from ..tracing import torch_base
-from . import config_list as config_lists
-from . import ranking as rankings
-from .channels import ANSWER, LAYERS, Channels, GroupedConv
-from .sets import ChannelSet, ChannelSets
-from .trace import probe, traced_copy
-from .wishes import Ranking, Wishes, by_name, layers_inside
+from compress.errors import PruningError, RequestError
+from compress.models.attention import is_attention
+from compress.pruning import config_list as config_lists
+from compress.pruning import ranking as rankings
+from compress.pruning.channel_sets import ChannelSet, ChannelSets
+from compress.pruning.channels import ANSWER, LAYERS, Channels, GroupedConv
+from compress.pruning.constraints import Ranking, Wishes, by_name, layers_inside
+from compress.tracing import torch_base
+from compress.tracing.graph import probe, traced_copy
 
 DEFAULT_MULTIPLE = 8
 EXCLUDED, KEPT, UNSELECTED = (

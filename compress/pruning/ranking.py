@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from ..attention import is_attention, value_rows
-from ..errors import RequestError
+from compress.errors import RequestError
+from compress.models.attention import is_attention, value_rows
 
 
 def _geometric_median(rows: Tensor) -> Tensor:

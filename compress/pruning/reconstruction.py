@@ -25,8 +25,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from .tensors import owners
-from .trace import call_counts, structure_copy, trace
+from compress.pruning.graph.tensors import owners
+from compress.tracing.graph import call_counts, structure_copy, trace
 
 CHUNK = 32
 """Images that go through a layer at once."""

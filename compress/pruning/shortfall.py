@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from .plan import LeftOut, Plan
+from compress.pruning.plan import LeftOut, Plan
 
 FAR_BELOW = 0.5
 """A plan falls short when it removes less than this share of the sparsity asked for. Removing the fraction s of every

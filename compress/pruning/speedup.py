@@ -16,20 +16,21 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .. import _nni
-from ..attention import heads_of, is_attention, keep_heads
-from ..errors import PruningError
-from ..tracing import type_name
-from . import Shrunk, nni_backend
-from .axes import Axis, kept_features
-from .channels import Call, Channels
-from .equality import Difference, check_equal
-from .plan import Plan, check_example
-from .tensors import owners, stored
-from .trace import probe, structure_copy, traced_copy
+from compress import nni_bridge
+from compress.errors import PruningError
+from compress.models.attention import heads_of, is_attention, keep_heads
+from compress.pruning import Shrunk
+from compress.pruning.channels import Call, Channels
+from compress.pruning.equivalence import Difference, check_equal
+from compress.pruning.graph.axes import Axis, kept_features
+from compress.pruning.graph.tensors import owners, stored
+from compress.pruning.nni import backend
+from compress.pruning.plan import Plan, check_example
+from compress.tracing import type_name
+from compress.tracing.graph import probe, structure_copy, traced_copy
 
 if TYPE_CHECKING:
-    from . import Pruner, Training
+    from compress.pruning import Pruner, Training
 
 _SIZES = ("in_channels", "out_channels", "groups", "in_features", "out_features", "num_features", "num_parameters",
           "num_groups", "num_channels")  # fmt: skip
@@ -39,8 +40,8 @@ def shrink(model: nn.Module, example: Tensor, plan: Plan, pruner: Pruner, how: T
     """Choose, mask, shrink and check a copy of `model`; see `compress.pruning.prune`."""
     started = time.perf_counter()
     check_example(model, example)
-    with torch.inference_mode(False), torch.enable_grad(), _nni.random_state_kept():
-        choice = nni_backend.choose(model, example, plan, pruner, how)
+    with torch.inference_mode(False), torch.enable_grad(), nni_bridge.random_state_kept():
+        choice = backend.choose(model, example, plan, pruner, how)
         with _one_thread():
             result, difference = _shrunk(choice.model, example, choice.kept)
     seconds = time.perf_counter() - started
@@ -54,7 +55,7 @@ def _shrunk(model: nn.Module, example: Tensor, kept: dict[str, Tensor]) -> tuple
     result = structure_copy(model)
     rows = {channels.sets.root(channels.own_set[layer]): kept[layer] for layer in kept}
     shared = _shared(result)
-    with _nni.quiet(), torch.no_grad():
+    with nni_bridge.quiet(), torch.no_grad():
         for name, call in channels.calls.items():
             _shrink_module(result, name, call, channels, rows)
         _cut_attributes(result, channels, rows)
@@ -92,7 +93,7 @@ def _shrink_module(result: nn.Module, name: str, call: Call, channels: Channels,
     module = result.get_submodule(name)
     whole = {key: torch.ones((), device=value.device).expand_as(value) for key, value in module.named_parameters()}
     masks = ([_mask(call.read_shape, call.reads, reads)], _mask(call.given_shape, call.gives, gives), whole)
-    functions: dict[str, Any] = _nni.load("nni.compression.speedup.replacement").replace_module
+    functions: dict[str, Any] = nni_bridge.load("nni.compression.speedup.replacement").replace_module
     try:
         _replace(name, module, functions, masks)
     except PruningError:

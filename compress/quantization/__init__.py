@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, fx, nn
 
-from compress import handoffs
+from compress import equality
 from compress.errors import QuantizationError
 from compress.quantization.bits import BitPlan, LayerBits, assign_bits
 from compress.quantization.calibration import ESTIMATORS, Estimator
@@ -23,11 +23,11 @@ from compress.quantization.config_list import translate as bits_of_config_list
 from compress.quantization.convert import convert, fake_quantized, weight_sqnr_db
 from compress.quantization.exclusion import exclude_layers
 from compress.quantization.flavours import FLAVOURS, Flavour
-from compress.quantization.local_noise import LocalNoise, by_layer, file_noise, noisiest, quantization_noise
-from compress.quantization.mixed import Choice, choose
-from compress.quantization.mixed import sensitivity as layer_sensitivity
+from compress.quantization.grids import Quantized, Ranges, restore, save
+from compress.quantization.layer_noise import LocalNoise, by_layer, file_noise, noisiest, quantization_noise
+from compress.quantization.mixed_precision import Choice, choose
+from compress.quantization.mixed_precision import sensitivity as layer_sensitivity
 from compress.quantization.prepare import PROOFS, left_float, prepare, quantization_points, quantized_layers
-from compress.quantization.ranges import Quantized, Ranges, restore, save
 from compress.quantizers import NO_TENSORRT_FILE, QUANTIZERS, Quantizer
 
 __all__ = [
@@ -94,7 +94,7 @@ def quantize(
         QuantizationError: the quantizer does not take these bits, or a layer has no range.
         HandoffError: the model on the grids found answers differently from NNI's simulation of them.
     """
-    from compress.quantization.nni_backend import quantize_with_nni
+    from compress.quantization.nni.backend import quantize_with_nni
 
     entry = QUANTIZERS[quantizer]
     allowed = {"weight_bits": entry.weight_bits, "activation_bits": entry.activation_bits}
@@ -104,7 +104,7 @@ def quantize(
             wanted = f"a whole number from {numbers[0]} to {numbers[-1]}" if len(numbers) > 1 else str(numbers[0])
             raise QuantizationError(f"{field}: got {bits!r}, expected {wanted} with {quantizer}.")
     batches = list(calibration)
-    shown = handoffs.few(batches[0]) if batches else torch.empty(0)
+    shown = equality.few(batches[0]) if batches else torch.empty(0)
     state, ranges, simulated = quantize_with_nni(
         prepared,
         plan,
@@ -117,7 +117,7 @@ def quantize(
     model = copy.deepcopy(prepared).eval()
     model.load_state_dict(state)
     quantized = Quantized(model, ranges)
-    answers = handoffs.answers(fake_quantized(quantized), shown)
-    row = handoffs.judge_grids("trained on the grid by NNI", "fake-quantized, torch", simulated, answers)
-    model.meta[PROOFS] = (*model.meta[PROOFS], handoffs.checked(row))
+    answers = equality.answers(fake_quantized(quantized), shown)
+    row = equality.judge_grids("trained on the grid by NNI", "fake-quantized, torch", simulated, answers)
+    model.meta[PROOFS] = (*model.meta[PROOFS], equality.checked(row))
     return quantized

@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from compress.nni_entries import Entry, Selector
+from compress.nni_bridge.entries import Entry, Selector
 from compress.quantization.bits import FLOAT, BitPlan, LayerBits
 from compress.quantization.prepare import quantization_points, quantized_layers, readers_of
 from compress.tracing import type_name

@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from compress.errors import QuantizationError
-from compress.names import free_name
 from compress.quantization.flavours import Flavour, bias_codes, code_range
+from compress.quantization.grids import Quantized, WeightGrid
 from compress.quantization.prepare import quantization_points, readers_of
-from compress.quantization.ranges import Quantized, WeightGrid
+from compress.tracing.names import free_name
 
 CALLS = "calls"
 """Key of the graph module's meta: copy of a layer, for one of its further calls -> the layer."""

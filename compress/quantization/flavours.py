@@ -19,8 +19,8 @@ import numpy as np
 import onnx_ir as ir
 
 from compress.engines.base import Flavour
+from compress.quantization.grids import ActivationGrid, Ranges
 from compress.quantization.kinds import QPoint
-from compress.quantization.ranges import ActivationGrid, Ranges
 
 _BEYOND = 1e30
 _MOVES = ("MaxPool", "Reshape", "Flatten", "Transpose", "Clip")

@@ -4,17 +4,8 @@ from __future__ import annotations
 
 from torch import fx
 
-from compress.names import free_name
-from compress.quantization.kinds import (
-    FLOAT_LAYERS,
-    LAYERS,
-    RELUS,
-    QPoint,
-    is_tensor,
-    kind,
-    makes_list,
-    operands,
-)
+from compress.quantization.kinds import FLOAT_LAYERS, LAYERS, RELUS, QPoint, is_tensor, kind, makes_list, operands
+from compress.tracing.names import free_name
 
 _INTEGER_WHEN_READ = ("add", "concat", "maxpool", "avgpool")
 

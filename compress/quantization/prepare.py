@@ -15,15 +15,15 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, fx, nn
 
-from compress import handoffs, tracing
+from compress import equality, tracing
 from compress.errors import CompressError, QuantizationError
-from compress.folding import fold
-from compress.quantization import decompose
+from compress.quantization import attention
 from compress.quantization.kinds import FLOAT_LAYERS, LAYERS, OWN_READS, SHAPE, QPoint, kind, makes_list
 from compress.quantization.placement import insert_points
+from compress.tracing.folding import fold
 
 PROOFS = "proofs"
-"""Key of the graph module's meta: the comparisons with the model that `prepare` made, as `compress.handoffs` keeps them."""
+"""Key of the graph module's meta: the comparisons with the model that `prepare` made, as `compress.equality` keeps them."""
 _USUAL_SIZES = (64, 32, 96, 128, 160, 192, 224, 256, 299, 384, 512, *range(16, 256, 4))
 
 
@@ -43,8 +43,8 @@ def prepare(
         HandoffError: a form of it answers differently from the one before it, by more than 1e-4 of the largest logit.
     """
     original = copy.deepcopy(model).eval()
-    shown = _usual_images(original) if images is None else handoffs.few(images)
-    proof = handoffs.Proof(original, shown)
+    shown = _usual_images(original) if images is None else equality.few(images)
+    proof = equality.Proof(original, shown)
     graph_module = _trace(copy.deepcopy(original), shown)
     proof.compare("traced graph, torch", graph_module)
     _drop_dropout(graph_module)
@@ -82,7 +82,7 @@ def quantization_points(prepared: nn.Module) -> dict[str, QPoint]:
 def left_float(prepared: fx.GraphModule) -> list[dict[str, str]]:
     """The parts with weights, and the attention, that stay in floating point: `layer`, `type`, and `reason` in a user's
     words."""
-    integer, products = set(quantized_layers(prepared)), decompose.products(prepared)
+    integer, products = set(quantized_layers(prepared)), attention.products(prepared)
     parts = [{"layer": name, "type": of, "reason": _PRODUCT} for name, of in products.items()]
     for name, module in prepared.named_modules():
         own = [key for key, _ in module.named_parameters(recurse=False)]
@@ -143,7 +143,7 @@ def _why_float(name: str, prepared: fx.GraphModule) -> str:
 
 def _trace(model: nn.Module, images: Tensor) -> fx.GraphModule:
     try:
-        return decompose.trace(model, images)
+        return attention.trace(model, images)
     except CompressError as error:
         raise QuantizationError(f"{type(model).__name__} cannot be quantized: {error}") from error
     except Exception as error:  # noqa: BLE001 - tracing runs the model's own code, which may raise anything
@@ -161,7 +161,7 @@ def _usual_images(model: nn.Module) -> Tensor:
     for shape in shapes:
         images = torch.randn(2, *shape, generator=generator)
         try:
-            handoffs.answers(tried, images)
+            equality.answers(tried, images)
         except Exception:  # noqa: BLE001, S112 - what a network raises on a size that does not fit is its author's choice
             continue
         return images

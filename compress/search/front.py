@@ -12,17 +12,17 @@ from pathlib import Path
 import plotly.graph_objects as go
 from torch import nn
 
-from compress import evaluation
-from compress.charts import COLOURS, dress
+from compress.equality import differences
 from compress.errors import RequestError, RunError
 from compress.files import write_text
-from compress.forecasts import FILE, Front, Point, difference
+from compress.report.charts import COLOURS, dress
+from compress.report.forecast import FILE, Front, Point, difference
 from compress.request import Request
-from compress.search.oneshot import OneShot
+from compress.search.evaluate import OneShot
+from compress.search.latency import MEASURED
 from compress.search.outcome import Outcome
 from compress.search.pages import page
 from compress.search.space import Space
-from compress.search.stopwatch import MEASURED
 from compress.sources import open_source
 
 RATIOS = (0.25, 0.375, 0.5, 0.625, 0.75)
@@ -106,7 +106,7 @@ def _point(ratio: float, outcome: Outcome, dense: Outcome) -> Point:
 
 
 def _share(outcome: Outcome) -> tuple[float, float, float]:
-    found = evaluation.share(round(outcome.accuracy * outcome.n_images), outcome.n_images)
+    found = differences.share(round(outcome.accuracy * outcome.n_images), outcome.n_images)
     return found.value, found.low, found.high
 
 

@@ -9,9 +9,9 @@ from typing import Any
 import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
-from compress.card import templates
-from compress.charts import COLOURS, dress
-from compress.tables import Table
+from compress.report.card import templates
+from compress.report.charts import COLOURS, dress
+from compress.report.tables import Table
 
 NOT_KNOWN = "—"
 _LOSS_COLOURS = ((0.0, "#10a37f"), (0.15, "#e8f0e9"), (1.0, "#c2410c"))

@@ -16,7 +16,7 @@ from compress.errors import CompressError, RequestError, RunError, RuntimeUnavai
 from compress.files import write_text
 from compress.request import Request
 from compress.search.candidate import Candidate
-from compress.search.oneshot import OneShot
+from compress.search.evaluate import OneShot
 from compress.sources import Source, open_source
 
 RATIOS = (0.25, 0.5, 0.75)

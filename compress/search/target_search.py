@@ -19,18 +19,18 @@ from compress import pipeline
 from compress.errors import CompressError, RequestError, RunError, StorageError
 from compress.files import write_text
 from compress.report import Report
+from compress.report.tables import fastest, smallest_file
 from compress.request import Request
 from compress.runs import MANIFEST
 from compress.search.candidate import by_quantizer
-from compress.search.oneshot import OneShot, require_searchable
+from compress.search.evaluate import OneShot, require_searchable
+from compress.search.latency import MEASURED
 from compress.search.problem import Problem
 from compress.search.space import Space
-from compress.search.stopwatch import MEASURED
 from compress.search.strategies import LEARN_BEYOND_LIMITS, RATIOS_ALONE, STRATEGIES, proposal
 from compress.search.target import Target
 from compress.search.trials import Trial, Trials
 from compress.sources import open_source
-from compress.tables import fastest, smallest_file
 
 SEARCH, RESULT, PAGE, RUNS = "search.json", "result.json", "search.html", "runs"
 HOPELESS = 1.15

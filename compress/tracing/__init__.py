@@ -14,11 +14,11 @@ from itertools import chain
 
 from torch import Tensor, fx, nn
 
-from .batches import described, release, with_batch
-from .layers import as_layer, is_torch_layer, layer_type, torch_base, type_name
-from .proof import prove
-from .tracer import ValueTracer
-from .wording import Decision, Untraceable, first_sentence, place_of
+from compress.tracing.batches import described, release, with_batch
+from compress.tracing.layers import as_layer, is_torch_layer, layer_type, torch_base, type_name
+from compress.tracing.proof import prove
+from compress.tracing.tracer import ValueTracer
+from compress.tracing.wording import Decision, Untraceable, first_sentence, place_of
 
 __all__ = [
     "Captured", "Decision", "Untraceable", "ValueTracer", "as_layer", "capture", "explained", "first_sentence", "is_torch_layer",

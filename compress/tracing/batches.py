@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from .wording import Decision, Untraceable
+from compress.tracing.wording import Decision, Untraceable
 
 _BY_BATCH = "does something else for another number of images at once; let it treat each image alone"
 

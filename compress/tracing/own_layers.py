@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .layers import as_layer, torch_base
+from compress.tracing.layers import as_layer, torch_base
 
 _CONV = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 _SIGNATURES: dict[Any, tuple[type[nn.Module], tuple[str, ...]]] = {

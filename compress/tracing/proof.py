@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree
 
-from .layers import buffers_kept
-from .wording import Untraceable
+from compress.tracing.layers import buffers_kept
+from compress.tracing.wording import Untraceable
 
 TOLERANCE = 1e-4
 """Largest difference allowed, relative to the module's largest output, in float32."""

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx
 
-from .wording import Unhashable, Untraceable, current_place
+from compress.tracing.wording import Unhashable, Untraceable, current_place
 
 if TYPE_CHECKING:
-    from .tracer import ValueTracer
+    from compress.tracing.tracer import ValueTracer
 
 _COMPILED = "hands its input to compiled code that cannot be followed"
 _SETS = "sets an attribute of a tensor"

@@ -27,10 +27,10 @@ from torch._subclasses.fake_tensor import (
 from torch.fx import _symbolic_trace
 from torch.utils import _pytree
 
-from .layers import as_layer, buffers_kept, is_torch_layer
-from .own_layers import OwnLayers
-from .proxies import NumberProxy, PlainProxy, Sizes, TensorProxy
-from .wording import Decision, Untraceable, current_place
+from compress.tracing.layers import as_layer, buffers_kept, is_torch_layer
+from compress.tracing.own_layers import OwnLayers
+from compress.tracing.proxies import NumberProxy, PlainProxy, Sizes, TensorProxy
+from compress.tracing.wording import Decision, Untraceable, current_place
 
 BY_VALUES = "chooses its way by the values of its input"
 _OF_VALUES = (

@@ -15,8 +15,10 @@ from types import FrameType
 import torch
 from torch import nn
 
+from compress.files import PACKAGE
+
 _TORCH = f"{Path(torch.__file__).parent}{os.sep}"
-_OURS = f"{Path(__file__).parents[1]}{os.sep}"
+_OURS = f"{PACKAGE}{os.sep}"
 _STANDARD = f"{sysconfig.get_path('stdlib')}{os.sep}"
 _PACKAGES = tuple(f"{os.sep}{name}{os.sep}" for name in ("site-packages", "dist-packages"))
 

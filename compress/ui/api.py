@@ -17,14 +17,14 @@ import gradio as gr
 from compress.errors import RequestError, RunError
 from compress.hub import SCHEME as HUB_SCHEME
 from compress.jobs import Queue, Status
-from compress.jobs_files import UPLOAD_FIELDS
+from compress.jobs.folders import UPLOAD_FIELDS
 from compress.request import Request
 from compress.ui.form import CHECKPOINT_SOURCES, DATA_SOURCES
 from compress.ui.handlers import App
-from compress.ui.rights import run_key
 from compress.ui.told import public, without_traceback
-from compress.ui.views_results import file_url
-from compress.ui.visits import Visit
+from compress.ui.views.results import file_url
+from compress.ui.web.rights import run_key
+from compress.ui.web.visitors import Visit
 
 NAMED_SOURCES = {"checkpoint": CHECKPOINT_SOURCES, "data": DATA_SOURCES, "class_map": ()}
 """What a visitor may give as text where a shell takes a path: never a path of the server."""
@@ -209,7 +209,7 @@ def _with_request_parameters(function: Callable[..., Any], description: str) -> 
             parameters.append((name, hints[name], field.default))
             lines.append(f"    {name}: {field.description}")
     for name, text in _UPLOADS.items():
-        parameters.append((f"{name}_file", str | None, None))  # the id of an upload, see compress.ui.bodies
+        parameters.append((f"{name}_file", str | None, None))  # the id of an upload, see compress.ui.web.bodies
         lines.append(f"    {name}_file: {text}")
 
     told = _told(function)

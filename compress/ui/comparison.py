@@ -9,13 +9,15 @@ from typing import Any
 import gradio as gr
 from pydantic import ValidationError
 
-from compress.charts_compare import accuracy_against_latency
-from compress.compare import Entry, entry_of
 from compress.errors import CompressError, StorageError
 from compress.jobs import Queue, Status
 from compress.report import Report
-from compress.ui import views, views_compare, views_runs
+from compress.report.comparison import Entry, entry_of
+from compress.report.comparison_charts import accuracy_against_latency
+from compress.ui import views
 from compress.ui.phone import narrowed
+from compress.ui.views import compare
+from compress.ui.views import runs as view_runs
 
 MOST_COLUMNS = 8
 """Runs side by side; more would not be read."""
@@ -60,11 +62,11 @@ class Comparison:
             refused.append(views.alert(f"{len(columns)} runs are ticked; the table shows the latest {MOST_COLUMNS}."))
         figure = self._figure(entries, look)
         return {
-            "compare_table": "".join(refused) + views_compare.side_by_side(columns[:MOST_COLUMNS]),
+            "compare_table": "".join(refused) + compare.side_by_side(columns[:MOST_COLUMNS]),
             "compare_chart": gr.update(visible=figure is not None),
             "plot_compare": figure if figure is not None else gr.skip(),
-            "numbers_compare": views_compare.points(entries) if entries else "",
-            "compare_runs": views_runs.run_list(finished, set(chosen), button="Show the ticked side by side"),
+            "numbers_compare": compare.points(entries) if entries else "",
+            "compare_runs": view_runs.run_list(finished, set(chosen), button="Show the ticked side by side"),
         }
 
     def chart(self, runs: Sequence[Status], look: str) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """What a request would leave of its model, looked up while the sliders move; counted once for each architecture.
 
-`compress.profiles` counts in a process of its own; the result is kept in a file for each architecture and torchvision.
+`compress.pruning.profiles` counts in a process of its own; the result is kept in a file for each architecture and torchvision.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ IMAGENET_CLASSES = 1000
 
 @dataclass(frozen=True)
 class Structure:
-    """What an estimate depends on beside the sparsity; see `compress.profiles.profile`."""
+    """What an estimate depends on beside the sparsity; see `compress.pruning.profiles.profile`."""
 
     model: str
     classes: int

@@ -11,8 +11,8 @@ import gradio as gr
 from compress.errors import CompressError
 from compress.ui import views
 from compress.ui.told import without_traceback
-from compress.ui.turns import Turns
-from compress.ui.visits import Visit
+from compress.ui.web.turns import Turns
+from compress.ui.web.visitors import Visit
 
 
 def connect(

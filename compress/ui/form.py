@@ -20,7 +20,7 @@ from compress.errors import CompressError
 from compress.hub import SCHEME as HUB_SCHEME
 from compress.quantizers import QUANTIZERS
 from compress.request import CHECKPOINT_SOURCES, DATA_SOURCES, Request
-from compress.request_rules import FULL_PRECISION, HALF_PRECISION, QUANTIZED_BITS
+from compress.request.rules import FULL_PRECISION, HALF_PRECISION, QUANTIZED_BITS
 from compress.ui.words import word
 
 INTEGERS, HALF, FULL = "integers", "half", "full"
@@ -87,7 +87,7 @@ UploadField: type[gr.File] = ABCMeta.__new__(  # a class statement would make Gr
     "UploadField",
     (gr.File,),
     {
-        "__doc__": "A field for one file whose handlers get the id of the upload, never a path; see `compress.ui.bodies`.",
+        "__doc__": "A field for one file whose handlers get the id of the upload, never a path; see `compress.ui.web.bodies`.",
         "__module__": __name__,
         "is_template": True,  # it looks like gr.File
         "data_model": property(lambda self: None, lambda self, model: None),  # so Gradio hands on the id as it comes

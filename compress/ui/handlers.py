@@ -15,33 +15,34 @@ from typing import Any
 import gradio as gr
 from plotly.graph_objects import Figure
 
-from compress import charts, retention
 from compress.errors import CompressError, RequestError, RunError, StorageError
-from compress.jobs import Queue, Status
-from compress.jobs_record import FINAL
-from compress.report import Report
+from compress.jobs import Queue, Status, retention
+from compress.jobs.database import FINAL
+from compress.report import Report, charts
+from compress.report.tables import tables
 from compress.request import Request
-from compress.tables import tables
-from compress.ui import views, views_results, views_runs, views_start
+from compress.ui import views
 from compress.ui.comparison import Comparison, report_of
 from compress.ui.estimates import Count, Estimates, Structure
 from compress.ui.form import HUB, UPLOAD, from_request, to_request
 from compress.ui.phone import narrowed
-from compress.ui.rights import Rights, run_key
-from compress.ui.settings import Settings
 from compress.ui.shell import Offer
 from compress.ui.told import public, without_folders
-from compress.ui.turns import Turns
-from compress.ui.uploads import Uploads
-from compress.ui.visits import Context, Visit
+from compress.ui.views import results, start
+from compress.ui.views import runs as view_runs
+from compress.ui.web.rights import Rights, run_key
+from compress.ui.web.settings import Settings
+from compress.ui.web.turns import Turns
+from compress.ui.web.uploads import Uploads
+from compress.ui.web.visitors import Context, Visit
 from compress.ui.words import ENGLISH, texts, word
 
 Updates = dict[str, Any]
 Check = Callable[[Request], dict[str, Any]]
 Classify = Callable[[Path, Path], dict[str, Any]]
-"""(run folder, image) -> what `compress.tryout.classify` says."""
+"""(run folder, image) -> what `compress.classify.classify` says."""
 CHARTS = ("size", "latency", "accuracy", "sqnr", "mixed", "channels", "training")
-"""Of `compress.charts`, in the order of the page."""
+"""Of `compress.report.charts`, in the order of the page."""
 MAX_LISTED = 30
 UPLOAD_AGE_S = 24 * 3600.0
 MAX_COMPARED = 200
@@ -113,7 +114,7 @@ class App:
         request, uploads = self.queue.request(again), self.queue.uploads(again)
         values: Updates = from_request(request)
         slider = gr.update(value=values["sparsity"], step=1 if float(values["sparsity"]).is_integer() else 0.0001)
-        note = views_runs.filled_from(self.queue.status(again), uploads)
+        note = view_runs.filled_from(self.queue.status(again), uploads)
         return values | {"sparsity": slider, "again": again, "again_note": note}
 
     def preflight(self, visit: Visit, values: Mapping[str, Any], again: str) -> Updates:
@@ -121,7 +122,7 @@ class App:
         try:
             request, files = self._asked(visit, values, again)
             request = request.model_copy(update={field: str(path) for field, path in files.items()})
-            return {"checked": views_start.checked(self.check(request)), "notice": ""}
+            return {"checked": start.checked(self.check(request)), "notice": ""}
         except CompressError as error:
             return {"checked": "", "notice": views.alert(str(error))}
 
@@ -132,7 +133,7 @@ class App:
         except RequestError as error:
             return {"meaning": views.alert(str(error))}
         outlook = offer and self.estimates.outlook(request, Structure.of(request, offer.input_size))
-        return {"meaning": views_start.meaning(request, offer.parameters if offer else None, outlook)}
+        return {"meaning": start.meaning(request, offer.parameters if offer else None, outlook)}
 
     def counted(self, values: Mapping[str, Any]) -> Updates:
         """`meaning`, after the model was counted if it was not yet; nothing new where that was done or cannot be."""
@@ -180,7 +181,7 @@ class App:
         except StorageError as error:
             return views.alert(str(error))
         runs = list({run.job_id: run for run in (*kept, *found)}.values())
-        return views_runs.run_list(runs, seen.ticked, searched=bool(text.strip()))
+        return view_runs.run_list(runs, seen.ticked, searched=bool(text.strip()))
 
     def _visible(self, seen: Context, limit: int, text: str = "") -> list[Status]:
         """The runs that this visitor may see: all, or those begun in this browser; newest first."""
@@ -200,14 +201,14 @@ class App:
 
     def _opened(self, visit: Visit, job_id: str, key: str, look: str) -> Updates:
         status, uploads = self.queue.status(job_id), self.queue.uploads(job_id)
-        request = views_runs.without_paths(self.queue.request(job_id), uploads)
+        request = view_runs.without_paths(self.queue.request(job_id), uploads)
         shown = {
             "timer": gr.Timer(active=True),
             "job": job_id,
             "key": key,
-            "keeping": views_runs.keeping(self.queue.keeping),
+            "keeping": view_runs.keeping(self.queue.keeping),
             "title": status.title,
-            "settings": views_runs.settings_of(request) + views_runs.copy_as(request, visit.address, uploads),
+            "settings": view_runs.settings_of(request) + view_runs.copy_as(request, visit.address, uploads),
         }
         return _only("run") | shown | self.look(visit, job_id, key, "", look)
 
@@ -222,7 +223,7 @@ class App:
                 "head": views.run_head(status, kept=kept, mine=mine),
                 "live": views.progress(status) + views.ending(status),
                 "log": views.log_text(without_folders(self.queue.log_tail(job_id, console=False))),
-                "links": views_runs.links(job_id, finished=status.state == "done"),
+                "links": view_runs.links(job_id, finished=status.state == "done"),
             }
         except CompressError as error:
             return {"live": views.alert(str(error))}
@@ -292,7 +293,7 @@ class App:
                 raise RunError("A run is being measured now, and this would disturb it: try again in a minute.")
             self.queue.artifacts(job_id)  # raises for a run that is not done
             found = self.classify(self.queue.folder(job_id), self.uploads.find(image, visit.who))
-            return {"tried": views_results.answers(found)}
+            return {"tried": results.answers(found)}
         except CompressError as error:
             return {"tried": views.alert(str(error))}
 
@@ -318,10 +319,10 @@ class App:
             return {"verdict": views.alert(str(error))}
         figures, numbers = _figures(report, look), tables(report)
         updates: Updates = {
-            "verdict": views_results.verdict(report) + views_results.findings(report),
+            "verdict": results.verdict(report) + results.findings(report),
             "summary": views.table(*numbers["summary"], name="Original and compressed model compared")
-            + views_results.machine(report),
-            "files": views_results.downloads(job_id, files) + views_results.usage(job_id, report, files),
+            + results.machine(report),
+            "files": results.downloads(job_id, files) + results.usage(job_id, report, files),
         }
         for key in CHARTS:
             updates[f"chart_{key}"] = gr.update(visible=key in figures)

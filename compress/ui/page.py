@@ -13,7 +13,7 @@ from compress.ui.api import add_endpoints
 from compress.ui.events import connect
 from compress.ui.form import UploadField, main_fields, more_fields
 from compress.ui.handlers import CHARTS, App, Updates
-from compress.ui.uploads import IMAGE_TYPES
+from compress.ui.web.uploads import IMAGE_TYPES
 from compress.ui.words import word
 
 POLL_S = 1.0

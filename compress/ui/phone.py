@@ -1,4 +1,4 @@
-"""Charts of `compress.charts` made to fit a narrow page."""
+"""Charts of `compress.report.charts` made to fit a narrow page."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from compress import hub
 from compress.errors import CompressError
 from compress.jobs import Queue
 from compress.ui import views
-from compress.ui.settings import Settings
+from compress.ui.web.settings import Settings
 from compress.ui.words import word
 
 Parts = dict[str, Any]

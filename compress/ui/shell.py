@@ -18,7 +18,7 @@ from typing import Any
 from compress import processes
 from compress.errors import CompressError, RunError
 from compress.files import write_text
-from compress.jobs_files import REFUSAL
+from compress.jobs.folders import REFUSAL
 from compress.request import Request
 from compress.ui.estimates import Structure
 
@@ -58,14 +58,14 @@ def check(request: Request) -> dict[str, Any]:
 
 
 def classify(run_folder: Path, image: Path) -> dict[str, Any]:
-    """What `compress.tryout.classify` says of an image; raises as `check` does."""
+    """What `compress.classify.classify` says of an image; raises as `check` does."""
     found = ask("classify", str(run_folder), str(image), limit_s=CLASSIFY_LIMIT_S)
     assert isinstance(found, dict), "`compress classify --json` prints an object"
     return found
 
 
 def estimate(structure: Structure) -> dict[str, Any]:
-    """What `compress.profiles.profile` counts; raises as `check` does."""
+    """What `compress.pruning.profiles.profile` counts; raises as `check` does."""
     words = ("--classes", structure.classes, "--input-size", structure.input_size)
     multiple = ("--channel-multiple", structure.multiple)
     found = ask("estimate", structure.model, *map(str, (*words, *multiple)), limit_s=ESTIMATE_LIMIT_S)

@@ -16,8 +16,8 @@ from compress import runs, signing
 from compress.errors import CompressError, StorageError
 from compress.files import PARTIAL, write_tensors
 from compress.jobs import Queue
-from compress.jobs_files import last_event
-from compress.jobs_record import RUN_ID
+from compress.jobs.database import RUN_ID
+from compress.jobs.folders import last_event
 from compress.request import Request
 from torture.failing_writes import Ended, Fault, carry_out
 from torture.rows import Outcome, Row

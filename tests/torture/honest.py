@@ -15,9 +15,10 @@ from checkpoint_files import edit_zip
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from compress import checkpoints, models
+from compress import models
+from compress.checkpoints import reader
+from compress.checkpoints.loader import Loader
 from compress.errors import CheckpointError
-from compress.loader import Loader
 from torture.rows import Outcome, Row
 
 State = dict[str, Tensor]
@@ -233,7 +234,7 @@ def difference(name: str, folder: Path, loader: Loader) -> str | None:
         load_file(path) if kind.suffix == ".safetensors" else torch.load(path, weights_only=True, map_location="cpu")
     )
     try:
-        read = checkpoints.read(path, loader=loader)
+        read = reader.read(path, loader=loader)
     except CheckpointError as error:
         return f"refused: {error}"
     if any(not torch.equal(tensor, read[key].to(tensor.dtype)) for key, tensor in kind.pick(loaded).items()):

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from checkpoint_files import edit_zip, small_state
 
-from compress import checkpoints
+from compress.checkpoints import reader
 from compress.errors import CheckpointError
 from torture.payloads import FORMS, Call, payloads, prepare, write
 from torture.rows import Outcome, Row
@@ -87,7 +87,7 @@ def run(folder: Path, full: bool) -> Outcome:
 def refusal_of(case: Case) -> str | None:
     """What is wrong with how the gate answered; None when it is as it should be."""
     try:
-        checkpoints.read(case.path, loader=NO_LOADER)
+        reader.read(case.path, loader=NO_LOADER)
     except CheckpointError as error:
         text = str(error)
     except Exception as error:  # noqa: BLE001 - any other type is what is looked for

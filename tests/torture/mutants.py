@@ -23,9 +23,9 @@ from checkpoint_files import small_state
 from image_files import encoded, open_at, photo, zipped
 from safetensors.torch import save_file
 
-from compress import checkpoints
+from compress.checkpoints import reader
+from compress.checkpoints.loader import Loader, LoaderFailed
 from compress.errors import CheckpointError, DataError
-from compress.loader import Loader, LoaderFailed
 from torture.rows import Outcome, Row
 
 COUNT = 10_000
@@ -149,7 +149,7 @@ def mutant(seed: Seed, rng: random.Random) -> bytes:
 
 
 def _read_checkpoint(path: Path, loader: Loader) -> None:
-    tensors = checkpoints.read(path, loader=loader)
+    tensors = reader.read(path, loader=loader)
     assert all(torch.isfinite(tensor).all() for tensor in tensors.values() if tensor.is_floating_point())
 
 

@@ -1,0 +1,1 @@
+"""The command `espalier`, also `python -m compress`."""

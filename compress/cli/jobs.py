@@ -1,0 +1,129 @@
+"""The groups of shell commands: `jobs`, runs of the web app's queue, and `engine`, TensorRT engines of finished runs."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from compress.cli import text
+
+Json = Annotated[bool, typer.Option("--json", help="Print the machine-readable form.")]
+JobId = Annotated[str, typer.Argument(help="Id of a run, as `jobs list` prints it.", show_default=False)]
+ClusterAddress = Annotated[
+    str | None,
+    typer.Option("--cluster", help="HOST:PORT of a Ray cluster that carries the run out; see docs/cluster.md."),
+]
+ClusterCpus = Annotated[int, typer.Option(help="CPUs of the cluster's node that the run gets.")]
+ClusterGpus = Annotated[float, typer.Option(help="GPUs that the run gets: a share of one, or a whole number.")]
+FAILED = 1
+"""Exit status of a command that answers no."""
+
+jobs_cli = typer.Typer(
+    no_args_is_help=True, add_completion=False, help="Runs that were submitted to the web app's queue."
+)
+engine_cli = typer.Typer(no_args_is_help=True, add_completion=False, help="TensorRT engines of finished runs.")
+
+
+@engine_cli.command("check")
+def engine_check(
+    file: Annotated[Path, typer.Argument(help="An engine; its passport stands beside it.", show_default=False)],
+    as_json: Json = False,
+) -> None:
+    """Whether an engine can run on this machine, and why not; nothing of it is loaded."""
+    from compress.engines import rebuild
+
+    problems = rebuild.check(file)
+    if as_json:
+        typer.echo(json.dumps({"engine": str(file), "can_run": not problems, "problems": problems}))
+    else:
+        typer.echo("\n".join([f"{file} cannot run here.", *problems] if problems else [f"{file} can run here."]))
+    if problems:
+        raise typer.Exit(FAILED)
+
+
+@engine_cli.command("build")
+def engine_build(
+    file: Annotated[Path, typer.Argument(help="An ONNX file of a finished run.", show_default=False)],
+    runtime: Annotated[str, typer.Option(help="tensorrt or tensorrt-rtx.")] = "tensorrt",
+    batch_size: Annotated[int, typer.Option(min=1, max=1024, help="Images per call that it is tuned for.")] = 8,
+    max_batch: Annotated[int, typer.Option(min=1, max=1024, help="Largest number of images per call.")] = 32,
+    target: Annotated[
+        list[str] | None, typer.Option(help="GPU architecture such as SM89, several times; none is any.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """An engine for this machine's version and GPU beside the ONNX file, compared with it where it can run."""
+    from compress.engines import rebuild as engine_rebuild
+
+    built = engine_rebuild.build(file, runtime, batch_size=batch_size, max_batch=max_batch, targets=tuple(target or ()))
+    typer.echo(json.dumps(built.passport, indent=1) if as_json else f"{built.path}\n{built.text}")
+
+
+@jobs_cli.command("list")
+def jobs_list(as_json: Json = False) -> None:
+    """The latest runs, newest first."""
+    rows = [status.as_dict() for status in _queue().list()]
+    shown = ("job_id", "state", "title", "stage")
+    if as_json or not rows:
+        typer.echo(json.dumps(rows, indent=1) if as_json else "No runs yet.")
+    else:
+        typer.echo(text.table(shown, [tuple(str(row[key] or "") for key in shown) for row in rows]))
+
+
+@jobs_cli.command("show")
+def jobs_show(job_id: JobId, as_json: Json = False) -> None:
+    """How one run is doing."""
+    _show_job(_queue().status(job_id).as_dict(), as_json)
+
+
+@jobs_cli.command("cancel")
+def jobs_cancel(job_id: JobId, as_json: Json = False) -> None:
+    """End a run; none of its processes lives when this returns."""
+    _show_job(_queue().cancel(job_id).as_dict(), as_json)
+
+
+@jobs_cli.command("resume")
+def jobs_resume(job_id: JobId, as_json: Json = False) -> None:
+    """Queue a failed or cancelled run again; finished stages are not repeated."""
+    _show_job(_queue().resume(job_id).as_dict(), as_json)
+
+
+@jobs_cli.command("keep")
+def jobs_keep(
+    job_id: JobId, release: Annotated[bool, typer.Option("--release", help="Let it expire again.")] = False
+) -> None:
+    """Keep a run whose link you shared from being removed to make room."""
+    _queue().keep(job_id, not release)
+    typer.echo("This run may be removed to make room." if release else "This run is kept.")
+
+
+@jobs_cli.command("recover")
+def jobs_recover() -> None:
+    """Make a new record of runs from their folders, where the record is damaged or gone."""
+    from compress.jobs.recovery import recover
+
+    count, aside = recover(_data_dir().resolve())
+    kept = f" The damaged one is kept as {aside}." if aside else ""
+    typer.echo(f"A new record lists {count} runs.{kept}")
+
+
+def _queue() -> Any:
+    from compress.jobs import Queue
+
+    return Queue(_data_dir())
+
+
+def _data_dir() -> Path:
+    from compress.jobs import DATA_DIR
+
+    return Path(os.environ.get("ESPALIER_DATA") or DATA_DIR).expanduser()
+
+
+def _show_job(status: dict[str, Any], as_json: bool) -> None:
+    typer.echo(
+        json.dumps(status, indent=1) if as_json else "\n".join(f"{key:<13} {value}" for key, value in status.items())
+    )

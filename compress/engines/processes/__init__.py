@@ -1,0 +1,1 @@
+"""Runtimes in child processes, so that a crash of one ends nothing else."""

@@ -1,0 +1,298 @@
+"""Runs on a Ray cluster: the same run, in the same folder, carried out by a node that has the CPUs and the GPU for it.
+
+This process stays while the run works: it hands the order in, passes its events on, and ends the run when it is ended
+itself. A worker or node that dies costs the stage it was in: Ray gives the order to another one, which goes on in the folder.
+No cluster is ever started here, and none is used without its token.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from compress import __version__, runs, signing
+from compress.errors import RequestError, RunError
+from compress.files import INSTALLATION, storage_error, write_text
+from compress.jobs import folders, supervisor
+from compress.jobs.executor import SUBMITTED, Command, compress_command
+from compress.jobs.ray_node import Ended, Order, carry_out
+from compress.request import CHECKPOINT_SOURCES, DATA_SOURCES, Request
+
+ENVIRONMENT = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_TLS_SERVER_CERT", "RAY_TLS_SERVER_KEY", "RAY_TLS_CA_CERT",
+               "RAY_USE_TLS")  # fmt: skip
+"""What the process that submits a run needs of the server's environment; the process of the run gets none of it."""
+ADDRESS = re.compile(r"([A-Za-z0-9.-]+|\[[0-9A-Fa-f:]+\]):[0-9]{1,5}")
+RETRIES = 2
+"""After the death of a worker or node, and as often where the node ran out of memory; a run that fails by itself is not repeated."""
+POLL_S = 0.2
+CONNECT_S = 5.0
+END_S = 2.5
+"""A cancelled run is waited for so long: within the grace of a queue. One that lives on is ended by its leash all the same."""
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Where runs work, and what a node must have free for one. Raises `RequestError`."""
+
+    address: str
+    """HOST:PORT of the head's control service (GCS), 6379 unless it was given another."""
+    cpus: int = 1
+    gpus: float = 0.0
+    """0.5 lets two runs share a GPU; a run uses as many as it has training processes, all of one node."""
+
+    def __post_init__(self) -> None:
+        if not ADDRESS.fullmatch(self.address):
+            raise RequestError("cluster", self.address, "HOST:PORT of a running cluster's head, such as 10.0.0.1:6379")
+        if not 1 <= self.cpus <= 1024:
+            raise RequestError("cluster-cpus", self.cpus, "a whole number from 1 to 1024")
+        if not (0 <= self.gpus <= 1 or self.gpus in range(2, 65)):
+            raise RequestError("cluster-gpus", self.gpus, "a number from 0 to 1, or a whole number up to 64")
+
+
+def cluster_command(where: Cluster) -> Command:
+    """How a queue starts the child that submits a run to `where`."""
+    options = ["--cluster", where.address, "--cluster-cpus", str(where.cpus), "--cluster-gpus", str(where.gpus)]
+    return lambda folder, resume: [*compress_command(folder, resume), *options]
+
+
+def run_on(
+    where: Cluster,
+    request: Request,
+    *,
+    out: Path,
+    resume: bool = False,
+    notify: Callable[[dict[str, Any]], None] = lambda event: None,
+    command: Command = compress_command,
+) -> None:
+    """Carries out `request` on a cluster in the folder `out`, which every node must see under the same path.
+
+    Args:
+        resume: go on with an interrupted run of the same request.
+        notify: called with each event that the run writes to events.jsonl.
+        command: what the node starts.
+
+    Raises:
+        CompressError: one sentence for the user; the folder then holds no manifest and can be resumed.
+    """
+    _ray()
+    out, request = out.resolve(), _with_absolute_paths(request)
+    signing.prepare()
+    runs.claim(out, request, resume=resume)
+    write_text(out / "request.json", request.to_json())
+    events = _Events(out / "events.jsonl")
+    events.add({"time": time.time(), "state": SUBMITTED})
+    with connected(where) as connection:
+        attempt = connection.submit(out, command)
+        try:
+            while (ended := attempt.ended()) is None:
+                time.sleep(POLL_S)
+                events.pass_on(notify)
+        except BaseException:
+            attempt.cancel()
+            raise
+    events.pass_on(notify)
+    _refuse_unless_done(ended, out)
+
+
+class Connection:
+    """To a cluster on which orders of runs can be placed, any number at once; `connected` makes it."""
+
+    def __init__(self, ray: Any, where: Cluster) -> None:
+        self._ray, self._where = ray, where
+        self._task = ray.remote(num_cpus=where.cpus, num_gpus=where.gpus, max_retries=RETRIES)(carry_out)
+
+    def submit(self, folder: Path, command: Command = compress_command) -> Attempt:
+        """Hands in the run whose request.json lies in `folder`; it starts when a node has room for it."""
+        request = (folder / "request.json").read_text(encoding="utf-8")
+        order = Order(str(folder), request, __version__, signing.fingerprint(), command)
+        return Attempt(self._ray, self._task.remote(order), folder)
+
+    def refuse_when_too_small(self) -> None:
+        """Raises `RunError` when no node could ever carry out a run; Ray itself would wait for such a node in silence."""
+        where = self._where
+        nodes = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
+        if not any(node.get("CPU", 0) >= where.cpus and node.get("GPU", 0) >= where.gpus for node in nodes):
+            have = "; ".join(sorted({_room(node.get("CPU", 0), node.get("GPU", 0)) for node in nodes}))
+            raise RunError(
+                f"No node of the cluster {where.address} has {_room(where.cpus, where.gpus)} for a run (its nodes have: {have}). "
+                "Ask for less, or add such a node."
+            )
+
+
+class Attempt:
+    """A run that was handed in."""
+
+    def __init__(self, ray: Any, task: Any, folder: Path) -> None:
+        self._ray, self._task, self._folder = ray, task, folder
+
+    def ended(self) -> Ended | None:
+        """How its process ended; None while it waits or works.
+
+        Raises:
+            RunError: workers or nodes died under it too often, or the cluster is lost.
+        """
+        ready, _ = self._ray.wait([self._task], timeout=0)
+        if not ready:
+            return None
+        try:
+            return self._ray.get(self._task)
+        except self._ray.exceptions.RayTaskError as error:
+            raise RunError(
+                f"Espalier does not work on a node of the cluster ({_first_line(error.cause)}). Install the same version, with "
+                "its requirements, on every node."
+            ) from error
+        except self._ray.exceptions.OutOfMemoryError as error:
+            raise RunError(
+                f"The run was ended {RETRIES + 1} times because its node ran out of memory. Ask for more CPUs for a run "
+                "(cluster-cpus), so that fewer share a node, then resume it: finished stages are not repeated."
+            ) from error
+        except self._ray.exceptions.RayError as error:
+            raise RunError(
+                f"The run was interrupted: its worker on the cluster died {RETRIES + 1} times, or the cluster was lost "
+                f"({type(error).__name__}). Resume it: finished stages are not repeated."
+            ) from error
+
+    def cancel(self) -> None:
+        """Ends the run; when this returns, no process of it lives, unless that takes longer than `END_S`."""
+        deadline = time.monotonic() + END_S
+        self._ray.cancel(self._task, force=True)
+        self._ray.wait([self._task], timeout=END_S)
+        with contextlib.suppress(OSError):  # a folder that is lost cannot be waited for
+            while (lock := supervisor.hold(self._folder / "events.jsonl")) is None and time.monotonic() < deadline:
+                time.sleep(POLL_S)
+            if lock is not None:
+                lock.close()
+
+
+@contextlib.contextmanager
+def connected(where: Cluster) -> Iterator[Connection]:
+    """
+    Raises:
+        RunError: Ray is not installed, the cluster cannot be reached or wants another token, or it has no node for a run.
+    """
+    ray = _ray()
+    _refuse_unless_heard(where.address)
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        # The workers search the working directory for modules: it must not be a folder that a user can write into.
+        with contextlib.chdir(INSTALLATION):
+            ray.init(address=where.address, logging_level="error", log_to_driver=False, namespace="espalier")
+    except ray.exceptions.AuthenticationError as error:
+        raise RunError(
+            f"There is no token for the cluster {where.address}. Give its token in RAY_AUTH_TOKEN, or the file that holds it "
+            "in RAY_AUTH_TOKEN_PATH."
+        ) from error
+    except (ray.exceptions.RayError, ConnectionError, RuntimeError, ValueError, OSError) as error:
+        raise RunError(
+            f"The cluster {where.address} cannot be joined from here ({_first_line(error)}). Either its token is another one "
+            "(RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH), or this machine is none of its nodes: `ray start --address=HOST:PORT "
+            "--num-cpus=0` makes it one on which no run works."
+        ) from error
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, handler)  # Ray puts its own in its place
+    try:
+        connection = Connection(ray, where)
+        connection.refuse_when_too_small()
+        yield connection
+    finally:
+        ray.shutdown()
+
+
+def _ray() -> Any:
+    os.environ["RAY_AUTH_MODE"] = "token"  # read when Ray is imported
+    os.environ["RAY_task_oom_retries"] = str(RETRIES)  # its own default is without end
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    try:
+        import ray
+    except ImportError as error:
+        raise RunError(
+            "Ray is not installed here, so no cluster can be used: pip install -r requirements-cluster.txt."
+        ) from error
+    return ray
+
+
+def _refuse_unless_heard(address: str) -> None:
+    """Ray itself would try for a minute, and then end this process."""
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_S).close()
+    except (OSError, OverflowError) as error:
+        raise RunError(
+            f"Nothing answers at {address} ({error}). Give the address of the cluster's head, as `ray start --head` printed it."
+        ) from error
+
+
+def _with_absolute_paths(request: Request) -> Request:
+    """Files that the user named relative to this process's folder: on the node that is another one."""
+    given = {field: getattr(request, field) for field in folders.UPLOAD_FIELDS}
+    return request.model_copy(
+        update={field: str(Path(path).resolve()) for field, path in given.items() if path and _is_relative_file(path)}
+    )
+
+
+def _is_relative_file(text: str) -> bool:
+    path = Path(text)
+    return not path.is_absolute() and path.exists() and text not in (*CHECKPOINT_SOURCES, *DATA_SOURCES)
+
+
+def _refuse_unless_done(ended: Ended, folder: Path) -> None:
+    if ended.returncode == 0:
+        runs.manifest(folder)
+        return
+    before, _, last = ended.console.strip().rpartition("\n")
+    if last.startswith(folders.REFUSAL):
+        sys.stderr.write(f"{before}\n")
+        raise RunError(last.removeprefix(folders.REFUSAL))
+    sys.stderr.write(f"{ended.console}\n")
+    raise RunError(folders.interrupted(ended.returncode))
+
+
+def _room(cpus: float, gpus: float) -> str:
+    return f"{cpus:g} CPU{'s' * (cpus != 1)} and {gpus:g} GPU{'s' * (gpus != 1)}"
+
+
+def _first_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
+
+
+class _Events:
+    """The lines that a run adds to its events.jsonl from now on."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._offset = path.stat().st_size if path.exists() else 0
+
+    def add(self, event: dict[str, Any]) -> None:
+        """Raises `StorageError`."""
+        try:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(event) + "\n")
+        except OSError as error:
+            raise storage_error(self._path, error) from error
+
+    def pass_on(self, notify: Callable[[dict[str, Any]], None]) -> None:
+        """Raises `StorageError` when the file cannot be read."""
+        try:
+            with self._path.open("rb") as file:
+                file.seek(self._offset)
+                lines = file.read().rpartition(b"\n")[0]
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            raise storage_error(self._path, error) from error
+        self._offset += len(lines) + bool(lines)
+        for line in lines.splitlines():
+            with contextlib.suppress(ValueError):
+                notify(json.loads(line))

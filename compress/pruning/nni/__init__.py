@@ -1,0 +1,1 @@
+"""NNI's pruners behind an interface of ours."""

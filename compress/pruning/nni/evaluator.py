@@ -1,0 +1,122 @@
+"""Our training as NNI's TorchEvaluator, which its pruners drive and patch."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from compress import nni_bridge, training
+from compress.errors import TrainingError
+from compress.models.calls import logits_of, own_errors
+from compress.training.memory_format import allows_channels_last
+
+if TYPE_CHECKING:
+    from compress.pruning import Training
+
+
+def training_evaluator(model: nn.Module, how: Training) -> Any:
+    """Trains what it is given for the steps that NNI asks for, in one cycle of the learning rate.
+
+    Args:
+        model: the module before NNI wraps it; its frozen parameters stay.
+
+    Raises (while training):
+        TrainingError: the loss is not finite, or there is not one batch.
+    """
+
+    before = 0
+
+    def train(wrapped: nn.Module, optimizer: Any, step: Any, schedule: None, max_steps: int, epochs: None) -> None:
+        nonlocal before
+        wrapped.train()
+        for done, batch in enumerate(first_batches(how, max_steps, before)):
+            for group in optimizer.param_groups:
+                group["lr"] = how.learning_rate * training.one_cycle(done / max_steps)
+            _step(step, batch, wrapped, optimizer, f"step {done + 1} at a peak learning rate of {how.learning_rate:g}")
+        before += max_steps
+
+    def loss(batch: tuple[Tensor, Tensor], wrapped: nn.Module) -> Tensor:
+        return how.loss(wrapped, *batch)
+
+    _require_right_layout(model, how)
+    return _evaluator(train, loss, model, how.learning_rate)
+
+
+def looking_evaluator(model: nn.Module, how: Training) -> Any:
+    """Shows gradients of the cross-entropy in eval mode, with a learning rate of 0: every step sees the same weights.
+
+    Where a label is unknown, the model's own answer stands in. Distillation would not do: a model that is its own
+    teacher has no gradient.
+    """
+
+    def look(wrapped: nn.Module, optimizer: Any, step: Any, schedule: None, max_steps: int, epochs: None) -> None:
+        wrapped.eval()
+        for done, batch in enumerate(first_batches(how, max_steps)):
+            _step(step, batch, wrapped, optimizer, f"batch {done + 1}, before anything was trained")
+
+    def loss(batch: tuple[Tensor, Tensor], wrapped: nn.Module) -> Tensor:
+        images, labels = batch
+        with own_errors(wrapped, "in eval mode, for its gradients"):
+            logits = logits_of(wrapped(images))
+        return F.cross_entropy(logits, torch.where(labels < 0, logits.argmax(1), labels))
+
+    _require_right_layout(model, how)
+    return _evaluator(look, loss, model, 0.0)
+
+
+def first_batches(how: Training, count: int, before: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+    """`count` batches on the device that trains, epoch after epoch; progress counts from `before`.
+
+    Raises:
+        TrainingError: an epoch has no batch.
+    """
+    place, seen = training.device(), 0
+    for epoch in itertools.count():
+        seen_before = seen
+        for images, labels in how.batches(epoch):
+            if seen % 10 == 0:
+                how.progress((before + seen) / how.steps, f"batch {before + seen + 1} of {how.steps} for the pruner")
+            seen += 1
+            yield images.to(place), labels.to(place)
+            if seen == count:
+                return
+        if seen == seen_before:
+            raise TrainingError(training.TOO_FEW_IMAGES)
+
+
+def _require_right_layout(model: nn.Module, how: Training) -> None:
+    """Brings `model` into the contiguous layout, whatever it came in; raises what `allows_channels_last` raises."""
+    model.to(memory_format=torch.contiguous_format)
+    place = next(model.parameters()).device
+    for images, _ in how.batches(0):
+        allows_channels_last(model, images[:2].to(place))
+        return
+
+
+def _evaluator(loop: Callable[..., None], loss: Callable[..., Tensor], model: nn.Module, rate: float) -> Any:
+    nni = nni_bridge.import_nni()
+    optimizer = nni.trace(torch.optim.SGD)(
+        training.parameter_groups(model, training.WEIGHT_DECAY["sgd"]),
+        lr=rate,
+        momentum=training.MOMENTUM,
+        nesterov=True,
+    )
+    return nni_bridge.load("nni.compression.utils").TorchEvaluator(loop, optimizer, loss)
+
+
+def _step(step: Any, batch: tuple[Tensor, Tensor], wrapped: nn.Module, optimizer: Any, where: str) -> None:
+    loss = step(batch, wrapped)
+    if not math.isfinite(float(loss)):
+        raise TrainingError(
+            f"Training diverged while pruning: the loss became {float(loss)} in {where}. Try a tenth of the learning rate."
+        )
+    optimizer.zero_grad()
+    with own_errors(wrapped, "in the backward pass, while pruning"):
+        loss.backward()
+    optimizer.step()

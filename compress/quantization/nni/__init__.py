@@ -1,0 +1,1 @@
+"""NNI's quantizers behind an interface of ours."""

@@ -1,0 +1,307 @@
+"""From a request to what a stage works with: the pruning plan, how to train, and on which images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from compress import pruning, quantization, training
+from compress.data import dataset
+from compress.equality import differences
+from compress.errors import TrainingError
+from compress.models import counting
+from compress.models.calls import classes_of, logits_of, own_errors
+from compress.pruning.reconstruction import Refit, reconstruct
+from compress.pruning.registry import TRAINS
+from compress.request import Request
+from compress.sources import Source
+
+TEST_BATCH = 128
+BATCHNORM_IMAGES = 1024
+FLOAT_BITS = 16
+SENSITIVITY_IMAGES = 64
+MOST_PIXELS = 2**22
+"""Of all images together that a refit walks through: a large image has more positions to fit than a small one."""
+HELD_OUT = 500
+"""At most this many training images score the epochs; they are not trained on."""
+
+
+def pruning_plan(request: Request, model: nn.Module, example: Tensor) -> pruning.Plan:
+    """What the request's pruner will do to `model`; raises what `pruning.plan` raises."""
+    if not request.shrinks:
+        return pruning.plan_without_shrinking(model, exclude=request.exclude)
+    return pruning.plan(
+        model,
+        example,
+        sparsity=request.sparsity,
+        multiple=request.channel_multiple,
+        exclude=request.exclude,
+        layer_sparsity=request.layer_sparsity,
+        ranking=request.ranking,
+        max_layer_sparsity=request.max_layer_sparsity,
+        config_list=request.config_list,
+        pruner=request.pruner,
+    )
+
+
+def usable_plan(request: Request, source: Source) -> pruning.Plan:
+    """The plan, when the pruner can carry it out on this model and these images; raises `CompressError` otherwise."""
+    plan = pruning_plan(request, source.model, source.example)
+    has_images = source.dataset.kind != "none"
+    pruning.require_usable(source.model, source.example, plan, request.pruner, has_images=has_images)
+    return plan
+
+
+def shortfall(request: Request, source: Source, plan: pruning.Plan, pruned: nn.Module) -> str | None:
+    """What to tell of a plan that removes far less than the request asks for; None where it does not.
+
+    A config list asks for a fraction of each layer that it names and for nothing else, so it cannot fall short.
+
+    Args:
+        pruned: what the plan made of the source's model.
+    """
+    if request.config_list is not None or not request.shrinks:
+        return None
+    size = source.preprocessing.input_size
+    macs = counting.count_macs(pruned, size) / counting.count_macs(source.model, size)
+    asked = min([request.sparsity, *(ratio for ratio in request.layer_sparsity.values() if ratio > 0)])
+    parameters = counting.count_parameters(pruned)
+    return pruning.shortfall(source.model, plan, asked, request.channel_multiple, parameters, 1 - macs)
+
+
+def prepared_with_bits(
+    request: Request, model: nn.Module, images: Tensor
+) -> tuple[fx.GraphModule, quantization.BitPlan]:
+    """`model` ready to be quantized as asked, and the bits of each layer; `images` and errors as of `prepare`."""
+    prepared = quantization.prepare(model, images)
+    if request.quantization_config_list is not None:
+        offsets = request.quantizer == "lsq-plus"
+        plan = quantization.bits_of_config_list(model, prepared, request.quantization_config_list, offsets)
+    else:
+        plan = quantization.assign_bits(
+            prepared,
+            request.weight_bits,
+            request.activation_bits,
+            first_last_bits=request.first_last_bits,
+            layer_bits=request.layer_bits,
+        )
+    if plan.stays_float:
+        prepared = quantization.prepare(model, images, stays_float=plan.stays_float)
+    return prepared, plan
+
+
+def mixed_precision(
+    request: Request, source: Source, model: nn.Module, plan: quantization.BitPlan, images: Tensor
+) -> quantization.Choice:
+    """Widens layers of `plan` until calibration alone keeps to `max_quantization_loss`."""
+    pairs = _scored_pairs(request, source, model, images)
+
+    def quantize(wider: quantization.BitPlan) -> quantization.Quantized:
+        return quantization.quantize(
+            quantization.prepare(model, images, stays_float=wider.stays_float),
+            wider,
+            quantizer=request.quantizer,
+            estimator=request.calibration,
+            calibration=images.split(TEST_BATCH),
+            train=None,
+        )
+
+    def score(scored: nn.Module) -> float:
+        answer = differences.torch_answer(scored)
+        right = sum(int((answer(batch.numpy()).argmax(1) == truth.numpy()).sum()) for batch, truth in pairs)
+        return right / sum(len(batch) for batch, _ in pairs)
+
+    return quantization.choose(
+        plan,
+        quantize,
+        lambda quantized: score(quantization.fake_quantized(quantized)),
+        images[:SENSITIVITY_IMAGES],
+        score(model) - (request.max_quantization_loss or 0) / 100,
+    )
+
+
+def _scored_pairs(request: Request, source: Source, model: nn.Module, images: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Held-out training images and their labels; the model's own answers where there are no labels or no such images."""
+    if source.dataset.kind != "none" and len(held_out := training_images(request, source).held_out):
+        pairs = list(dataset.batches(held_out, TEST_BATCH, shuffle=False, seed=0, preprocessing=source.preprocessing))
+        if source.dataset.kind == "labelled":
+            return pairs
+        batches = [batch for batch, _ in pairs]
+    else:
+        batches = list(images.split(TEST_BATCH))
+    answer = differences.torch_answer(model)
+    return [(batch, torch.from_numpy(answer(batch.numpy()).argmax(1))) for batch in batches]
+
+
+def pruning_training(
+    request: Request, source: Source, teacher: nn.Module, progress: training.Progress
+) -> pruning.Training | None:
+    """How the request's pruner looks at training images and trains; None when it needs none.
+
+    Raises:
+        TrainingError: there is not one batch.
+    """
+    if not pruning.PRUNERS[request.pruner].needs_images:
+        return None
+    images = training_images(request, source)
+    if images.per_epoch == 0:
+        raise TrainingError(training.TOO_FEW_IMAGES)
+    recipe = recipe_of(request, source, request.pruning_epochs, request.pruning_learning_rate)
+    return pruning.Training(
+        batches=lambda epoch: (batch[:2] for batch in islice(images.batches(epoch), images.per_epoch)),
+        loss=training.loss_function(
+            recipe, teacher if recipe.distillation_weight > 0 else None, classes_of(source.model, source.example)
+        ),
+        steps=max(request.pruning_steps, round(recipe.epochs * images.per_epoch)),
+        learning_rate=recipe.learning_rate,
+        rounds=request.pruning_steps,
+        progress=progress,
+    )
+
+
+def training_stages(request: Request, source: Source) -> tuple[str, ...]:
+    """The stages of a run that train, by their names."""
+    if source.dataset.kind == "none":
+        return ()
+    trains = {
+        "prune": request.prunes and pruning.PRUNERS[request.pruner].needs_data == TRAINS,
+        "finetune": request.prunes and request.finetune_epochs > 0,
+        "quantize": request.quantizes and request.qat_epochs > 0 and quantization.QUANTIZERS[request.quantizer].trains,
+    }
+    return tuple(name for name, does in trains.items() if does)
+
+
+def require_trainable(request: Request, source: Source) -> None:
+    """Refuses what would end the training of `source.model` before its first step.
+
+    Raises:
+        TrainingError: every parameter is frozen, forward takes no gradients, or the images do not fill one batch.
+    """
+    looks = request.prunes and pruning.PRUNERS[request.pruner].needs_images and source.dataset.kind != "none"
+    trained = training_stages(request, source)
+    if trained:
+        training.parameter_groups(source.model, 0.0)
+        _require_gradients(source)
+    if (looks or trained) and training_images(request, source).per_epoch == 0:
+        raise TrainingError(training.TOO_FEW_IMAGES)
+
+
+def _require_gradients(source: Source) -> None:
+    with torch.enable_grad(), own_errors(source.model, "in eval mode, with one image"):
+        learns = logits_of(source.model(source.example)).requires_grad
+    if not learns:
+        raise TrainingError(
+            "The model answers without gradients, so it cannot be trained: take torch.no_grad, torch.inference_mode or detach "
+            "out of its forward, or set --finetune-epochs and --qat-epochs to 0."
+        )
+
+
+def recipe_of(request: Request, source: Source, epochs: float, learning_rate: float) -> training.Recipe:
+    """With the original model as teacher; images without labels are learnt from the teacher alone."""
+    weight = 1.0 if source.dataset.kind == "unlabelled" else request.distillation_weight
+    return training.Recipe(
+        epochs,
+        learning_rate,
+        weight,
+        request.distillation_temperature,
+        request.label_smoothing,
+        request.optimizer,
+    )
+
+
+def train(
+    request: Request,
+    source: Source,
+    model: nn.Module,
+    recipe: training.Recipe,
+    *,
+    teacher: nn.Module | None,
+    progress: training.Progress,
+    part: slice = slice(None),
+) -> list[dict[str, Any]]:
+    """`training.fit` on the request's images; returns and raises what it does.
+
+    Args:
+        part: of each batch, what this process takes where several train together.
+    """
+    images = training_images(request, source, part)
+    scored = source.dataset.kind == "labelled" and len(images.held_out) > 0
+    return training.fit(
+        model,
+        images.batches,
+        images.per_epoch,
+        recipe,
+        teacher=teacher,
+        keep_zeros=request.prunes and not request.shrinks,
+        score=scorer(images.held_out, source) if scored else None,
+        progress=progress,
+    )
+
+
+@dataclass(frozen=True)
+class TrainingImages:
+    """The training part of a data set, without the images that score the epochs."""
+
+    held_out: dataset.Split
+    batches: training.Batches
+    """The last batch of an epoch may be smaller."""
+    per_epoch: int
+    """Full batches in an epoch."""
+
+
+def training_images(request: Request, source: Source, part: slice = slice(None)) -> TrainingImages:
+    """`part` is what this process takes of each batch."""
+    train = source.dataset.train
+    held_out, trained = dataset.split_held_out(train, min(HELD_OUT, len(train) // 20), request.seed)
+
+    def batches(epoch: int) -> Iterator[training.Batch]:
+        pick = dataset.batches if request.augment else dataset.numbered_batches
+        return pick(
+            trained,
+            request.train_batch_size,
+            shuffle=True,
+            seed=request.seed + epoch,
+            augment=request.augment,
+            preprocessing=source.preprocessing,
+            part=part,
+        )
+
+    return TrainingImages(held_out, batches, len(trained) // request.train_batch_size)
+
+
+def scorer(images: dataset.Split, source: Source) -> Callable[[nn.Module], float]:
+    """The share of `images` that a model, in eval mode on the training device, gets right."""
+
+    def score(model: nn.Module) -> float:
+        right = 0
+        for batch, labels in dataset.batches(
+            images, TEST_BATCH, shuffle=False, seed=0, preprocessing=source.preprocessing
+        ):
+            with torch.no_grad():
+                answer = logits_of(model(batch.to(training.device())))
+                right += int((answer.argmax(1).cpu() == labels).sum())
+        return right / len(images)
+
+    return score
+
+
+def recover(
+    request: Request, source: Source, dense: nn.Module, model: nn.Module, kept: Mapping[str, Tensor]
+) -> tuple[Refit, ...]:
+    """Refits what pruning left of `model`, in place, on training images; synthetic ones do not show what matters.
+
+    With `reconstruction_images` 0, and in a model that lost no channels, only the BatchNorm statistics are taken anew.
+    """
+    if source.dataset.kind == "none":
+        return ()
+    refits = request.shrinks and request.reconstruction_images > 0
+    count = request.reconstruction_images if refits else BATCHNORM_IMAGES
+    count = min(count, max(1, MOST_PIXELS // source.preprocessing.input_size**2))
+    images = dataset.calibration_images(source.dataset, count, source.preprocessing, request.seed)
+    bits = request.activation_bits if request.quantizes else FLOAT_BITS
+    return reconstruct(model, dense, kept, images, bits=bits, weights=refits)
