@@ -12,6 +12,7 @@ import contextlib
 import copy
 import io
 import logging
+import re
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -29,6 +30,9 @@ from compress.quantization.flavours import Flavour, apply_flavour, constant, fre
 from compress.quantization.grids import Quantized
 from compress.quantization.prepare import quantization_points
 from compress.tracing.folding import folded
+from compress.tracing.wording import place_of
+
+log = logging.getLogger("compress")
 
 Precision = Literal["fp32", "fp16"]
 INPUT, OUTPUT = "images", "logits"
@@ -89,8 +93,11 @@ def _exported(model: nn.Module, input_size: int, precision: Precision) -> ir.Mod
                 input_names=[INPUT], output_names=[OUTPUT], dynamic_shapes=({0: batch},),
             )  # fmt: skip
     except Exception as error:  # noqa: BLE001 - the exporter runs the model's own code, which may raise anything
-        name = type(model).__name__
-        raise HandoffError(f"{name} cannot be exported to ONNX with a dynamic batch: {error}") from error
+        log.exception("torch.onnx.export failed")
+        raise HandoffError(
+            f"torch.onnx cannot export {type(model).__name__} for a batch of any size{_culprit(error)}. Write it with other "
+            "operations; the exporter's own words are in the log of the run."
+        ) from error
     exported = program.model
     _name_layers(exported)
     _name_quantization(exported)
@@ -98,6 +105,18 @@ def _exported(model: nn.Module, input_size: int, precision: Precision) -> ir.Mod
     _lowercase_einsum(exported)
     _strip_metadata(exported)
     return exported
+
+
+def _culprit(error: BaseException) -> str:
+    """The line of the model's code or the layer that the exporter stopped at; empty where it does not say."""
+    causes = [error]
+    while causes[-1].__cause__ is not None:
+        causes.append(causes[-1].__cause__)
+    for cause in reversed(causes):
+        if place := place_of(cause):
+            return f"; it stops at {place}"
+    layer = re.search(r"call_module\[target=([^\]]+)\]", str(error))
+    return f"; it stops at {layer[1]}" if layer else ""
 
 
 def _half_copy(model: nn.Module) -> nn.Module:

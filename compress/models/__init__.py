@@ -204,8 +204,8 @@ def _resize(model: nn.Module, sizes: Mapping[str, Mapping[str, Any]], tensors: M
 
 
 def _sizes(model: nn.Module) -> dict[str, dict[str, Any]]:
-    found = {
-        name: {key: getattr(module, key) for key in _SIZES if isinstance(getattr(module, key, None), int | tuple)}
+    found = {  # of the instances: a class may derive one from the layers within, as timm's ConvNormAct does
+        name: {key: vars(module)[key] for key in _SIZES if isinstance(vars(module).get(key), int | tuple)}
         for name, module in model.named_modules()
     }
     return {name: values for name, values in found.items() if values}

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from compress import memory
 from compress.errors import CompressError, HandoffError, RequestError, RunError
 from compress.models import calls
-from compress.own_modules import answers, calling, copying, inputs, permanent, tensors, wrappers
+from compress.own_modules import answers, calling, copying, inputs, permanent, repeatable, tensors, wrappers
 
 __all__ = ["OwnModule", "open_module", "unwrapped"]
 
@@ -40,7 +40,7 @@ def open_module(model: object, input_size: int) -> OwnModule:
 
     Raises:
         RequestError: it is no module, cannot be copied, has tensors that are not real floating-point numbers, does not take
-            such images, or does not answer with class scores; the sentence says what to give instead.
+            such images, or does not answer with class scores, alike each time; the sentence says what to give instead.
         HandoffError: a step at the door changed its answers.
     """
     bare, notes = unwrapped(model)
@@ -49,6 +49,7 @@ def open_module(model: object, input_size: int) -> OwnModule:
     notes += more
     images = inputs.example(input_size)
     before = _first_answer(own, bare, images)
+    repeatable.require_repeatable(own, images)
     if replaced := permanent.make_permanent(own) + permanent.plain_batch_norms(own, images):
         notes += replaced
         if not answers.are_equal(before, calling.run(own, images)):

@@ -59,6 +59,7 @@ class IntegerWeightLayer(nn.Module):
         self.register_buffer("scales", scales)
         self.register_buffer("zero_points", torch.zeros(len(scales), dtype=torch.int8))
         self.bias = layer.bias
+        self._modules.update(layer._modules)  # the graph calls what a layer holds, such as its padding
         # Kept for its stride, padding and groups, outside of the module tree so that its weight is not exported.
         object.__setattr__(self, "_layer", layer)
 

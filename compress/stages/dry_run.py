@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from compress import pruning, quantization, runs
+from compress import quantization, runs
 from compress.engines import RUNTIMES
 from compress.errors import CompressError, RequestError
 from compress.models import counting
@@ -91,7 +91,7 @@ def rehearse(request: Request, source: Source) -> Rehearsal:
     """
     found = Rehearsal()
     found.attempt(lambda: steps.require_trainable(request, source))
-    if request.prunes and (found.refusals or pruning.PRUNERS[request.pruner].needs_images):
+    if request.prunes:
         found.attempt(lambda: found.keep_plan(steps.usable_plan(request, source).as_dict()))
     if found.refusals:
         return found
@@ -99,8 +99,6 @@ def rehearse(request: Request, source: Source) -> Rehearsal:
         few = _with_few_images(request, source)
         work = _DryRun(Path(folder), _shortened(request, few))
         found.attempt(lambda: _carry_out(work, few, found))
-    if found.refusals and request.prunes and not found.plan["left_out"]:
-        found.attempt(lambda: found.keep_plan(steps.pruning_plan(request, source.model, source.example).as_dict()))
     return found
 
 
