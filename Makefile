@@ -39,7 +39,7 @@ browser: setup-dev
 	  || echo "No Chromium could be installed: the tests of the app will be skipped."
 
 test-slow: setup-dev  ## 200 random networks, each compared with its masked form; the examples from end to end
-	ESPALIER_SLOW=1 ESPALIER_RANDOM_NETWORKS=200 $(PY) -m pytest tests/test_pruning_random.py tests/test_examples.py
+	ESPALIER_SLOW=1 ESPALIER_RANDOM_NETWORKS=200 $(PY) -m pytest tests/pruning/test_pruning_random.py tests/system/test_examples.py
 
 test-gpu: setup-dev  ## the tests that need an NVIDIA GPU
 	$(PY) -m pytest -m gpu
@@ -77,13 +77,13 @@ coverage: setup  ## docs/coverage.md: every torchvision classifier, proved; hour
 	$(PY) -m bench.coverage
 
 torture: setup-dev  ## hostile uploads and faults, all of them, and the table of what held; ROWS="hostile ..." for some
-	PYTHONPATH=tests $(PY) -W ignore -m torture $(ROWS)
+	PYTHONPATH=tests:tests/helpers:tests/networks $(PY) -W ignore -m torture $(ROWS)
 
 mutants: setup-dev  ## each protection taken out in turn: does a test miss it? an hour; NAMES="names keys" for some
 	nice $(PY) scripts/mutate.py $(or $(NAMES),--all)
 
 fuzz: setup-dev  ## a million random mutants of checkpoints and zips, hours; SEED=7 and COUNT=1000 for others
-	PYTHONPATH=tests $(PY) -W ignore -m torture.mutants --seed $(SEED) --count $(COUNT) --folder build/fuzz
+	PYTHONPATH=tests:tests/helpers:tests/networks $(PY) -W ignore -m torture.mutants --seed $(SEED) --count $(COUNT) --folder build/fuzz
 
 clean:  ## removes the environment and all runs
 	rm -rf $(VENV) runs

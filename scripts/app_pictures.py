@@ -1,6 +1,6 @@
 """Pictures of the web app in every state, wide and on a phone, light and dark: `python scripts/app_pictures.py FOLDER`.
 
-To be looked at as a newcomer would. The runs train nothing (see tests/fake_run.py) and show a made-up report.
+To be looked at as a newcomer would. The runs train nothing (see tests/helpers/fake_run.py) and show a made-up report.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT / "tests"), str(ROOT)]
+sys.path[:0] = [str(ROOT / "tests" / "helpers"), str(ROOT)]
 
 import chromium  # noqa: E402
 from app_server import AppServer  # noqa: E402

@@ -1,4 +1,4 @@
-"""Writes tests/tensorrt_names.json: the names that published TensorRT bindings have, class by class.
+"""Writes tests/helpers/tensorrt_names.json: the names that published TensorRT bindings have, class by class.
 
     python scripts/tensorrt_names.py
 
@@ -16,7 +16,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-TARGET = Path(__file__).resolve().parents[1] / "tests" / "tensorrt_names.json"
+TARGET = Path(__file__).resolve().parents[1] / "tests" / "helpers" / "tensorrt_names.json"
 RELEASES = ("10.3.0", "10.16.1.11", "11.4.0.106")
 """JetPack 6's, the last of 10, and the one that requirements-gpu.txt asks for."""
 PACKAGE = "tensorrt_cu12_bindings"

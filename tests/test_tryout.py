@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from example_report import example_report
 from PIL import Image
+from places import ROOT
 from quantization_networks import CLASSES, SIZE, calibrated, trained
 
 from compress import classify, models, signing
@@ -125,5 +126,5 @@ def test_neither_torch_nor_nni_is_needed() -> None:
     import sys
 
     words = "import sys; import compress.classify; sys.exit(bool({'torch', 'nni'} & set(sys.modules)))"
-    root = Path(__file__).parents[1]
+    root = ROOT
     assert subprocess.run([sys.executable, "-c", words], cwd=root, timeout=60).returncode == 0

@@ -78,7 +78,7 @@ class Split(torch.utils.data.Dataset):
     origin: Origin
     positions: np.ndarray
     """int64 [N]: where in `origin` each image is."""
-    data_layout: Tensor
+    labels: Tensor
     """int64 [N], the model's output; -1 when unlabelled."""
     preprocessing: Preprocessing
     pixels: Tensor | None

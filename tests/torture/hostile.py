@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 from checkpoint_files import edit_zip, small_state
+from places import PYTHONPATH
 
 from compress.checkpoints import reader
 from compress.errors import CheckpointError
@@ -102,7 +103,6 @@ def refusal_of(case: Case) -> str | None:
 def control(made: list[Case]) -> list[bool]:
     """Whether each file makes its marker in the unsafe loader."""
     orders = "".join(f"{json.dumps([str(case.path), str(case.marker)])}\n" for case in made)
-    here = Path(__file__).resolve().parents[1]
     done = subprocess.run(
         [sys.executable, "-m", "torture.control"],
         input=orders,
@@ -110,7 +110,7 @@ def control(made: list[Case]) -> list[bool]:
         text=True,
         check=True,
         timeout=900,
-        env={**os.environ, "PYTHONPATH": str(here), "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "PYTHONPATH": PYTHONPATH, "OMP_NUM_THREADS": "1"},
     )
     return [json.loads(line) is not None for line in done.stdout.splitlines()]
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from app_server import AppServer
+from places import PYTHONPATH, TESTS
 from staged_run import MOMENTS, seed_of
 
 from compress import processes, runs
@@ -31,7 +32,6 @@ VICTIMS = ("run", "supervisor", "both", "web app")
 RESTARTED_S = 60.0
 """Within which a run goes on, or is reported failed, after the restart."""
 PATIENCE_S = 90.0
-TESTS = Path(__file__).resolve().parents[1]
 SUPERVISOR = """
 import sys, time
 sys.path[:0] = {paths!r}
@@ -60,7 +60,7 @@ class Found:
 
 
 def command(folder: Path, resume: bool) -> list[str]:
-    words = [sys.executable, "-P", str(TESTS / "staged_run.py"), str(folder), str(folder / "request.json")]
+    words = [sys.executable, "-P", str(TESTS / "helpers" / "staged_run.py"), str(folder), str(folder / "request.json")]
     return [*words, "--resume"] if resume else words
 
 
@@ -99,7 +99,7 @@ class Supervisor:
         self.start()
 
     def start(self) -> None:
-        words = [sys.executable, "-c", SUPERVISOR.format(paths=[str(TESTS), str(TESTS.parent)]), str(self.data)]
+        words = [sys.executable, "-c", SUPERVISOR.format(paths=PYTHONPATH.split(os.pathsep)), str(self.data)]
         self.process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
         assert self.process.stdout is not None and self.process.stdout.readline() == "ready\n"
 

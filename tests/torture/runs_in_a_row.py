@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from places import TESTS
+
 from compress import processes
 from compress.jobs import Queue
 from compress.request import Request
@@ -24,7 +26,7 @@ WARM_UP = 10
 FLAT = 1.05
 KINDS = ("resnet18", "resnet18", "resnet18", "resnet50", "resnet101", "mobilenet_v2")
 """What fake_run.py makes of them: three succeed, one refuses, one is killed, one is cancelled together with a worker."""
-FAKE = Path(__file__).resolve().parents[1] / "fake_run.py"
+FAKE = TESTS / "helpers" / "fake_run.py"
 _PR_SET_CHILD_SUBREAPER = 36
 
 
