@@ -45,7 +45,7 @@ def dense_checkpoint(
             model,
             lambda epoch: dataset.batches(images, 64, shuffle=True, seed=epoch, preprocessing=preprocessing),
             len(images) // 64,
-            training.Recipe(epochs, 0.05, 0.0, 1.0, optimizer="sgd"),
+            training.TrainingConfig(epochs, 0.05, 0.0, 1.0, optimizer="sgd"),
             progress=lambda done, text: print(f"\r{name}: {text}   ", end=""),
         )
         out.mkdir(parents=True, exist_ok=True)

@@ -34,7 +34,7 @@ class Trial:
     refit: bool = True
     train: bool = True
     augment: bool = False
-    recipe: training.Recipe = training.Recipe(0, 0.001, 0.5, 4.0)
+    recipe: training.TrainingConfig = training.TrainingConfig(0, 0.001, 0.5, 4.0)
 
 
 TRIALS = (
@@ -43,9 +43,9 @@ TRIALS = (
     Trial("fine-tuned without the refit", refit=False),
     Trial("refitted, then fine-tuned: the default"),
     Trial("the same with shifts and flips", augment=True),
-    Trial("the same with 0.9 of the loss from the teacher", recipe=training.Recipe(0, 0.001, 0.9, 4.0)),
-    Trial("the same at twice the learning rate", recipe=training.Recipe(0, 0.002, 0.5, 4.0)),
-    Trial("the same with SGD at 0.01", recipe=training.Recipe(0, 0.01, 0.5, 4.0, optimizer="sgd")),
+    Trial("the same with 0.9 of the loss from the teacher", recipe=training.TrainingConfig(0, 0.001, 0.9, 4.0)),
+    Trial("the same at twice the learning rate", recipe=training.TrainingConfig(0, 0.002, 0.5, 4.0)),
+    Trial("the same with SGD at 0.01", recipe=training.TrainingConfig(0, 0.01, 0.5, 4.0, optimizer="sgd")),
 )
 
 

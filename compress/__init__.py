@@ -53,10 +53,10 @@ def load(run_folder: str | Path, *, model: nn.Module | None = None) -> nn.Module
 
     folder = Path(run_folder)
     if (folder / runs.MANIFEST).is_file():
-        runs.require_unchanged(folder, [f"artifacts/{name}" for name in (models.RECIPE, models.WEIGHTS)])
-    recipe = models.read_recipe(folder / "artifacts")
-    if model is not None and recipe.architecture is None:
+        runs.require_unchanged(folder, [f"artifacts/{name}" for name in (models.SPEC_FILE, models.WEIGHTS_FILE)])
+    spec = models.read_spec(folder / "artifacts")
+    if model is not None and spec.architecture is None:
         bare, _ = own_modules.unwrapped(model)
-        models.require_class(recipe, bare)
-        model = own_modules.open_module(bare, recipe.preprocessing.input_size).model
+        models.require_class(spec, bare)
+        model = own_modules.open_module(bare, spec.preprocessing.input_size).model
     return models.rebuild(folder / "artifacts", model=model)

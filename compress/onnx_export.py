@@ -68,7 +68,7 @@ def export_flavours(quantized: Quantized, paths: Mapping[Flavour, Path], *, inpu
     neutral = _exported(convert(quantized), input_size, "fp32")
     points = quantization_points(quantized.model)
     for flavour, path in paths.items():
-        _save(apply_flavour(neutral, points, quantized.ranges, flavour), path)
+        _save(apply_flavour(neutral, points, quantized.grids, flavour), path)
 
 
 class _HalfPrecision(nn.Module):

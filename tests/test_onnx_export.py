@@ -53,17 +53,17 @@ def constants(path: Path) -> tuple[onnx.GraphProto, dict[str, np.ndarray]]:
 
 @pytest.mark.parametrize("flavour", FLAVOURS)
 def test_every_scale_in_the_file_is_nnis_bit_for_bit(flavour):
-    ranges, points = calibrated().ranges, quantization_points(calibrated().model)
+    grids, points = calibrated().grids, quantization_points(calibrated().model)
     graph, values = constants(exported()[flavour])
     quantizers = {node.name.removesuffix(".quantize"): node for node in graph.node if node.op_type == "QuantizeLinear"}
     left_out = {name for name, point in points.items() if point.only_onnxruntime and flavour == "tensorrt"}
     assert quantizers.keys() == points.keys() - left_out
     for name, node in quantizers.items():
         scale, zero_point = (values[constant] for constant in node.input[1:3])
-        assert scale.dtype == np.float32 and scale.tobytes() == np.float32(ranges.activations[name].scale).tobytes()
+        assert scale.dtype == np.float32 and scale.tobytes() == np.float32(grids.activations[name].scale).tobytes()
         expected = (np.int8, 0) if flavour == "tensorrt" else (np.uint8, 0 if points[name].non_negative else 128)
         assert (zero_point.dtype.type, int(zero_point)) == expected
-    for name, grid in ranges.weights.items():
+    for name, grid in grids.weights.items():
         assert values[f"{name}.scales"].tobytes() == np.array(grid.scales, dtype=np.float32).tobytes()
         codes = grid.codes(calibrated().model.get_submodule(name).weight)
         assert values[f"{name}.codes"].dtype == np.int8 and np.array_equal(values[f"{name}.codes"], codes.numpy())
@@ -75,7 +75,7 @@ def test_few_bits_are_stored_on_a_finer_scale_with_the_same_values(bits, factor,
     quantized = calibrated(bits, 8)
     export_flavours(quantized, {"onnxruntime": tmp_path / "model.onnx"}, input_size=SIZE)
     _, values = constants(tmp_path / "model.onnx")
-    for name, grid in quantized.ranges.weights.items():
+    for name, grid in quantized.grids.weights.items():
         codes = grid.codes(quantized.model.get_submodule(name).weight).numpy()
         assert np.array_equal(values[f"{name}.codes"], codes * factor) and np.abs(values[f"{name}.codes"]).max() <= 63
         assert np.array_equal(values[f"{name}.scales"] * factor, np.array(grid.scales, dtype=np.float32))
@@ -115,14 +115,14 @@ def test_fewer_bits_stay_on_their_grid_in_int8_containers(flavour):
     assert (
         max(np.abs(value).max() for name, value in values.items() if name.endswith(".codes") and value.ndim > 1) == 56
     )
-    assert sum(node.op_type == "Clip" for node in graph.node) >= len(calibrated(4, 4).ranges.activations) / 2
+    assert sum(node.op_type == "Clip" for node in graph.node) >= len(calibrated(4, 4).grids.activations) / 2
 
 
 def test_every_layer_runs_on_integers_in_onnxruntime_relu6_included():
     with RUNTIMES["onnxruntime"].load(exported()["onnxruntime"], SPEC) as session:
         kernels = session.kernels()
     assert {kernel.precision for kernel in kernels} == {"int8"}
-    assert {kernel.name for kernel in kernels} == set(calibrated().ranges.weights)
+    assert {kernel.name for kernel in kernels} == set(calibrated().grids.weights)
 
 
 def test_a_relu6_keeps_its_bound_although_its_container_reaches_further():
@@ -132,7 +132,7 @@ def test_a_relu6_keeps_its_bound_although_its_container_reaches_further():
     batch = torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     quantized = quantized_at(model, batches=[batch])
     (bounded,) = [name for name, point in quantization_points(quantized.model).items() if point.clipped_above]
-    assert quantized.ranges.activations[bounded].scale == pytest.approx(6 / 127)
+    assert quantized.grids.activations[bounded].scale == pytest.approx(6 / 127)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
         export_flavours(quantized, {"onnxruntime": path}, input_size=8)
@@ -140,7 +140,7 @@ def test_a_relu6_keeps_its_bound_although_its_container_reaches_further():
             got = session.run(4 * batch.numpy())
             assert [kernel.precision for kernel in session.kernels()] == ["int8", "int8"]
     expected = answers(fake_quantized(quantized, "onnxruntime"), 4 * batch).numpy()
-    assert np.abs(got - expected).max() <= 2 * quantized.ranges.activations["q__2"].scale
+    assert np.abs(got - expected).max() <= 2 * quantized.grids.activations["q__2"].scale
 
 
 @pytest.mark.parametrize("count", [1, 5])
@@ -198,8 +198,8 @@ def test_a_layer_that_holds_its_padding_is_exported_with_it(tmp_path):
 
 def test_ranges_of_another_model_are_refused():
     other = prepare(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten()))
-    with pytest.raises(QuantizationError, match="the ranges belong to a model with other points"):
-        fake_quantized(Quantized(other, calibrated().ranges))
+    with pytest.raises(QuantizationError, match="the grids belong to a model with other points"):
+        fake_quantized(Quantized(other, calibrated().grids))
 
 
 class UpperCaseEinsum(nn.Module):

@@ -218,13 +218,13 @@ def _not_installed(title: str, package: str) -> str:
     return f"{title} is not installed; install it with `pip install {package}`."
 
 
-def blamed(path: Path, text: str) -> str:
+def failing_part(path: Path, text: str) -> str:
     """What a runtime complains of in `text`, in the words of the user's file: one of its layers, or the file."""
-    layer = blamed_layer(path, text)
+    layer = failing_layer(path, text)
     return f"{layer} of {path.name}" if layer else path.name
 
 
-def blamed_layer(path: Path, text: str) -> str | None:
+def failing_layer(path: Path, text: str) -> str | None:
     """The layer of an ONNX file whose name stands in `text`."""
     try:
         nodes = onnx.load(path, load_external_data=False).graph.node

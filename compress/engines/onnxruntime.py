@@ -15,7 +15,16 @@ import numpy as np
 import onnx
 
 from compress import machine
-from compress.engines.base import BuildSpec, Flavour, Kernel, OnnxLoader, Session, blamed, check_images, precision_of
+from compress.engines.base import (
+    BuildSpec,
+    Flavour,
+    Kernel,
+    OnnxLoader,
+    Session,
+    check_images,
+    failing_part,
+    precision_of,
+)
 from compress.errors import EngineError, HandoffError
 
 log = logging.getLogger("compress")
@@ -218,7 +227,7 @@ def _load(
             content or str(path), options, providers=list(providers), disabled_optimizers=list(disabled)
         )
     except Exception as error:  # noqa: BLE001 - every status of the library is an exception class of its own
-        raise EngineError(OnnxRuntime.name, f"ONNX Runtime cannot load {blamed(path, str(error))}.") from error
+        raise EngineError(OnnxRuntime.name, f"ONNX Runtime cannot load {failing_part(path, str(error))}.") from error
 
 
 def _read(path: Path) -> onnx.ModelProto:

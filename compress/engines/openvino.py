@@ -22,8 +22,8 @@ from compress.engines.base import (
     OnnxLoader,
     Precision,
     Session,
-    blamed,
     check_images,
+    failing_part,
     precision_of,
 )
 from compress.engines.processes import remote
@@ -67,7 +67,7 @@ class _OpenVinoSession(Session):
             self._compiled, narrowed = _compile(path, spec, self._batch)
             self._request = self._make_request()
         except (RuntimeError, DecodeError) as error:
-            raise EngineError(OpenVino.name, f"OpenVINO cannot compile {blamed(path, str(error))}.") from error
+            raise EngineError(OpenVino.name, f"OpenVINO cannot compile {failing_part(path, str(error))}.") from error
         self._kernels = _read_kernels(self._compiled)
         rest = self._compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
         self.precision = precision_of(self._kernels, _PRECISION.get(rest, rest))

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from compress.engines.base import BuildSpec, Kernel, blamed
+from compress.engines.base import BuildSpec, Kernel, failing_part
 from compress.errors import EngineError, RequestError
 
 INPUT, OUTPUT = "images", "logits"
@@ -76,7 +76,7 @@ def build_plan(bindings: ModuleType, logger: Any, onnx_path: Path, spec: BuildSp
     if not parser.parse_from_file(str(onnx_path)):
         errors = [parser.get_error(index) for index in range(parser.num_errors)]
         reasons = "; ".join(dict.fromkeys(f"{error.node_name()} : {error.desc()}" for error in errors))
-        raise _refusal(bindings, f"read {blamed(onnx_path, reasons)}", reasons)
+        raise _refusal(bindings, f"read {failing_part(onnx_path, reasons)}", reasons)
     config = builder.create_builder_config()
     config.profiling_verbosity = bindings.ProfilingVerbosity.DETAILED
     config.clear_flag(bindings.BuilderFlag.TF32)  # fp32 is really fp32: TF32 keeps 10 of its 23 bits
@@ -88,7 +88,7 @@ def build_plan(bindings: ModuleType, logger: Any, onnx_path: Path, spec: BuildSp
     if plan is None:
         last = next((message for message in reversed(logger.messages) if "rror" in message), "it gives no reason")
         targets = f" for {', '.join(spec.targets)}" if spec.targets else ""
-        raise _refusal(bindings, f"build an engine{targets} from {blamed(onnx_path, last)}", last)
+        raise _refusal(bindings, f"build an engine{targets} from {failing_part(onnx_path, last)}", last)
     return bytes(plan)
 
 

@@ -1,7 +1,7 @@
 """Models: the public face of building, recognising and counting, and how a shrunk structure is saved and rebuilt.
 
 A shrunk model keeps the class of its architecture; only sizes inside its modules differ. `model.json` records those
-sizes (the rebuild recipe), `model.safetensors` the weights, so rebuilding needs torchvision and nothing else.
+sizes (the rebuild spec), `model.safetensors` the weights, so rebuilding needs torchvision and nothing else.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ from compress.models.counting import LayerShape, count_macs, count_parameters, l
 from compress.preprocessing import Preprocessing
 
 __all__ = [
-    "Architecture", "LayerShape", "Preprocessing", "Recipe", "build", "build_empty", "count_macs", "count_parameters",
-    "fresh", "layer_shapes", "load", "load_weights", "read_recipe", "rebuild", "recognise", "require_class", "save", "without_auxiliary",
+    "Architecture", "LayerShape", "Preprocessing", "RebuildSpec", "build", "build_empty", "count_macs", "count_parameters",
+    "fresh", "layer_shapes", "load", "load_weights", "read_spec", "rebuild", "recognise", "require_class", "save", "without_auxiliary",
 ]  # fmt: skip
 
-WEIGHTS, RECIPE = "model.safetensors", "model.json"
-RECIPE_FORMAT = 1
+WEIGHTS_FILE, SPEC_FILE = "model.safetensors", "model.json"
+SPEC_FORMAT = 1
 
 _SIZES = (
     "in_channels", "out_channels", "groups", "num_features", "in_features", "out_features", "normalized_shape",
@@ -50,7 +50,7 @@ _SIZES = (
 
 
 @dataclass(frozen=True)
-class Recipe:
+class RebuildSpec:
     """What `model.json` holds."""
 
     architecture: Architecture | None
@@ -74,7 +74,7 @@ def save(
     preprocessing: Preprocessing,
     class_names: Sequence[str],
 ) -> None:
-    """Write `model.safetensors` and `model.json` into `folder`, each atomically, the recipe last.
+    """Write `model.safetensors` and `model.json` into `folder`, each atomically, the spec last.
 
     Raises:
         CheckpointError: the model's modules or tensors are not those of `architecture`.
@@ -85,36 +85,36 @@ def save(
         name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
         for name, tensor in model.state_dict().items()
     }
-    files.write_tensors(folder / WEIGHTS, tensors)
-    recipe = Recipe(
+    files.write_tensors(folder / WEIGHTS_FILE, tensors)
+    spec = RebuildSpec(
         architecture,
         _class_of(model),
         sizes,
         _is_channels_last(model),
         preprocessing,
         tuple(class_names),
-        files.sha256(folder / WEIGHTS),
+        files.sha256(folder / WEIGHTS_FILE),
         pruned_heads(model),
     )
-    files.write_text(folder / RECIPE, json.dumps({"format": RECIPE_FORMAT} | asdict(recipe), indent=1) + "\n")
+    files.write_text(folder / SPEC_FILE, json.dumps({"format": SPEC_FORMAT} | asdict(spec), indent=1) + "\n")
 
 
-def read_recipe(folder: Path) -> Recipe:
+def read_spec(folder: Path) -> RebuildSpec:
     """Raises StorageError when `folder` holds no saved model, or one of another version."""
-    path = folder / RECIPE
+    path = folder / SPEC_FILE
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-        if values.pop("format") != RECIPE_FORMAT:
+        if values.pop("format") != SPEC_FORMAT:
             raise StorageError(f"{path} was written by another version of this tool: compress the model again.")
         architecture, preprocessing = values.pop("architecture"), values.pop("preprocessing")
         names = tuple(values.pop("class_names"))
-        return Recipe(
+        return RebuildSpec(
             architecture=None if architecture is None else Architecture(**architecture),
             preprocessing=Preprocessing.from_dict(preprocessing), class_names=names, **values,
         )  # fmt: skip
     except FileNotFoundError as error:
         raise StorageError(
-            f"{folder} holds no saved model ({RECIPE} is missing): give the artifacts folder of a finished run."
+            f"{folder} holds no saved model ({SPEC_FILE} is missing): give the artifacts folder of a finished run."
         ) from error
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise StorageError(f"{path} is damaged: restore it, or compress the model again.") from error
@@ -131,49 +131,49 @@ def rebuild(folder: Path, *, model: nn.Module | None = None) -> nn.Module:
         StorageError: the folder holds no model, or the weights are not the ones that were saved.
         CheckpointError: `model` is missing, not needed, or not the module that was saved.
     """
-    recipe = read_recipe(folder)
-    tensors = _read_weights(folder, recipe)
-    if recipe.architecture is None and model is None:
+    spec = read_spec(folder)
+    tensors = _read_weights(folder, spec)
+    if spec.architecture is None and model is None:
         raise CheckpointError(
-            f"The saved model is a {recipe.model_class} of your own: give a fresh instance of it with model=."
+            f"The saved model is a {spec.model_class} of your own: give a fresh instance of it with model=."
         )
-    if recipe.architecture is not None and model is not None:
+    if spec.architecture is not None and model is not None:
         raise CheckpointError(
-            f"The saved model is torchvision's {recipe.architecture.name} and is built from that: leave model= out."
+            f"The saved model is torchvision's {spec.architecture.name} and is built from that: leave model= out."
         )
     if model is None:
-        assert recipe.architecture is not None
-        model = build(recipe.architecture)
+        assert spec.architecture is not None
+        model = build(spec.architecture)
     else:
-        require_class(recipe, model)
+        require_class(spec, model)
         model = copy.deepcopy(model)
     try:
-        give_heads(model, recipe.heads)
+        give_heads(model, spec.heads)
     except ValueError as error:
         raise CheckpointError(
             f"The model is not built like the saved one: {error}. Give the class it was made from."
         ) from error
-    _resize(model, recipe.sizes, tensors)
+    _resize(model, spec.sizes, tensors)
     load_weights(model, tensors)
-    if recipe.channels_last:
+    if spec.channels_last:
         model.to(memory_format=torch.channels_last)
     return model.eval()
 
 
-def require_class(recipe: Recipe, model: nn.Module) -> None:
+def require_class(spec: RebuildSpec, model: nn.Module) -> None:
     """Raises CheckpointError when `model` is of another class than the one that was saved."""
-    if _class_of(model) != recipe.model_class:
+    if _class_of(model) != spec.model_class:
         raise CheckpointError(
-            f"The saved model is a {recipe.model_class}, but model= is a {_class_of(model)}: give an instance of the "
+            f"The saved model is a {spec.model_class}, but model= is a {_class_of(model)}: give an instance of the "
             "former."
         )
 
 
-def _read_weights(folder: Path, recipe: Recipe) -> dict[str, Tensor]:
-    path = folder / WEIGHTS
+def _read_weights(folder: Path, spec: RebuildSpec) -> dict[str, Tensor]:
+    path = folder / WEIGHTS_FILE
     if not path.is_file():
-        raise StorageError(f"{folder} holds no {WEIGHTS}: give the artifacts folder of a finished run.")
-    if files.sha256(path) != recipe.weights_sha256:
+        raise StorageError(f"{folder} holds no {WEIGHTS_FILE}: give the artifacts folder of a finished run.")
+    if files.sha256(path) != spec.weights_sha256:
         raise StorageError(
             f"{path} is not the file that was saved (its SHA-256 differs): restore it, or compress the model again."
         )

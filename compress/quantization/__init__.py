@@ -23,33 +23,31 @@ from compress.quantization.config_list import translate as bits_of_config_list
 from compress.quantization.convert import convert, fake_quantized, weight_sqnr_db
 from compress.quantization.exclusion import exclude_layers
 from compress.quantization.flavours import FLAVOURS, Flavour
-from compress.quantization.grids import Quantized, Ranges, restore, save
-from compress.quantization.layer_noise import LocalNoise, by_layer, file_noise, noisiest, quantization_noise
-from compress.quantization.mixed_precision import Choice, choose
+from compress.quantization.grids import Grids, Quantized, restore, save
+from compress.quantization.layer_noise import LayerSqnr, file_noise, noisiest, quantization_noise, sqnr_by_layer
+from compress.quantization.mixed_precision import BitSearch, search_bits
 from compress.quantization.mixed_precision import sensitivity as layer_sensitivity
 from compress.quantization.prepare import PROOFS, left_float, prepare, quantization_points, quantized_layers
 from compress.quantizers import NO_TENSORRT_FILE, QUANTIZERS, Quantizer
 
 __all__ = [
     "BitPlan",
-    "Choice",
+    "BitSearch",
     "ESTIMATORS",
     "Estimator",
     "FLAVOURS",
     "Flavour",
+    "Grids",
     "LayerBits",
-    "LocalNoise",
+    "LayerSqnr",
     "NO_TENSORRT_FILE",
     "PROOFS",
     "QUANTIZERS",
     "Quantized",
     "Quantizer",
-    "Ranges",
     "TrainFn",
     "assign_bits",
     "bits_of_config_list",
-    "by_layer",
-    "choose",
     "convert",
     "exclude_layers",
     "fake_quantized",
@@ -64,6 +62,8 @@ __all__ = [
     "quantized_layers",
     "restore",
     "save",
+    "search_bits",
+    "sqnr_by_layer",
     "weight_sqnr_db",
 ]
 
@@ -84,7 +84,7 @@ def quantize(
     """Learn the grid of every weight and every quantization point; `prepared` is not changed.
 
     Args:
-        prepared: what `prepare` made with the plan's `stays_float`.
+        prepared: what `prepare` made with the plan's `keep_float`.
         quantizer: a name of `QUANTIZERS`.
         estimator: how calibration turns what it sees into a range, see `compress.quantization.calibration`.
         calibration: normalised float32 images (N, 3, H, W) that set the first ranges.
@@ -105,7 +105,7 @@ def quantize(
             raise QuantizationError(f"{field}: got {bits!r}, expected {wanted} with {quantizer}.")
     batches = list(calibration)
     shown = equality.few(batches[0]) if batches else torch.empty(0)
-    state, ranges, simulated = quantize_with_nni(
+    state, grids, simulated = quantize_with_nni(
         prepared,
         plan,
         quantizer=quantizer,
@@ -116,7 +116,7 @@ def quantize(
     )
     model = copy.deepcopy(prepared).eval()
     model.load_state_dict(state)
-    quantized = Quantized(model, ranges)
+    quantized = Quantized(model, grids)
     answers = equality.answers(fake_quantized(quantized), shown)
     row = equality.judge_grids("trained on the grid by NNI", "fake-quantized, torch", simulated, answers)
     model.meta[PROOFS] = (*model.meta[PROOFS], equality.checked(row))

@@ -21,11 +21,11 @@ class LayerBits:
     activations: int
 
     @property
-    def stays_float(self) -> bool:
+    def keep_float(self) -> bool:
         return self.weights == FLOAT
 
     def __str__(self) -> str:
-        return "float" if self.stays_float else f"{self.weights}/{self.activations}"
+        return "float" if self.keep_float else f"{self.weights}/{self.activations}"
 
 
 @dataclass(frozen=True)
@@ -39,14 +39,14 @@ class BitPlan:
     layers: dict[str, LayerBits]
 
     @property
-    def stays_float(self) -> frozenset[str]:
-        return frozenset(name for name, bits in self.layers.items() if bits.stays_float)
+    def keep_float(self) -> frozenset[str]:
+        return frozenset(name for name, bits in self.layers.items() if bits.keep_float)
 
     def of_points(self, prepared: fx.GraphModule) -> dict[str, int]:
         """Bits of each quantization point: the widest layer that reads it decides, and all members of a group agree."""
         bits = {
             name: max(
-                (self.layers[layer].activations for layer in layers if not self.layers[layer].stays_float),
+                (self.layers[layer].activations for layer in layers if not self.layers[layer].keep_float),
                 default=self.activation_bits,
             )
             for name, layers in readers_of(prepared).items()
@@ -87,7 +87,7 @@ def assign_bits(
     for wish in sorted(layer_bits or {}, key=len):
         for name in _layers_of(wish, layers):
             plan[name] = parse_bits(layer_bits[wish], activation_bits)
-    if all(bits.stays_float for bits in plan.values()):
+    if all(bits.keep_float for bits in plan.values()):
         raise QuantizationError(
             "Every layer is asked to stay in floating point, so there is nothing to quantize; choose 32 bits for the "
             "whole model instead, or name fewer layers."

@@ -144,7 +144,7 @@ def _plan(prepared: fx.GraphModule, wanted: dict[str, Bits], types: Mapping[str,
                 "_input_ of it, or _output_ of the layer before, as well: integer kernels read integers on both sides",
             )
         plan[layer] = LayerBits(bits["weight"], inputs)
-    quantized = [bits for bits in plan.values() if not bits.stays_float]
+    quantized = [bits for bits in plan.values() if not bits.keep_float]
     if not quantized:
         raise selector.refuse("no weight of a layer", "at least one Conv2d or Linear with the target weight")
     outputs = [bits["output"] for bits in wanted.values() if "output" in bits]

@@ -1,4 +1,4 @@
-"""From a trained prepared model and its ranges to the two forms that leave quantization.
+"""From a trained prepared model and its grids to the two forms that leave quantization.
 
 `fake_quantized` is the reference: float arithmetic on the exact grid. `convert` is what gets exported: weights held
 as int8, and quantize/dequantize operators in place of the points; `flavours` then fits the file to a runtime.
@@ -26,15 +26,15 @@ CALLS = "calls"
 
 
 class FakeQuantize(nn.Module):
-    """Moves a tensor onto `scale * code`, `lowest <= code <= highest`; the arithmetic of NNI and of ONNX."""
+    """Moves a tensor onto `scale * code`, `qmin <= code <= qmax`; the arithmetic of NNI and of ONNX."""
 
-    def __init__(self, scale: float, lowest: int, highest: int) -> None:
+    def __init__(self, scale: float, qmin: int, qmax: int) -> None:
         super().__init__()
         self.register_buffer("scale", torch.tensor(scale, dtype=torch.float32))
-        self.lowest, self.highest = lowest, highest
+        self.qmin, self.qmax = qmin, qmax
 
     def forward(self, values: Tensor) -> Tensor:
-        return torch.round(torch.clamp(values / self.scale, self.lowest, self.highest)) * self.scale
+        return torch.round(torch.clamp(values / self.scale, self.qmin, self.qmax)) * self.scale
 
 
 class QuantizeDequantize(nn.Module):
@@ -87,11 +87,11 @@ def fake_quantized(quantized: Quantized, flavour: Flavour | None = None) -> fx.G
             grid.dequantized(layer.weight), requires_grad=False
         )  # another's may be the same tensor
     for name, point in quantization_points(model).items():
-        grid = quantized.ranges.activations[name]
+        grid = quantized.grids.activations[name]
         if flavour == "tensorrt" and point.only_onnxruntime:
             continue
-        lowest, highest = (grid.lowest, grid.highest) if flavour is None else code_range(point, grid, flavour)
-        model.set_submodule(name, FakeQuantize(grid.scale, lowest, highest))
+        qmin, qmax = (grid.qmin, grid.qmax) if flavour is None else code_range(point, grid, flavour)
+        model.set_submodule(name, FakeQuantize(grid.scale, qmin, qmax))
     if flavour == "onnxruntime":
         _round_biases(model, readers, quantized)
     return model
@@ -106,7 +106,7 @@ def _round_biases(model: fx.GraphModule, readers: Mapping[str, tuple[str, ...]],
             if module.bias is None:
                 continue
             _, scales = grids[layer].in_container(quantized.model.get_submodule(calls.get(layer, layer)).weight)
-            unit = np.float32(quantized.ranges.activations[name].scale) * scales.numpy()
+            unit = np.float32(quantized.grids.activations[name].scale) * scales.numpy()
             rounded = torch.from_numpy(bias_codes(module.bias.numpy(), unit) * unit)
             module.bias = nn.Parameter(rounded.to(module.bias.dtype), requires_grad=False)
 
@@ -130,14 +130,14 @@ def convert(quantized: Quantized) -> fx.GraphModule:
     for name, grid in _grids(model, quantized).items():
         model.set_submodule(name, IntegerWeightLayer(model.get_submodule(name), grid))
     for name in points:
-        model.set_submodule(name, QuantizeDequantize(quantized.ranges.activations[name].scale))
+        model.set_submodule(name, QuantizeDequantize(quantized.grids.activations[name].scale))
     return model
 
 
 def weight_sqnr_db(quantized: Quantized) -> dict[str, float]:
     """Signal to quantization noise ratio of each layer's weights, in decibels; higher is closer to the floats."""
     ratios = {}
-    for name, grid in quantized.ranges.weights.items():
+    for name, grid in quantized.grids.weights.items():
         weight = quantized.model.get_submodule(name).weight.detach().double()
         noise = (weight - grid.dequantized(weight.float()).double()).square().mean().clamp_min(1e-30)
         ratios[name] = float(10 * torch.log10(weight.square().mean() / noise))
@@ -146,11 +146,11 @@ def weight_sqnr_db(quantized: Quantized) -> dict[str, float]:
 
 def _copy(quantized: Quantized) -> fx.GraphModule:
     expected = set(quantization_points(quantized.model))
-    if expected != set(quantized.ranges.activations):
-        odd = sorted(expected ^ set(quantized.ranges.activations))[0]
-        raise QuantizationError(f"{odd}: the ranges belong to a model with other points; quantize the model again.")
+    if expected != set(quantized.grids.activations):
+        odd = sorted(expected ^ set(quantized.grids.activations))[0]
+        raise QuantizationError(f"{odd}: the grids belong to a model with other points; quantize the model again.")
     model = copy.deepcopy(quantized.model).eval().requires_grad_(False)
-    model.meta[CALLS] = _unshare(model, quantized.ranges.weights)
+    model.meta[CALLS] = _unshare(model, quantized.grids.weights)
     return model
 
 
@@ -178,5 +178,5 @@ def _unshare(model: fx.GraphModule, layers: Collection[str]) -> dict[str, str]:
 
 def _grids(model: fx.GraphModule, quantized: Quantized) -> dict[str, WeightGrid]:
     """Of each layer and of the copies of it in `model`."""
-    grids = quantized.ranges.weights
+    grids = quantized.grids.weights
     return grids | {name: grids[layer] for name, layer in model.meta[CALLS].items()}

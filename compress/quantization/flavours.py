@@ -19,7 +19,7 @@ import numpy as np
 import onnx_ir as ir
 
 from compress.engines.base import Flavour
-from compress.quantization.grids import ActivationGrid, Ranges
+from compress.quantization.grids import ActivationGrid, Grids
 from compress.quantization.kinds import QPoint
 
 _BEYOND = 1e30
@@ -31,7 +31,7 @@ def zero_point(point: QPoint, grid: ActivationGrid, flavour: Flavour) -> int:
     """Zero's code. Where it is code 0 of a uint8, the quantization itself is the ReLU and costs nothing."""
     if flavour == "tensorrt" or point.non_negative:
         return 0
-    return -grid.lowest if grid.highest > 127 else 128
+    return -grid.qmin if grid.qmax > 127 else 128
 
 
 def code_range(point: QPoint, grid: ActivationGrid, flavour: Flavour) -> tuple[int, int]:
@@ -39,7 +39,7 @@ def code_range(point: QPoint, grid: ActivationGrid, flavour: Flavour) -> tuple[i
     zero = zero_point(point, grid, flavour)
     low, high = (-128, 127) if flavour == "tensorrt" else (-zero, 255 - zero)
     if _narrow(point, grid, flavour):
-        return max(low, grid.lowest), min(high, grid.highest)
+        return max(low, grid.qmin), min(high, grid.qmax)
     return low, high
 
 
@@ -47,7 +47,7 @@ def _narrow(point: QPoint, grid: ActivationGrid, flavour: Flavour) -> bool:
     return grid.bits < 8 or (flavour == "onnxruntime" and point.clipped_above)
 
 
-def apply_flavour(neutral: ir.Model, points: Mapping[str, QPoint], ranges: Ranges, flavour: Flavour) -> ir.Model:
+def apply_flavour(neutral: ir.Model, points: Mapping[str, QPoint], grids: Grids, flavour: Flavour) -> ir.Model:
     """A copy of the neutral graph in `flavour`."""
     model = neutral.clone()
     for node in list(model.graph):
@@ -55,9 +55,9 @@ def apply_flavour(neutral: ir.Model, points: Mapping[str, QPoint], ranges: Range
         if role != "quantize" or name not in points:
             continue
         if flavour == "tensorrt":
-            _edit_for_tensorrt(model, node, points[name], ranges.activations[name])
+            _edit_for_tensorrt(model, node, points[name], grids.activations[name])
         else:
-            _edit_for_onnxruntime(model, node, points[name], ranges.activations[name])
+            _edit_for_onnxruntime(model, node, points[name], grids.activations[name])
     if flavour == "onnxruntime":
         _quantize_biases(model)
         keep_float_layers_float(model)

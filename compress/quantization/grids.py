@@ -23,35 +23,35 @@ from compress.quantization.prepare import prepare
 
 _VERSION = 2
 _SAFE_BITS = 6
-RANGES_FILE, WEIGHTS_FILE = "quantization.json", "quantized.safetensors"
+GRIDS_FILE, WEIGHTS_FILE = "quantization.json", "quantized.safetensors"
 
 
 @dataclass(frozen=True)
 class ActivationGrid:
-    """Values `scale * code` for whole codes from `lowest` to `highest`."""
+    """Values `scale * code` for whole codes from `qmin` to `qmax`."""
 
     scale: float
-    lowest: int
-    highest: int
+    qmin: int
+    qmax: int
 
     @property
     def bits(self) -> int:
-        return (self.highest - self.lowest).bit_length()
+        return (self.qmax - self.qmin).bit_length()
 
 
 @dataclass(frozen=True)
 class WeightGrid:
-    """One scale per output channel; codes from -`highest` to `highest`, at most 127."""
+    """One scale per output channel; codes from -`qmax` to `qmax`, at most 127."""
 
     scales: tuple[float, ...]
-    highest: int
+    qmax: int
     bits: int
     """That the codes carry; some quantizers leave codes out (DoReFa's are odd, binary ones are never 0)."""
 
     def codes(self, weight: Tensor) -> Tensor:
         """The integers of a float weight, int8, same shape; channels are the first dimension."""
         scale = torch.tensor(self.scales, dtype=torch.float32).reshape(-1, *[1] * (weight.dim() - 1))
-        return torch.round(torch.clamp(weight.detach() / scale, -self.highest, self.highest)).to(torch.int8)
+        return torch.round(torch.clamp(weight.detach() / scale, -self.qmax, self.qmax)).to(torch.int8)
 
     def in_container(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """(codes int8, scales float32 [channels]) that a file stores: the same values, on a finer scale below 7 bits.
@@ -60,7 +60,7 @@ class WeightGrid:
         large part of an output code. The finer scale is smaller by a power of two, so that nothing else is rounded, and the
         codes stay within 63, where 8-bit kernels without a dot product cannot overflow.
         """
-        factor = 2 ** max(0, _SAFE_BITS - self.highest.bit_length())
+        factor = 2 ** max(0, _SAFE_BITS - self.qmax.bit_length())
         return self.codes(weight) * factor, torch.tensor(self.scales, dtype=torch.float32) / factor
 
     def dequantized(self, weight: Tensor) -> Tensor:
@@ -70,7 +70,7 @@ class WeightGrid:
 
 
 @dataclass(frozen=True)
-class Ranges:
+class Grids:
     """Grids by name: `activations` by quantization point, `weights` by layer."""
 
     weight_bits: int
@@ -78,7 +78,7 @@ class Ranges:
     """Of layers without bits of their own."""
     activations: dict[str, ActivationGrid]
     weights: dict[str, WeightGrid]
-    stays_float: tuple[str, ...] = ()
+    keep_float: tuple[str, ...] = ()
     """Layers that were kept out of quantization."""
 
     def __post_init__(self) -> None:
@@ -101,31 +101,31 @@ class Ranges:
     def _odd_layers(self) -> dict[str, str]:
         """Layers with other weight bits than the general ones, and what they have."""
         odd = {name: f"({grid.bits} bits)" for name, grid in self.weights.items() if grid.bits != self.weight_bits}
-        return odd | dict.fromkeys(self.stays_float, "(float)")
+        return odd | dict.fromkeys(self.keep_float, "(float)")
 
     @property
     def flavours(self) -> tuple[Flavour, ...]:
         """Those that can hold the grids: TensorRT reads int8 with zero at code 0, so no code above 127."""
-        fits = all(-128 <= grid.lowest and grid.highest <= 127 for grid in self.activations.values())
+        fits = all(-128 <= grid.qmin and grid.qmax <= 127 for grid in self.activations.values())
         return ("tensorrt", "onnxruntime") if fits else ("onnxruntime",)
 
     def to_json(self) -> str:
-        activations = {name: [g.scale, g.lowest, g.highest] for name, g in self.activations.items()}
+        activations = {name: [g.scale, g.qmin, g.qmax] for name, g in self.activations.items()}
         weights = {
-            name: {"bits": g.bits, "highest": g.highest, "scales": list(g.scales)} for name, g in self.weights.items()
+            name: {"bits": g.bits, "highest": g.qmax, "scales": list(g.scales)} for name, g in self.weights.items()
         }
         document = {
             "version": _VERSION,
             "weight_bits": self.weight_bits,
             "activation_bits": self.activation_bits,
-            "stays_float": list(self.stays_float),
+            "stays_float": list(self.keep_float),
             "activations": activations,
             "weights": weights,
         }
         return json.dumps(document, indent=1, allow_nan=False) + "\n"
 
     @classmethod
-    def from_json(cls, text: str) -> Ranges:
+    def from_json(cls, text: str) -> Grids:
         """Raises `QuantizationError` when the text is not what `to_json` writes."""
         try:
             document = json.loads(text)
@@ -134,7 +134,7 @@ class Ranges:
             return cls(
                 weight_bits=int(document["weight_bits"]),
                 activation_bits=int(document["activation_bits"]),
-                stays_float=tuple(str(name) for name in document["stays_float"]),
+                keep_float=tuple(str(name) for name in document["stays_float"]),
                 activations={name: ActivationGrid(float(s), int(low), int(high))
                              for name, (s, low, high) in document["activations"].items()},
                 weights={name: WeightGrid(tuple(float(s) for s in grid["scales"]), int(grid["highest"]),
@@ -142,7 +142,9 @@ class Ranges:
                          for name, grid in document["weights"].items()},
             )  # fmt: skip
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise QuantizationError(f"The ranges cannot be read ({error}); quantize the model again.") from error
+            raise QuantizationError(
+                f"The quantization grids cannot be read ({error}); quantize the model again."
+            ) from error
 
 
 @dataclass(frozen=True)
@@ -150,17 +152,17 @@ class Quantized:
     """A prepared model with its trained float weights, and the grids that turn it into integers."""
 
     model: fx.GraphModule
-    ranges: Ranges
+    grids: Grids
 
 
 def save(quantized: Quantized, folder: Path) -> tuple[Path, Path]:
-    """Write the ranges (JSON) and the trained float weights (safetensors) into `folder`; returns both paths."""
-    ranges, weights = folder / RANGES_FILE, folder / WEIGHTS_FILE
+    """Write the grids (JSON) and the trained float weights (safetensors) into `folder`; returns both paths."""
+    grids, weights = folder / GRIDS_FILE, folder / WEIGHTS_FILE
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().contiguous().clone() for name, tensor in quantized.model.state_dict().items()}
     write_tensors(weights, tensors)
-    write_text(ranges, quantized.ranges.to_json())
-    return ranges, weights
+    write_text(grids, quantized.grids.to_json())
+    return grids, weights
 
 
 def restore(model: nn.Module, folder: Path, images: Tensor | None = None) -> Quantized:
@@ -169,12 +171,12 @@ def restore(model: nn.Module, folder: Path, images: Tensor | None = None) -> Qua
     Raises `QuantizationError` when the files are missing, damaged or belong to another model.
     """
     try:
-        ranges = Ranges.from_json((folder / RANGES_FILE).read_text(encoding="utf-8"))
-        model = prepare(model, images, stays_float=frozenset(ranges.stays_float))
+        grids = Grids.from_json((folder / GRIDS_FILE).read_text(encoding="utf-8"))
+        model = prepare(model, images, keep_float=frozenset(grids.keep_float))
         model.load_state_dict(safetensors.torch.load_file(folder / WEIGHTS_FILE))
     except (OSError, UnicodeDecodeError, SafetensorError, RuntimeError) as error:
         raise QuantizationError(f"{folder} has no readable quantized model ({error}); quantize it again.") from error
-    return Quantized(model, ranges)
+    return Quantized(model, grids)
 
 
 def _check_scale(name: str, scale: float) -> None:

@@ -33,7 +33,7 @@ Record = Callable[[Tensor], Mapping[str, Tensor]]
 
 
 @dataclass(frozen=True)
-class LocalNoise:
+class LayerSqnr:
     """What one stretch of the graph adds, from the points before it to this one."""
 
     point: str
@@ -47,23 +47,23 @@ class LocalNoise:
     """Energy of the reference's value over the energy of the difference, all images together, in decibels."""
 
 
-def quantization_noise(quantized: Quantized, batches: Iterable[Tensor]) -> list[LocalNoise]:
+def quantization_noise(quantized: Quantized, batches: Iterable[Tensor]) -> list[LayerSqnr]:
     """The trained float model against the fake-quantized one: the noise of each layer's weight and output grid."""
-    points = quantized.ranges.activations.keys()
-    return local_noise(quantized.model, _recorder(fake_quantized(quantized), points), points, batches)
+    points = quantized.grids.activations.keys()
+    return layer_sqnr(quantized.model, _recorder(fake_quantized(quantized), points), points, batches)
 
 
-def file_noise(quantized: Quantized, flavour: Flavour, record: Record, batches: Iterable[Tensor]) -> list[LocalNoise]:
+def file_noise(quantized: Quantized, flavour: Flavour, record: Record, batches: Iterable[Tensor]) -> list[LayerSqnr]:
     """The fake-quantized model of a flavour against its file, whose tensors `record` hands out.
 
     They differ in the order of float additions only, so a faithful file keeps to rare roundings to a neighbouring code.
     """
-    return local_noise(fake_quantized(quantized, flavour), record, quantized.ranges.activations.keys(), batches)
+    return layer_sqnr(fake_quantized(quantized, flavour), record, quantized.grids.activations.keys(), batches)
 
 
-def local_noise(
+def layer_sqnr(
     reference: fx.GraphModule, record: Record, points: Collection[str], batches: Iterable[Tensor]
-) -> list[LocalNoise]:
+) -> list[LayerSqnr]:
     """`reference` led along the model behind `record`: a row for every point that the latter has, in execution order.
 
     Holds the recorded points of one batch and one forward pass in memory; both models are in eval mode.
@@ -83,7 +83,7 @@ def local_noise(
     return _located(reference, energies)
 
 
-def by_layer(noise: Sequence[LocalNoise]) -> dict[str, float]:
+def sqnr_by_layer(noise: Sequence[LayerSqnr]) -> dict[str, float]:
     """Layer -> local SQNR of its output in decibels; the lowest where it is called more than once."""
     found: dict[str, float] = {}
     for row in noise:
@@ -92,8 +92,8 @@ def by_layer(noise: Sequence[LocalNoise]) -> dict[str, float]:
     return found
 
 
-def noisiest(noise: Sequence[LocalNoise]) -> LocalNoise:
-    """The stretch that makes most noise, and not one that only passes it on; `noise` as `local_noise` returns it."""
+def noisiest(noise: Sequence[LayerSqnr]) -> LayerSqnr:
+    """The stretch that makes most noise, and not one that only passes it on; `noise` as `layer_sqnr` returns it."""
     rows = {row.point: row for row in noise}
     worst = min(noise, key=lambda row: row.sqnr_db)
     while makers := [p for p in worst.inherits if rows[p].sqnr_db <= worst.sqnr_db + INHERITED_DB]:
@@ -142,7 +142,7 @@ def _recorder(model: fx.GraphModule, points: Collection[str]) -> Record:
     return record
 
 
-def _located(graph_module: fx.GraphModule, energies: Mapping[str, _Energy]) -> list[LocalNoise]:
+def _located(graph_module: fx.GraphModule, energies: Mapping[str, _Energy]) -> list[LayerSqnr]:
     """Each compared point with the layers between the compared points before it and itself."""
     graph = graph_module.graph
     layers_of = graph_module.meta.get(CALLS, {})
@@ -163,7 +163,7 @@ def _located(graph_module: fx.GraphModule, energies: Mapping[str, _Energy]) -> l
         operations = [node.name for node in stretch if node not in weighted and node.op != "placeholder"]
         new_names = [names[node] for node in new]
         name = " and ".join(new_names or operations) or "the input"
-        rows.append(LocalNoise(point, name, tuple(new_names), inherits, energies[point].sqnr_db))
+        rows.append(LayerSqnr(point, name, tuple(new_names), inherits, energies[point].sqnr_db))
     return rows
 
 

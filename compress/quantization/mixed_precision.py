@@ -36,17 +36,17 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Choice:
+class BitSearch:
     plan: BitPlan
     sensitivity: dict[str, float]
     """Layer -> SQNR in decibels, the most sensitive (lowest) first."""
     steps: tuple[Step, ...]
     """In the order tried, each with more layers than the one before; the last is the chosen one."""
-    within: bool
+    within_budget: bool
     """Whether the last step keeps to the budget."""
 
 
-def choose(plan: BitPlan, quantize: Quantize, score: Score, images: Tensor, target: float) -> Choice:
+def search_bits(plan: BitPlan, quantize: Quantize, score: Score, images: Tensor, target: float) -> BitSearch:
     """The plan that widens the fewest layers, in order of sensitivity, and scores at least `target`.
 
     Args:
@@ -67,7 +67,7 @@ def choose(plan: BitPlan, quantize: Quantize, score: Score, images: Tensor, targ
         chosen = _widen(plan, order[:count])
         quantized = quantize(chosen)
         steps.append(Step(tuple(order[:count]), score(quantized), _mean_bits(quantized)))
-    return Choice(chosen, noise, tuple(steps), steps[-1].score >= target)
+    return BitSearch(chosen, noise, tuple(steps), steps[-1].score >= target)
 
 
 def sensitivity(quantized: Quantized, images: Tensor) -> dict[str, float]:
@@ -76,7 +76,7 @@ def sensitivity(quantized: Quantized, images: Tensor) -> dict[str, float]:
     with torch.inference_mode():
         expected = model(images)
         found = {
-            name: _sqnr_db(expected, _with_layer(model, quantized, name)(images)) for name in quantized.ranges.weights
+            name: _sqnr_db(expected, _with_layer(model, quantized, name)(images)) for name in quantized.grids.weights
         }
     return dict(sorted(found.items(), key=lambda item: item[1]))
 
@@ -85,12 +85,12 @@ def _with_layer(model: fx.GraphModule, quantized: Quantized, layer: str) -> fx.G
     """A copy of the float `model` in which one layer and what it reads are on their grids."""
     result = copy.deepcopy(model, {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]})
     module = result.get_submodule(layer)
-    moved = quantized.ranges.weights[layer].dequantized(module.weight)
+    moved = quantized.grids.weights[layer].dequantized(module.weight)
     module.weight = nn.Parameter(moved, requires_grad=False)
     for name, readers in readers_of(model).items():
         if layer in readers:
-            grid = quantized.ranges.activations[name]
-            result.set_submodule(name, FakeQuantize(grid.scale, grid.lowest, grid.highest))
+            grid = quantized.grids.activations[name]
+            result.set_submodule(name, FakeQuantize(grid.scale, grid.qmin, grid.qmax))
     return result
 
 
@@ -111,9 +111,9 @@ def _growing(most: int) -> Iterable[int]:
 
 
 def _mean_bits(quantized: Quantized) -> float:
-    sizes = {name: quantized.model.get_submodule(name).weight.numel() for name in quantized.ranges.weights}
-    bits = sum(size * quantized.ranges.weights[name].bits for name, size in sizes.items())
-    kept = sum(quantized.model.get_submodule(name).weight.numel() for name in quantized.ranges.stays_float)
+    sizes = {name: quantized.model.get_submodule(name).weight.numel() for name in quantized.grids.weights}
+    bits = sum(size * quantized.grids.weights[name].bits for name, size in sizes.items())
+    kept = sum(quantized.model.get_submodule(name).weight.numel() for name in quantized.grids.keep_float)
     return (bits + FLOAT * kept) / (sum(sizes.values()) + kept)
 
 

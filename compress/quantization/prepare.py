@@ -28,11 +28,11 @@ _USUAL_SIZES = (64, 32, 96, 128, 160, 192, 224, 256, 299, 384, 512, *range(16, 2
 
 
 def prepare(
-    model: nn.Module, images: Tensor | None = None, *, stays_float: frozenset[str] = frozenset()
+    model: nn.Module, images: Tensor | None = None, *, keep_float: frozenset[str] = frozenset()
 ) -> fx.GraphModule:
     """A copy of `model`, folded and with its quantization points; eval mode, input and output unchanged.
 
-    Layers named in `stays_float` are no integer kernels: no point stands on what only they read or write.
+    Layers named in `keep_float` are no integer kernels: no point stands on what only they read or write.
 
     Args:
         images: float32 [N, C, H, W], normalised; the first few prove that the graph is the model. Without them random ones
@@ -50,7 +50,7 @@ def prepare(
     _drop_dropout(graph_module)
     fold(graph_module)  # Jacob et al. 2018, section 3.2: weights are quantized as the deployed file holds them
     proof.compare("folded graph, torch", graph_module)
-    graph_module.meta[FLOAT_LAYERS] = stays_float
+    graph_module.meta[FLOAT_LAYERS] = keep_float
     graph_module.meta[OWN_READS] = frozenset(_own_reads(graph_module))
     _record_shapes(graph_module, shown)
     if images is not None:

@@ -264,7 +264,7 @@ class Stopwatch:
         folder.mkdir(parents=True, exist_ok=True)
         path, size = folder / "candidate.onnx", self._source.preprocessing.input_size
         if quantized is not None:
-            if runtime.flavour not in quantized.ranges.flavours:
+            if runtime.flavour not in quantized.grids.flavours:
                 raise RequestError("quantizer", request.quantizer, f"another one: {quantization.NO_TENSORRT_FILE}")
             onnx_export.export_flavours(quantized, {runtime.flavour: path}, input_size=size)
         else:

@@ -92,7 +92,7 @@ def build_engines(work: Run, source: Source) -> Facts:
     last = variants[-1]
     images = _compared_images(source)
     quantized = workspace.load_quantized(work, source) if last == "quantized" else None
-    flavours = quantized.ranges.flavours if quantized else quantization.FLAVOURS
+    flavours = quantized.grids.flavours if quantized else quantization.FLAVOURS
 
     @cache
     def reference(variant: str, flavour: quantization.Flavour) -> np.ndarray:
@@ -234,7 +234,7 @@ def _quantized_logits(
 
 
 def _export_quantized(work: Run, source: Source, quantized: quantization.Quantized) -> dict[quantization.Flavour, Path]:
-    paths = {flavour: work.artifacts / f"quantized.{flavour}.onnx" for flavour in quantized.ranges.flavours}
+    paths = {flavour: work.artifacts / f"quantized.{flavour}.onnx" for flavour in quantized.grids.flavours}
     with ExitStack() as stack:
         partials = {flavour: stack.enter_context(atomic(path)) for flavour, path in paths.items()}
         onnx_export.export_flavours(quantized, partials, input_size=source.preprocessing.input_size)
@@ -243,9 +243,9 @@ def _export_quantized(work: Run, source: Source, quantized: quantization.Quantiz
 
 def _file_noise(
     quantized: quantization.Quantized, flavour: quantization.Flavour, path: Path, images: Sequence[Tensor]
-) -> list[quantization.LocalNoise]:
+) -> list[quantization.LayerSqnr]:
     """Where a quantized file leaves the model that it was made from, point by point."""
-    nodes = {point: f"{point}.dequantize" for point in quantized.ranges.activations}
+    nodes = {point: f"{point}.dequantize" for point in quantized.grids.activations}
     with recording(RUNTIMES["onnxruntime"], path, nodes, torch.get_num_threads()) as values:
 
         def record(batch: Tensor) -> dict[str, Tensor]:
@@ -254,7 +254,7 @@ def _file_noise(
         return quantization.file_noise(quantized, flavour, record, ledger.traced(torch.cat(list(images))))
 
 
-def _noisiest(noise: list[quantization.LocalNoise]) -> str:
+def _noisiest(noise: list[quantization.LayerSqnr]) -> str:
     worst = quantization.noisiest(noise)
     return f"They part at {worst.name}: given the same inputs, its output has {worst.sqnr_db:.1f} dB of SQNR."
 

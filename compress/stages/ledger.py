@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from compress import equality
 from compress.data import dataset
 from compress.equality import differences
-from compress.quantization import LocalNoise, by_layer, noisiest
+from compress.quantization import LayerSqnr, noisiest, sqnr_by_layer
 from compress.report import CrossCheck, Hop, Loss
 from compress.runs import Run
 from compress.sources import Source
@@ -96,10 +96,10 @@ def traced(images: Tensor) -> tuple[Tensor, ...]:
     return images[:count].split(max(1, TRACED_PIXELS // size**2))
 
 
-def noise_facts(noise: Sequence[LocalNoise]) -> Facts:
+def noise_facts(noise: Sequence[LayerSqnr]) -> Facts:
     """Local noise as a stage keeps it: `layers` in decibels, and the stretch that makes most of it."""
     worst = noisiest(noise)
-    return {"layers": by_layer(noise), "noisiest": worst.name, "noisiest_db": worst.sqnr_db}
+    return {"layers": sqnr_by_layer(noise), "noisiest": worst.name, "noisiest_db": worst.sqnr_db}
 
 
 # ---- reading it ---------------------------------------------------------------------------------------------------

@@ -100,7 +100,9 @@ def _text(source: Source, facts: dict[str, int], found: dry_run.Rehearsal) -> st
     pruned = f"{_count(layers, 'layer')} can be pruned in {_count(groups, 'group')}"
     pruned += f", {whole} {'stays' if whole == 1 else 'stay'} whole"
     if plan["thinned"]:
-        pruned = f"{_count(len(plan['thinned']), 'layer')} with zeros among the weights, and every layer keeps its shape"
+        pruned = (
+            f"{_count(len(plan['thinned']), 'layer')} with zeros among the weights, and every layer keeps its shape"
+        )
     short = f" {found.shortfall}" if found.shortfall else ""
     return (
         f"{source.name}: {facts['parameters'] / 1e6:.2f} M parameters, {facts['macs'] / 1e6:.0f} M MACs; {pruned}. "

@@ -90,20 +90,20 @@ def prepared_with_bits(
             first_last_bits=request.first_last_bits,
             layer_bits=request.layer_bits,
         )
-    if plan.stays_float:
-        prepared = quantization.prepare(model, images, stays_float=plan.stays_float)
+    if plan.keep_float:
+        prepared = quantization.prepare(model, images, keep_float=plan.keep_float)
     return prepared, plan
 
 
 def mixed_precision(
     request: Request, source: Source, model: nn.Module, plan: quantization.BitPlan, images: Tensor
-) -> quantization.Choice:
+) -> quantization.BitSearch:
     """Widens layers of `plan` until calibration alone keeps to `max_quantization_loss`."""
     pairs = _scored_pairs(request, source, model, images)
 
     def quantize(wider: quantization.BitPlan) -> quantization.Quantized:
         return quantization.quantize(
-            quantization.prepare(model, images, stays_float=wider.stays_float),
+            quantization.prepare(model, images, keep_float=wider.keep_float),
             wider,
             quantizer=request.quantizer,
             estimator=request.calibration,
@@ -116,7 +116,7 @@ def mixed_precision(
         right = sum(int((answer(batch.numpy()).argmax(1) == truth.numpy()).sum()) for batch, truth in pairs)
         return right / sum(len(batch) for batch, _ in pairs)
 
-    return quantization.choose(
+    return quantization.search_bits(
         plan,
         quantize,
         lambda quantized: score(quantization.fake_quantized(quantized)),
@@ -201,10 +201,10 @@ def _require_gradients(source: Source) -> None:
         )
 
 
-def recipe_of(request: Request, source: Source, epochs: float, learning_rate: float) -> training.Recipe:
+def recipe_of(request: Request, source: Source, epochs: float, learning_rate: float) -> training.TrainingConfig:
     """With the original model as teacher; images without labels are learnt from the teacher alone."""
     weight = 1.0 if source.dataset.kind == "unlabelled" else request.distillation_weight
-    return training.Recipe(
+    return training.TrainingConfig(
         epochs,
         learning_rate,
         weight,
@@ -218,7 +218,7 @@ def train(
     request: Request,
     source: Source,
     model: nn.Module,
-    recipe: training.Recipe,
+    recipe: training.TrainingConfig,
     *,
     teacher: nn.Module | None,
     progress: training.Progress,

@@ -175,7 +175,7 @@ def quantize(work: Run, source: Source) -> Facts:
         work.progress("quantize", 0.0, "looking for the layers that bear few bits worst")
         mixed = steps.mixed_precision(request, source, model, plan, images)
         plan = mixed.plan
-        prepared = quantization.prepare(model, images, stays_float=plan.stays_float)
+        prepared = quantization.prepare(model, images, keep_float=plan.keep_float)
     curve: list[Facts] = []
     memory_notes: list[str | None] = []
 
@@ -198,7 +198,7 @@ def quantize(work: Run, source: Source) -> Facts:
     folder.mkdir(parents=True, exist_ok=True)
     quantization.save(quantized, folder)
     hop = ledger.torch_hop(work, source, "fake-quantized", quantization.fake_quantized(quantized))
-    write_text(work.artifacts / "quantization.json", quantized.ranges.to_json())
+    write_text(work.artifacts / "quantization.json", quantized.grids.to_json())
     files = [str(path.relative_to(work.folder)) for path in sorted(folder.iterdir())]
     noise = quantization.quantization_noise(quantized, ledger.traced(images))
     return {
@@ -207,25 +207,25 @@ def quantize(work: Run, source: Source) -> Facts:
         "handoffs": [rebuilt, *quantized.model.meta[quantization.PROOFS]],
         "ledger": [hop],
         "files": [*files, "artifacts/quantization.json", hop["answers"]],
-        "label": quantized.ranges.label,
+        "label": quantized.grids.label,
         "mixed": mixed and {"sensitivity": mixed.sensitivity, "steps": [asdict(step) for step in mixed.steps]},
         "note": mixed and _mixed_note(mixed, request.max_quantization_loss),
         "memory_note": memory_notes[-1] if memory_notes else None,
         "left_float": quantization.left_float(prepared),
-        "bits": {name: grid.bits for name, grid in quantized.ranges.weights.items()},
+        "bits": {name: grid.bits for name, grid in quantized.grids.weights.items()},
         "sqnr_db": quantization.weight_sqnr_db(quantized),
         "noise": ledger.noise_facts(noise),
     }
 
 
-def _mixed_note(mixed: quantization.Choice, budget: float) -> str:
+def _mixed_note(mixed: quantization.BitSearch, budget: float) -> str:
     first, last = mixed.steps[0], mixed.steps[-1]
     names = ", ".join(last.widened) or "no layer"
     found = (
         f"Mixed precision: {names} got more bits; on held-out images {100 * first.score:.1f} % were right before and "
     )
     found += f"{100 * last.score:.1f} % after, by calibration alone."
-    if mixed.within:
+    if mixed.within_budget:
         return found
     return (
         f"{found} That does not keep to the {budget:g} points asked for; training may, or ask for more bits everywhere."
@@ -240,7 +240,7 @@ def _train(
     source: Source,
     stage: str,
     model: nn.Module,
-    recipe: training.Recipe,
+    recipe: training.TrainingConfig,
 ) -> tuple[list[Facts], str | None]:
     """The curve, and what is to be told when memory ran out."""
     request, progress = work.request, partial(work.progress, stage)

@@ -45,7 +45,7 @@ TOO_FEW_IMAGES = "There are too few training images for one batch. Add images or
 
 
 @dataclass(frozen=True)
-class Recipe:
+class TrainingConfig:
     """How to train."""
 
     epochs: float
@@ -68,7 +68,7 @@ def fit(
     model: nn.Module,
     batches: Batches,
     steps_per_epoch: int,
-    recipe: Recipe,
+    config: TrainingConfig,
     *,
     teacher: nn.Module | None = None,
     keep_zeros: bool = False,
@@ -87,16 +87,16 @@ def fit(
         TrainingError: the loss is not finite, there are no batches, every parameter is frozen, or no memory layout is right.
         ModelError: the model's own code stops in training mode, or its answer holds no logits.
     """
-    if recipe.epochs == 0:
+    if config.epochs == 0:
         return []
     if steps_per_epoch == 0:
         raise TrainingError(TOO_FEW_IMAGES)
     place = device()
     model.to(place)
     asked = Teacher(teacher, place) if teacher is not None else None
-    optimizer = _optimizer(model, recipe)
+    optimizer = _optimizer(model, config)
     first = next(iter(batches(0)))[0].to(place)
-    total = max(1, round(recipe.epochs * steps_per_epoch))
+    total = max(1, round(config.epochs * steps_per_epoch))
     layout = _same_for_all(lambda: _format_for(model, first, total))
     classes = classes_of(model, first)
     model.to(memory_format=layout.memory_format)
@@ -106,7 +106,7 @@ def fit(
 
     def step(images: Tensor, labels: Tensor, numbers: Tensor | None = None) -> Tensor:
         images = images.to(place).contiguous(memory_format=layout.memory_format)
-        loss = _loss(learner, asked, images, labels.to(place), recipe, layout, numbers, classes)
+        loss = _loss(learner, asked, images, labels.to(place), config, layout, numbers, classes)
         optimizer.zero_grad(set_to_none=True)
         with own_errors(model, f"{in_training_mode(images)}, in the backward pass"):
             loss.backward()
@@ -124,7 +124,7 @@ def fit(
                 epoch,
                 _first(batches(epoch), min(steps_per_epoch, total - before)),
                 step,
-                recipe,
+                config,
                 lambda seen, text, before=before: progress((before + seen) / total, text),
             )
             model.eval()
@@ -180,7 +180,7 @@ def _train_mode(model: nn.Module) -> None:
 
 
 def loss_function(
-    recipe: Recipe, teacher: nn.Module | None, classes: int | None = None
+    config: TrainingConfig, teacher: nn.Module | None, classes: int | None = None
 ) -> Callable[[nn.Module, Tensor, Tensor], Tensor]:
     """loss(model, images, labels) of the module's formula, in fp32; `teacher` is copied.
 
@@ -193,7 +193,7 @@ def loss_function(
 
     def loss(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
         with single_pixels_multiplied(asked and asked.model):
-            return _loss(model, asked, images, labels, recipe, PLAIN, classes=classes)
+            return _loss(model, asked, images, labels, config, PLAIN, classes=classes)
 
     return loss
 
@@ -214,16 +214,16 @@ def _epoch(
     epoch: int,
     batches: Iterable[Batch],
     step: Callable[..., Tensor],
-    recipe: Recipe,
+    config: TrainingConfig,
     progress: Callable[[int, str], None],
 ) -> float:
     """Trains on `batches` and returns the mean loss."""
     loss_sum, seen = 0.0, 0
     for batch in batches:
-        loss_sum += _finite(step(*batch), epoch, seen, recipe)
+        loss_sum += _finite(step(*batch), epoch, seen, config)
         seen += 1
         if seen % 10 == 0:
-            progress(seen, f"epoch {epoch + 1} of {recipe.epochs:g}, loss {loss_sum / seen:.3f}")
+            progress(seen, f"epoch {epoch + 1} of {config.epochs:g}, loss {loss_sum / seen:.3f}")
     return loss_sum / max(seen, 1)
 
 
@@ -280,7 +280,7 @@ def _loss(
     teacher: Teacher | None,
     images: Tensor,
     labels: Tensor,
-    recipe: Recipe,
+    config: TrainingConfig,
     layout: Format,
     numbers: Tensor | None = None,
     classes: int | None = None,
@@ -289,12 +289,12 @@ def _loss(
         with own_errors(model, in_training_mode(images)):
             logits = logits_of(model(images), classes).float()
         target = teacher(images, numbers) if teacher is not None else None
-    weight = recipe.distillation_weight if target is not None else 0.0
+    weight = config.distillation_weight if target is not None else 0.0
     loss = torch.zeros((), device=logits.device)
     if weight < 1:
-        loss = (1 - weight) * F.cross_entropy(logits, labels, label_smoothing=recipe.label_smoothing)
+        loss = (1 - weight) * F.cross_entropy(logits, labels, label_smoothing=config.label_smoothing)
     if target is not None and weight > 0:
-        t = recipe.temperature
+        t = config.temperature
         divergence = F.kl_div(
             F.log_softmax(logits / t, 1), F.log_softmax(target / t, 1), reduction="batchmean", log_target=True
         )
@@ -302,12 +302,12 @@ def _loss(
     return loss
 
 
-def _finite(loss: Tensor, epoch: int, step: int, recipe: Recipe) -> float:
+def _finite(loss: Tensor, epoch: int, step: int, config: TrainingConfig) -> float:
     value = float(loss)
     if not math.isfinite(value):
         raise TrainingError(
             f"Training diverged: the loss became {value} in epoch {epoch + 1}, step {step + 1}, at a peak learning "
-            f"rate of {recipe.learning_rate:g}. Try a tenth of that learning rate."
+            f"rate of {config.learning_rate:g}. Try a tenth of that learning rate."
         )
     return value
 
@@ -325,11 +325,11 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     ]
 
 
-def _optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
-    groups = parameter_groups(model, WEIGHT_DECAY[recipe.optimizer])
-    if recipe.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=recipe.learning_rate, momentum=MOMENTUM, nesterov=True)
-    return torch.optim.AdamW(groups, lr=recipe.learning_rate)
+def _optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
+    groups = parameter_groups(model, WEIGHT_DECAY[config.optimizer])
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=config.learning_rate, momentum=MOMENTUM, nesterov=True)
+    return torch.optim.AdamW(groups, lr=config.learning_rate)
 
 
 def _first(batches: Iterable[Batch], count: int) -> Iterator[Batch]:

@@ -52,7 +52,7 @@ def test_points_and_constants_take_free_names():
     assert torch.equal(prepared.constant_exp, model.constant_exp) and torch.equal(
         prepared.constant_exp_2, model.offset.exp()
     )
-    assert model.inplace and model.stays_float
+    assert model.inplace and model.keep_float
 
 
 def test_a_part_of_the_attentions_own_keeps_its_name():

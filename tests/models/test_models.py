@@ -203,11 +203,9 @@ def test_a_shrunk_model_comes_back_bit_for_bit(shrunk, layout, tmp_path):
     assert torch.equal(again(images), shrunk(images))
     assert type(again) is type(shrunk) and not again.training
     assert again.layer4[1].conv1.out_channels == 200
-    recipe = models.read_recipe(tmp_path)
-    assert set(recipe.sizes) == {
-        f"layer{block}.{part}" for block in ("1.0", "4.1") for part in ("conv1", "bn1", "conv2")
-    }
-    assert (recipe.preprocessing, recipe.class_names) == (RECIPE, tuple("abcdefghij"))
+    spec = models.read_spec(tmp_path)
+    assert set(spec.sizes) == {f"layer{block}.{part}" for block in ("1.0", "4.1") for part in ("conv1", "bn1", "conv2")}
+    assert (spec.preprocessing, spec.class_names) == (RECIPE, tuple("abcdefghij"))
 
 
 def test_rebuilding_needs_neither_nni_nor_a_second_library(shrunk, tmp_path):

@@ -55,8 +55,8 @@ class Names(nn.Module):
         self.a, self.a_b = nn.Module(), nn.Module()
         self.a.b_c, self.a_b.c = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1)
         self.offset, self.constant_exp = nn.Parameter(torch.zeros(8, 1, 1)), nn.Parameter(torch.ones(8, 1, 1))
-        self.stays_float, self.inplace, self.source, self.name = True, True, "mine", "mine"
-        self.conv.stays_float = True
+        self.keep_float, self.inplace, self.source, self.name = True, True, "mine", "mine"
+        self.conv.keep_float = True
         self.head = _head()
 
     def forward(self, x: Tensor) -> Tensor:

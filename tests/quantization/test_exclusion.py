@@ -46,7 +46,7 @@ def test_all_layers_in_floats_are_the_model_with_rounded_weights(flavour, tmp_pa
     values = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
     for node in graph.node:
         if node.name in names:
-            grid = calibrated().ranges.weights[node.name]
+            grid = calibrated().grids.weights[node.name]
             weight = calibrated().model.get_submodule(node.name).weight
             scales = torch.tensor(grid.scales).reshape(-1, *[1] * (weight.dim() - 1))
             assert np.array_equal(values[node.input[1]], (grid.codes(weight).float() * scales).numpy()), node.name

@@ -7,7 +7,7 @@ from image_files import encoded, photo
 from quantization_networks import SIZE, accuracy, calibration, images, trained
 
 import compress
-from compress.quantization import assign_bits, choose, fake_quantized, prepare, quantize
+from compress.quantization import assign_bits, fake_quantized, prepare, quantize, search_bits
 from compress.quantization.bits import FLOAT
 from compress.quantization.mixed_precision import sensitivity
 from compress.report import charts, tables
@@ -26,10 +26,10 @@ def fragile():
 
 def chosen(model, bits, target):
     def quantized(plan):
-        return quantize(prepare(model, stays_float=plan.stays_float), plan, calibration=calibration(), train=None)
+        return quantize(prepare(model, keep_float=plan.keep_float), plan, calibration=calibration(), train=None)
 
     plan = assign_bits(prepare(model), *bits)
-    return choose(plan, quantized, lambda q: accuracy(fake_quantized(q)), images(64, 4)[0], target)
+    return search_bits(plan, quantized, lambda q: accuracy(fake_quantized(q)), images(64, 4)[0], target)
 
 
 def test_the_layer_that_cannot_bear_its_grid_comes_first():
@@ -44,8 +44,8 @@ def test_the_layer_that_cannot_bear_its_grid_comes_first():
 def test_no_more_layers_are_widened_than_needed():
     good = accuracy(trained())
     result = chosen(fragile(), (8, 8), good - 0.01)
-    assert result.within and result.steps[0].score < good - 0.01 <= result.steps[-1].score
-    assert "conv2" in result.plan.stays_float and len(result.plan.stays_float) <= 3
+    assert result.within_budget and result.steps[0].score < good - 0.01 <= result.steps[-1].score
+    assert "conv2" in result.plan.keep_float and len(result.plan.keep_float) <= 3
     assert [len(step.widened) for step in result.steps] == [0, 1, 2, 3][: len(result.steps)]
     bits = [step.weight_bits for step in result.steps]
     assert bits[0] == 8 and bits == sorted(bits)
@@ -53,7 +53,7 @@ def test_no_more_layers_are_widened_than_needed():
 
 def test_few_bits_widen_to_eight_and_a_hopeless_target_says_so():
     result = chosen(trained(), (2, 4), 2.0)
-    assert not result.within
+    assert not result.within_budget
     widened = result.steps[-1].widened
     assert {str(result.plan.layers[name]) for name in widened} == {"8/8"}
     assert FLOAT not in {bits.weights for bits in result.plan.layers.values()}
@@ -62,7 +62,7 @@ def test_few_bits_widen_to_eight_and_a_hopeless_target_says_so():
 
 def test_what_is_good_enough_stays_as_it_is():
     result = chosen(trained(), (8, 8), accuracy(trained()) - 0.02)
-    assert result.within and len(result.steps) == 1 and not result.plan.stays_float
+    assert result.within_budget and len(result.steps) == 1 and not result.plan.keep_float
 
 
 def test_a_run_keeps_to_its_budget_and_charts_the_way_there(tmp_path):

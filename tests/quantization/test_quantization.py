@@ -24,7 +24,7 @@ from torch import nn
 
 from compress.errors import QuantizationError
 from compress.quantization import (
-    Ranges,
+    Grids,
     assign_bits,
     fake_quantized,
     prepare,
@@ -81,7 +81,7 @@ def test_no_final_weight_is_clipped_by_a_range_that_lags():
                 parameter.mul_(1.5)
 
     quantized = quantized_at(trained(), train=jump)
-    for name, grid in quantized.ranges.weights.items():
+    for name, grid in quantized.grids.weights.items():
         weight = quantized.model.get_submodule(name).weight.detach()
         scales = torch.tensor(grid.scales).reshape(-1, *[1] * (weight.dim() - 1))
         assert float((weight / scales).abs().max()) <= 127.001, name
@@ -92,27 +92,27 @@ def test_no_final_weight_is_clipped_by_a_range_that_lags():
 @pytest.mark.parametrize("bits", [2, 4, 7])
 def test_fewer_bits_use_their_own_grid_and_say_so(bits):
     quantized = calibrated(bits, bits)
-    highest = 2 ** (bits - 1) - 1
-    for name, grid in quantized.ranges.weights.items():
-        assert int(grid.codes(quantized.model.get_submodule(name).weight).abs().max()) == highest
+    qmax = 2 ** (bits - 1) - 1
+    for name, grid in quantized.grids.weights.items():
+        assert int(grid.codes(quantized.model.get_submodule(name).weight).abs().max()) == qmax
     for name, point in quantization_points(quantized.model).items():
-        grid = quantized.ranges.activations[name]
-        expected = (0, 2**bits - 1) if point.non_negative else (-highest, highest)
-        assert (grid.lowest, grid.highest, grid.bits) == (*expected, bits)
-    assert quantized.ranges.label == f"{bits}-bit weights and {bits}-bit activations in int8 containers"
-    assert calibrated().ranges.label == "int8"
+        grid = quantized.grids.activations[name]
+        expected = (0, 2**bits - 1) if point.non_negative else (-qmax, qmax)
+        assert (grid.qmin, grid.qmax, grid.bits) == (*expected, bits)
+    assert quantized.grids.label == f"{bits}-bit weights and {bits}-bit activations in int8 containers"
+    assert calibrated().grids.label == "int8"
 
 
 def test_weights_and_activations_take_different_bits():
     quantized = calibrated(4, 8)
-    assert {grid.highest for grid in quantized.ranges.weights.values()} == {7}
-    assert {grid.highest for grid in quantized.ranges.activations.values()} == {127}
+    assert {grid.qmax for grid in quantized.grids.weights.values()} == {7}
+    assert {grid.qmax for grid in quantized.grids.activations.values()} == {127}
 
 
 def test_concatenated_tensors_share_their_largest_scale():
     quantized = calibrated()
     points = quantization_points(quantized.model)
-    scales = {quantized.ranges.activations[name].scale for name, point in points.items() if point.scale_group}
+    scales = {quantized.grids.activations[name].scale for name, point in points.items() if point.scale_group}
     assert len(scales) == 1
 
 
@@ -121,19 +121,19 @@ def test_an_empty_channel_gets_a_range_that_no_bias_overflows():
     with torch.no_grad():
         model.last.weight[3] = 0
     quantized = quantized_at(model)
-    scales = torch.tensor(quantized.ranges.weights["last"].scales)
+    scales = torch.tensor(quantized.grids.weights["last"].scales)
     torch.testing.assert_close(scales[3], scales.max() / 4096)
 
 
 def test_ranges_are_exact_in_json():
-    ranges = calibrated().ranges
-    again = Ranges.from_json(ranges.to_json())
-    assert again == ranges
-    for name, grid in ranges.activations.items():
+    grids = calibrated().grids
+    again = Grids.from_json(grids.to_json())
+    assert again == grids
+    for name, grid in grids.activations.items():
         assert np.float32(grid.scale) == grid.scale, f"{name} is not a float32 value"
         assert np.float32(again.activations[name].scale).tobytes() == np.float32(grid.scale).tobytes()
-    with pytest.raises(QuantizationError, match="ranges cannot be read .*version 7"):
-        Ranges.from_json(ranges.to_json().replace('"version": 2', '"version": 7'))
+    with pytest.raises(QuantizationError, match="grids cannot be read .*version 7"):
+        Grids.from_json(grids.to_json().replace('"version": 2', '"version": 7'))
 
 
 def test_a_saved_result_is_restored_where_nni_is_missing(tmp_path):
@@ -146,7 +146,7 @@ def test_a_saved_result_is_restored_where_nni_is_missing(tmp_path):
         "import sys; sys.modules['nni'] = None; sys.path[:0] = ['.', 'tests/helpers', 'tests/networks']\n"
         "from pathlib import Path; from quantization_networks import Mixed\n"
         "from compress.quantization import restore\n"
-        f"print(restore(Mixed(), Path({str(tmp_path)!r})).ranges.label)"
+        f"print(restore(Mixed(), Path({str(tmp_path)!r})).grids.label)"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
     assert (done.stdout.strip(), done.returncode) == ("int8", 0), done.stderr
@@ -193,5 +193,5 @@ def test_other_bits_are_refused(weight_bits, activation_bits, field):
 
 def test_more_bits_mean_less_noise_in_every_layer():
     eight, four = weight_sqnr_db(calibrated()), weight_sqnr_db(calibrated(4, 4))
-    assert eight.keys() == calibrated().ranges.weights.keys()
+    assert eight.keys() == calibrated().grids.weights.keys()
     assert all(eight[name] > four[name] + 18 for name in eight)  # 6 dB a bit

@@ -122,7 +122,10 @@ class Branching(nn.Module):
 
 
 def test_what_cannot_be_traced_or_has_no_layers_is_refused():
-    with pytest.raises(QuantizationError, match="Branching cannot be traced: its forward pass chooses its way by the values of its input"):
+    with pytest.raises(
+        QuantizationError,
+        match="Branching cannot be traced: its forward pass chooses its way by the values of its input",
+    ):
         prepare(Branching())
     with pytest.raises(QuantizationError, match="Sequential has no Conv2d or Linear layer"):
         prepare(nn.Sequential(nn.ReLU()))

@@ -60,17 +60,17 @@ def result(request):
 def test_the_result_is_integers_on_its_grid_and_as_accurate_as_its_bits_allow(result, tmp_path):
     name, quantized = result
     weight_bits, activation_bits = BITS[name]
-    for layer, grid in quantized.ranges.weights.items():
+    for layer, grid in quantized.grids.weights.items():
         codes = grid.codes(quantized.model.get_submodule(layer).weight)
         assert grid.bits == weight_bits and len(codes.unique()) <= max(2, 2**weight_bits)
         if name in ("dorefa", "bnn"):
             assert bool((codes % 2 != 0).all()), "a level of this grid is no odd number"
             weight = quantized.model.get_submodule(layer).weight.detach()
             torch.testing.assert_close(grid.dequantized(weight), weight)
-    assert all(grid.bits == activation_bits for grid in quantized.ranges.activations.values())
+    assert all(grid.bits == activation_bits for grid in quantized.grids.activations.values())
     floor = {"bnn": 0.6, "dorefa": 0.85}.get(name, 0.9)
     assert accuracy(fake_quantized(quantized)) > floor
-    for flavour in quantized.ranges.flavours:
+    for flavour in quantized.grids.flavours:
         path = tmp_path / f"{flavour}.onnx"
         export_flavours(quantized, {flavour: path}, input_size=SIZE)
         batch = images(64, seed=5)[0]
@@ -85,8 +85,8 @@ def test_the_result_is_integers_on_its_grid_and_as_accurate_as_its_bits_allow(re
 
 
 def test_learnt_scales_move_and_stay_shared():
-    before = quantized_at(trained(), 4, 4, quantizer="lsq").ranges
-    after = made("lsq").ranges
+    before = quantized_at(trained(), 4, 4, quantizer="lsq").grids
+    after = made("lsq").grids
     assert before.weights["conv1"].scales != after.weights["conv1"].scales
     assert before.activations["q_relu"] != after.activations["q_relu"]
     points = quantization_points(prepare(trained()))
@@ -102,9 +102,9 @@ def test_learnt_scales_beat_fixed_ones_at_few_bits():
 def test_a_learnt_offset_is_a_whole_number_and_uses_the_range_that_is_there():
     shifted = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Flatten())
     batch = torch.rand(32, 3, 4, 4, generator=torch.Generator().manual_seed(0)) * 4 - 1
-    grid = quantized_at(shifted, 8, 8, quantizer="lsq-plus", batches=[batch]).ranges.activations["q_input_1"]
-    assert grid.highest - grid.lowest == 255 and grid.lowest == round(float(batch.min()) / grid.scale)
-    symmetric = quantized_at(shifted, 8, 8, quantizer="lsq", batches=[batch]).ranges.activations["q_input_1"]
+    grid = quantized_at(shifted, 8, 8, quantizer="lsq-plus", batches=[batch]).grids.activations["q_input_1"]
+    assert grid.qmax - grid.qmin == 255 and grid.qmin == round(float(batch.min()) / grid.scale)
+    symmetric = quantized_at(shifted, 8, 8, quantizer="lsq", batches=[batch]).grids.activations["q_input_1"]
     assert grid.scale == pytest.approx(symmetric.scale * 127 * 4 / 3 / 255, rel=0.01)
 
 
@@ -113,15 +113,15 @@ def test_offsets_of_8_bits_have_no_tensorrt_file_and_those_of_7_have():
     batch = torch.rand(32, 3, 4, 4) * 4 - 1
     eight = quantized_at(shifted, 8, 8, quantizer="lsq-plus", batches=[batch])
     seven = quantized_at(shifted, 8, 7, quantizer="lsq-plus", batches=[batch])
-    assert eight.ranges.flavours == ("onnxruntime",) and seven.ranges.flavours == ("tensorrt", "onnxruntime")
+    assert eight.grids.flavours == ("onnxruntime",) and seven.grids.flavours == ("tensorrt", "onnxruntime")
 
 
 def test_a_tensor_that_keeps_8_bits_among_few_has_no_offset_so_that_tensorrt_reads_the_file():
     prepared = prepare(trained())
     plan = assign_bits(prepared, 4, 4, first_last_bits=8)
-    ranges = quantize(prepared, plan, quantizer="lsq-plus", calibration=[images(64, 2)[0]], train=None).ranges
-    assert (ranges.activations["q_x"].lowest, ranges.activations["q_x"].highest) == (-127, 127)
-    assert ranges.flavours == ("tensorrt", "onnxruntime")
+    grids = quantize(prepared, plan, quantizer="lsq-plus", calibration=[images(64, 2)[0]], train=None).grids
+    assert (grids.activations["q_x"].qmin, grids.activations["q_x"].qmax) == (-127, 127)
+    assert grids.flavours == ("tensorrt", "onnxruntime")
 
 
 def test_dorefa_starts_where_the_weights_are():
@@ -209,8 +209,8 @@ def test_weight_thresholds_clip_only_where_squared_error_says_so():
 
 
 def test_calibration_estimators_reach_the_grid():
-    ranges = {name: quantized_at(trained(), quantizer="ptq", estimator=name).ranges for name in ("minmax", "mse")}
-    scales = {name: found.activations["q_relu"].scale for name, found in ranges.items()}
+    grids = {name: quantized_at(trained(), quantizer="ptq", estimator=name).grids for name in ("minmax", "mse")}
+    scales = {name: found.activations["q_relu"].scale for name, found in grids.items()}
     assert scales["mse"] < scales["minmax"]
 
 
@@ -225,7 +225,7 @@ def test_first_and_last_layer_and_single_layers_have_bits_of_their_own():
         "stem": "8/8", "conv1": "4/4", "conv2": "6/4", "conv3": "4/4", "down": "3/5", "depthwise": "4/4",
         "left": "4/4", "right": "4/4", "last": "float", "fc": "8/8",
     }  # fmt: skip
-    assert plan.stays_float == {"last"}
+    assert plan.keep_float == {"last"}
     points = plan.of_points(prepared)
     assert points["q_x"] == 8, "the first layer reads the image"
     readers = {name for name, bits in points.items() if bits == 5}
@@ -233,7 +233,7 @@ def test_first_and_last_layer_and_single_layers_have_bits_of_their_own():
 
 
 def test_a_layer_kept_in_floating_point_has_no_points_of_its_own(tmp_path):
-    prepared = prepare(trained(), stays_float=frozenset({"conv1", "fc"}))
+    prepared = prepare(trained(), keep_float=frozenset({"conv1", "fc"}))
     assert set(quantized_layers(prepare(trained()))) - set(quantized_layers(prepared)) == {"conv1", "fc"}
     plan = assign_bits(prepare(trained()), 8, 8, layer_bits={"conv1": "32", "fc": "32"})
     quantized = quantize(prepared, plan, calibration=[images(64, 2)[0]], train=None)
@@ -301,4 +301,4 @@ def test_impossible_bits_are_refused(values, sentence):
 
 
 def test_the_calibrated_network_is_the_same_by_qat_and_ptq():
-    assert quantized_at(trained(), quantizer="ptq").ranges.activations == calibrated().ranges.activations
+    assert quantized_at(trained(), quantizer="ptq").grids.activations == calibrated().grids.activations

@@ -36,7 +36,7 @@ def quantized() -> Quantized:
 @functools.cache
 def files() -> dict[str, Path]:
     folder = scratch_folder()
-    paths = {flavour: folder / f"{flavour}.onnx" for flavour in quantized().ranges.flavours}
+    paths = {flavour: folder / f"{flavour}.onnx" for flavour in quantized().grids.flavours}
     onnx_export.export_flavours(quantized(), paths, input_size=SIZE)
     return paths
 

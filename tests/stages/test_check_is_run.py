@@ -89,7 +89,11 @@ def said_and_done(build: Callable[[], nn.Module], folder, out, **asked) -> tuple
         (PooledNorm, FLOAT, None),
         (frozen, FLOAT, "Every parameter of the model is frozen."),
         (frozen, FLOAT | {"finetune_epochs": 0}, None),
-        (Asserting, FLOAT, "The model's own code stops in training mode, with 8 images of 32 x 32 pixels: user_modules"),
+        (
+            Asserting,
+            FLOAT,
+            "The model's own code stops in training mode, with 8 images of 32 x 32 pixels: user_modules",
+        ),
         (Overwriting, FLOAT, "The model stops in training mode, with 8 images of 32 x 32 pixels"),
         (Forgetful, FLOAT, "The model answers with a dict of tensors"),
         (Reordering, FLOAT, "The model brings 3 channels into the channels_last order"),

@@ -51,7 +51,7 @@ def test_two_processes_train_one_model(prepared):
 def test_a_step_of_two_processes_is_the_step_of_one(tmp_path):
     """Without BatchNorm the weights are the same but for the order of the sums."""
     alone = small_network()
-    training.fit(alone, batches(slice(None)), 4, RECIPE)
+    training.fit(alone, batches(slice(None)), 4, CONFIG)
     store, weights = tmp_path / "store", tmp_path / "weights.pt"
     started = [
         subprocess.Popen(
@@ -107,9 +107,7 @@ def test_the_processes_end_with_the_one_that_started_them(prepared, tmp_path):
         "d.fine_tune(Request.from_file(sys.argv[1]), Path(sys.argv[2]), None, lambda *told: print('told', flush=True))"
     )
     words = [sys.executable, "-c", code, str(tmp_path / "request.json"), str(prepared)]
-    parent = subprocess.Popen(
-        words, stdout=subprocess.PIPE, env=os.environ | {"PYTHONPATH": PYTHONPATH}
-    )
+    parent = subprocess.Popen(words, stdout=subprocess.PIPE, env=os.environ | {"PYTHONPATH": PYTHONPATH})
     assert parent.stdout.readline() == b"told\n"
     parent.kill()
     parent.communicate()
@@ -147,7 +145,9 @@ def test_more_processes_than_gpus_are_refused(monkeypatch):
 
 # ---- a network without BatchNorm, and what its two processes do ---------------------------------------------------
 
-RECIPE = training.Recipe(epochs=3, learning_rate=0.01, distillation_weight=0.0, temperature=1.0, optimizer="sgd")
+CONFIG = training.TrainingConfig(
+    epochs=3, learning_rate=0.01, distillation_weight=0.0, temperature=1.0, optimizer="sgd"
+)
 
 
 def small_network():
@@ -169,7 +169,7 @@ def batches(part):
 def be_one_of_two(store, weights, rank):
     torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     model = small_network()
-    training.fit(model, batches(slice(rank, None, 2)), 4, RECIPE)
+    training.fit(model, batches(slice(rank, None, 2)), 4, CONFIG)
     if rank == 0:
         torch.save(model.state_dict(), weights)
     torch.distributed.destroy_process_group()

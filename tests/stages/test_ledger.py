@@ -21,7 +21,7 @@ from compress.engines.onnxruntime import recorder
 from compress.engines.openvino import OpenVino
 from compress.errors import HandoffError
 from compress.quantization import FLAVOURS, Quantized, file_noise, noisiest, quantization_noise
-from compress.quantization.layer_noise import CEILING_DB, OUTPUT, by_layer
+from compress.quantization.layer_noise import CEILING_DB, OUTPUT, sqnr_by_layer
 from compress.report import Hop
 from compress.stages import ledger
 
@@ -48,8 +48,8 @@ def rescaled(path: Path, constant: str, factor: float) -> None:
     onnx.save(model, path)
 
 
-def noise_of(path: Path, flavour: quantization.Flavour) -> list[quantization.LocalNoise]:
-    values = recorder(path, {point: f"{point}.dequantize" for point in calibrated().ranges.activations}, threads=1)
+def noise_of(path: Path, flavour: quantization.Flavour) -> list[quantization.LayerSqnr]:
+    values = recorder(path, {point: f"{point}.dequantize" for point in calibrated().grids.activations}, threads=1)
 
     def record(batch: Tensor) -> dict[str, Tensor]:
         return {point: torch.from_numpy(value) for point, value in values(batch.numpy()).items()}
@@ -67,7 +67,7 @@ def test_a_faithful_file_is_clean_at_every_point(flavour):
     kept = [name for name, point in points.items() if not (flavour == "tensorrt" and point.only_onnxruntime)]
     assert [row.point for row in noise] == [*kept, OUTPUT]
     assert min(row.sqnr_db for row in noise) > 60
-    assert set(by_layer(noise)) == set(LAYERS)
+    assert set(sqnr_by_layer(noise)) == set(LAYERS)
 
 
 @pytest.mark.parametrize("flavour", FLAVOURS)
@@ -96,18 +96,18 @@ def test_a_wrong_scale_of_activations_in_the_file_is_named(tmp_path, flavour, po
 
 @pytest.mark.parametrize("layer", ["conv1", "down", "fc"])
 def test_a_wrong_grid_in_the_fake_quantized_model_is_named(layer):
-    healthy = by_layer(quantization_noise(calibrated(), batches()))
+    healthy = sqnr_by_layer(quantization_noise(calibrated(), batches()))
     assert all(15 < value < 60 for value in healthy.values())
     noise = quantization_noise(with_weight_scales(calibrated(), layer, 0.2), batches())
     assert noisiest(noise).name == layer and noisiest(noise).sqnr_db < 10
-    assert all(value > 15 for other, value in by_layer(noise).items() if other != layer)
+    assert all(value > 15 for other, value in sqnr_by_layer(noise).items() if other != layer)
 
 
 def with_weight_scales(quantized: Quantized, layer: str, factor: float) -> Quantized:
-    grid = quantized.ranges.weights[layer]
+    grid = quantized.grids.weights[layer]
     wrong = dataclasses.replace(grid, scales=tuple(scale * factor for scale in grid.scales))
-    ranges = dataclasses.replace(quantized.ranges, weights={**quantized.ranges.weights, layer: wrong})
-    return Quantized(quantized.model, ranges)
+    grids = dataclasses.replace(quantized.grids, weights={**quantized.grids.weights, layer: wrong})
+    return Quantized(quantized.model, grids)
 
 
 def test_noise_is_measured_against_the_signal_over_all_batches():

@@ -43,7 +43,9 @@ def test_each_layer_has_a_line_of_its_level(found):
     lines = {line["module"]: (line["level"], line["text"]) for line in found["modules"]}
     assert lines["free.0"] == ("green", "32 to 16 channels, integers")
     level, text = lines["held"]
-    assert level == "amber" and text.startswith("stays whole: its channels go through mean() in forward (test_rehearsal.py, line ")
+    assert level == "amber" and text.startswith(
+        "stays whole: its channels go through mean() in forward (test_rehearsal.py, line "
+    )
     assert lines["head"] == ("amber", "stays whole: it gives the answer: its outputs are the classes")
     assert found["possible"] and not found["problems"]
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from compress.training import Recipe, distillation, fit
+from compress.training import TrainingConfig, distillation, fit
 from compress.training.distillation import Teacher
 
 CPU = torch.device("cpu")
@@ -97,7 +97,7 @@ def test_training_with_remembered_answers_gives_the_same_student(model):
     for numbered in (True, False):
         torch.manual_seed(1)
         student, Counted.asked = nn.Sequential(nn.Flatten(), nn.Linear(48, 3)), 0
-        fit(student, batches(numbered), 4, Recipe(3, 0.01, 1.0, 4.0), teacher=model)
+        fit(student, batches(numbered), 4, TrainingConfig(3, 0.01, 1.0, 4.0), teacher=model)
         students.append(student[1].weight)
         asked.append(Counted.asked)
     assert asked == [64, 3 * 64]

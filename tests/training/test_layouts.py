@@ -24,10 +24,10 @@ from user_modules_training import (
 
 from compress.errors import ModelError, TrainingError
 from compress.models.calls import logits_of
-from compress.training import WORTH_TRIALS, Recipe, fit, memory_format
+from compress.training import WORTH_TRIALS, TrainingConfig, fit, memory_format
 from compress.training.memory_format import PLAIN, Format, agree, allows_channels_last, fastest_format
 
-RECIPE = Recipe(1, 0.01, 0.5, 4.0)
+CONFIG = TrainingConfig(1, 0.01, 0.5, 4.0)
 
 
 def batches(epoch: int):
@@ -36,7 +36,7 @@ def batches(epoch: int):
 
 
 def train(model: nn.Module, **changes):
-    return fit(model, batches, WORTH_TRIALS, RECIPE, teacher=model.eval(), **changes)
+    return fit(model, batches, WORTH_TRIALS, CONFIG, teacher=model.eval(), **changes)
 
 
 @pytest.mark.parametrize(
@@ -86,7 +86,7 @@ def test_few_steps_are_not_worth_trials(monkeypatch):
     tried = []
     monkeypatch.setattr("compress.training.fastest_format", lambda model, images: tried.append(model) or PLAIN)
     for steps in (WORTH_TRIALS - 1, WORTH_TRIALS):
-        fit(Viewing(), batches, steps, RECIPE)
+        fit(Viewing(), batches, steps, CONFIG)
     assert len(tried) == 1
 
 
@@ -160,7 +160,7 @@ def test_a_batchnorm_of_one_value_says_which_and_what_to_do():
     with pytest.raises(
         ModelError, match="^The BatchNorm2d norm gets one value per channel .* raise --train-batch-size"
     ):
-        fit(PooledNorm(), single, 1, RECIPE)
+        fit(PooledNorm(), single, 1, CONFIG)
 
 
 def test_memory_that_runs_out_in_a_trial_is_no_fault_of_the_model():

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from compress.errors import TrainingError
-from compress.training import Recipe, fit, loss_function, one_cycle, single_pixels_multiplied
+from compress.training import TrainingConfig, fit, loss_function, one_cycle, single_pixels_multiplied
 from compress.training.memory_format import Format, fastest_format
 
 
@@ -45,7 +45,7 @@ def accuracy(model):
 
 
 def recipe(**changes):
-    return Recipe(
+    return TrainingConfig(
         **(
             {"epochs": 4, "learning_rate": 0.1, "distillation_weight": 0.0, "temperature": 4.0, "optimizer": "sgd"}
             | changes

@@ -26,7 +26,7 @@ import numpy as np
 
 from compress import memory
 from compress.engines import benchmark, passport
-from compress.engines.base import BuildSpec, Runtime, blamed_layer
+from compress.engines.base import BuildSpec, Runtime, failing_layer
 from compress.engines.processes import wire
 from compress.errors import CompressError, EngineError
 
@@ -113,7 +113,7 @@ def _answered(worker: _Worker, order: str, arguments: dict[str, Any]) -> Answer:
     except Exception as error:  # noqa: BLE001 - whatever a runtime raises, its own words are for the log
         if order == "compile" and isinstance(error, OSError) and error.errno:  # the disk's refusal of the engine
             return {"os_error": [error.errno, error.strerror, error.filename]}, {}
-        subject = blamed_layer(Path(arguments["path"]), str(error)) if "path" in arguments else None
+        subject = failing_layer(Path(arguments["path"]), str(error)) if "path" in arguments else None
         detail = f"{type(error).__name__}: {error}"
         return {"failed": subject, "memory": _ran_out(error), "detail": detail}, {}
 

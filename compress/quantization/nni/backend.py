@@ -16,7 +16,7 @@ from compress.errors import QuantizationError
 from compress.nni_bridge import import_nni, quiet
 from compress.quantization.bits import BitPlan
 from compress.quantization.calibration import Estimator, calibrate
-from compress.quantization.grids import Ranges
+from compress.quantization.grids import Grids
 from compress.quantization.kinds import QPoint
 from compress.quantization.nni.methods import (
     ACTIVATION_METHODS,
@@ -46,8 +46,8 @@ def quantize_with_nni(
     calibration: Iterable[Tensor],
     train: TrainFn | None,
     shown: Tensor,
-) -> tuple[dict[str, Tensor], Ranges, np.ndarray]:
-    """Calibrate, train when `train` is given, and return (trained float state_dict, ranges, what NNI's simulation answers
+) -> tuple[dict[str, Tensor], Grids, np.ndarray]:
+    """Calibrate, train when `train` is given, and return (trained float state_dict, grids, what NNI's simulation answers
     to the images `shown`); `prepared` is untouched.
 
     `calibration` yields float32 images (N, 3, H, W), normalised. Raises `QuantizationError`, naming the layer, when a
@@ -69,18 +69,18 @@ def quantize_with_nni(
         method.finish(wrappers[target.name], role)
     for method, names in _groups(jobs).values():
         method.settle([wrappers[name] for name in names])
-    ranges, weights = _ranges(plan, jobs, wrappers)
+    grids, weights = _grids(plan, jobs, wrappers)
     simulated = equality.answers(model.eval(), shown)
     with quiet():
         for one in quantizers.values():
             one.unwrap_model()
-    return model.state_dict() | weights, ranges, simulated
+    return model.state_dict() | weights, grids, simulated
 
 
 def _weight_jobs(model: fx.GraphModule, plan: BitPlan, quantizer: str, estimator: Estimator) -> list[Job]:
     jobs = []
     for name, bits in plan.layers.items():
-        if bits.stays_float:
+        if bits.keep_float:
             continue
         weight = model.get_submodule(name).weight.detach()
         _check_weights(name, weight)
@@ -136,7 +136,7 @@ def _wrap(model: nn.Module, jobs: Iterable[Job]) -> dict[str, Any]:
         return {name: getattr(quantization, name)(model, config, None) for name, config in configs.items()}
 
 
-def _ranges(plan: BitPlan, jobs: Iterable[Job], wrappers: dict[str, Any]) -> tuple[Ranges, dict[str, Tensor]]:
+def _grids(plan: BitPlan, jobs: Iterable[Job], wrappers: dict[str, Any]) -> tuple[Grids, dict[str, Tensor]]:
     activations, weights, final = {}, {}, {}
     for method, target, role in jobs:
         wrapper = wrappers[target.name]
@@ -146,14 +146,14 @@ def _ranges(plan: BitPlan, jobs: Iterable[Job], wrappers: dict[str, Any]) -> tup
             weights[target.name] = method.weight_grid(wrapper, target)
         else:
             activations[target.name] = method.activation_grid(wrapper, target)
-    ranges = Ranges(
+    grids = Grids(
         weight_bits=plan.weight_bits,
         activation_bits=plan.activation_bits,
         activations=activations,
         weights=weights,
-        stays_float=tuple(sorted(plan.stays_float)),
+        keep_float=tuple(sorted(plan.keep_float)),
     )
-    return ranges, final
+    return grids, final
 
 
 def _check_weights(name: str, weight: Tensor) -> None:

@@ -50,7 +50,7 @@ class Target:
         return f"{'uint' if self.unsigned else 'int'}{self.bits}"
 
     @property
-    def highest(self) -> int:
+    def qmax(self) -> int:
         """The largest code."""
         return 2**self.bits - 1 if self.unsigned else 2 ** (self.bits - 1) - 1
 
@@ -132,7 +132,7 @@ class Method(ABC):
 
     def weight_grid(self, wrapper: Any, target: Target) -> WeightGrid:
         scale = wrapper.quantization_target_spaces[WEIGHT].scale
-        return WeightGrid(tuple(scale.detach().reshape(-1).tolist()), target.highest, target.bits)
+        return WeightGrid(tuple(scale.detach().reshape(-1).tolist()), target.qmax, target.bits)
 
     def final_weight(self, wrapper: Any) -> Tensor:
         """The float weight whose codes on the grid are the integers to deploy."""
@@ -140,7 +140,7 @@ class Method(ABC):
 
     def activation_grid(self, wrapper: Any, target: Target) -> ActivationGrid:
         scale = float(wrapper.quantization_target_spaces[OUTPUT].scale.detach())
-        return ActivationGrid(scale, 0 if target.unsigned else -target.highest, target.highest)
+        return ActivationGrid(scale, 0 if target.unsigned else -target.qmax, target.qmax)
 
 
 class _FromRange(Method):
@@ -234,7 +234,7 @@ class Lsq(Method):
     def start(self, quantizer: Any, wrapper: Any, target: Target, role: str) -> None:
         quantizer.is_init = True  # NNI would set every scale to 0.01 until the first step
         space = wrapper.quantization_target_spaces[role]
-        scale = torch.maximum(target.high, -target.low) / target.highest
+        scale = torch.maximum(target.high, -target.low) / target.qmax
         scale = scale.reshape(_per_channel_shape(wrapper) if role == WEIGHT else (1,))
         _learn(wrapper, f"{role}_scale", scale, _Exponential())
         space.zero_point = torch.zeros_like(scale)
