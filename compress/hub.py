@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 from compress import naming, runs, signing
 from compress.checkpoints.inspection import MAX_FILE_BYTES
 from compress.errors import CheckpointError, PublishingError, RequestError
-from compress.jobs.database import RUN_ID
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -231,7 +230,7 @@ def _verified_files(folder: Path) -> dict[str, bytes | Path]:
     if problems:
         raise PublishingError(f"This run is not published because it does not verify: {problems[0]}")
     listed = {name: entry for name, entry in runs.manifest(folder).items() if name != "request.json"}
-    private = [str(folder.resolve()), *([folder.name] if re.fullmatch(RUN_ID, folder.name) else [])]
+    private = [str(folder.resolve()), *([folder.name] if re.fullmatch(signing.RUN_ID, folder.name) else [])]
     for name in {"README.md", "report.json", "report.html"} & set(listed):
         if any(word in (folder / name).read_text(encoding="utf-8") for word in private):
             raise PublishingError(

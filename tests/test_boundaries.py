@@ -1,12 +1,18 @@
 """Who may import what, held by reading the imports of every file."""
 
 import ast
+import functools
+import os
 import re
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
 import pytest
-from places import ROOT
+from places import PYTHONPATH, ROOT
+
+from scripts import import_graph
 
 SOURCES = sorted([*ROOT.glob("compress/**/*.py"), ROOT / "app.py"])
 ALLOWED = {
@@ -31,8 +37,25 @@ ALLOWED = {
     "stable_baselines3": {"compress/search/strategies/amc.py"},
     "gymnasium": {"compress/search/strategies/amc.py"},
 }
+LAYERS: list[tuple[str, set[str]]] = [
+    (
+        "without torch",
+        {"errors", "files", "naming", "processes", "signing", "memory", "machine", "preprocessing", "runs"}
+        | {"quantizers", "request", "report"},
+    ),
+    (
+        "models, data and checkpoints",
+        {"models", "data", "checkpoints", "equality", "tracing", "own_modules", "nni_bridge", "hub", "sources"},
+    ),
+    ("methods", {"training", "pruning", "quantization", "onnx_export", "engines"}),
+    ("stages", {"stages"}),
+    ("runs", {"pipeline", "search", "classify"}),
+    ("interfaces", {"compress", "__main__", "jobs", "cli", "ui"}),
+]
+"""Packages and modules directly below `compress`, from the lowest. What is in a layer imports that layer and lower ones only."""
 
 
+@functools.cache
 def imported(path: Path) -> set[str]:
     names = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -85,3 +108,60 @@ def test_checkpoints_are_only_ever_loaded_as_weights():
             assert not re.search(
                 r"weights_only=False|add_safe_globals|pickle\.loads?\(|jit\.load|allow_pickle=True", line
             ), f"{path.name}:{number}"
+
+
+def upward(edges: dict[str, set[str]], layers: list[tuple[str, set[str]]]) -> list[str]:
+    """The imports that lead from a layer into a higher one."""
+    level = {name: number for number, (_, names) in enumerate(layers) for name in names}
+    return [f"{a} -> {b}" for a in sorted(edges) for b in sorted(edges[a]) if level[b] > level[a]]
+
+
+@pytest.fixture(scope="module")
+def edges():
+    return import_graph.graph()
+
+
+def test_packages_import_each_other_in_no_circle(edges):
+    assert import_graph.circles(edges) == []
+
+
+def test_every_package_and_module_has_its_layer(edges):
+    nodes = [name for _, names in LAYERS for name in names]
+    assert sorted(nodes) == sorted(edges), "give it its place in LAYERS"
+
+
+def test_no_package_imports_one_of_a_higher_layer(edges):
+    assert upward(edges, LAYERS) == []
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "from compress.b import value",
+        "from .. import b",
+        "from ..b import value",
+        "import compress.b.inner as other",
+        "def late():\n    from compress.b import inner",
+        "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from compress.b.inner import value",
+    ],
+)
+def test_the_graph_sees_every_way_to_import(tmp_path, text):
+    for name, content in {"a/__init__": "", "a/low": text, "b/__init__": "", "b/inner": "from compress import a"}.items():
+        path = tmp_path / "compress" / f"{name}.py"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content)
+    (tmp_path / "compress/__init__.py").write_text("__version__ = '1'")
+    (tmp_path / "compress/c.py").write_text("from compress import __version__, a")
+    edges = import_graph.graph(tmp_path)
+    assert edges == {"compress": set(), "a": {"b"}, "b": {"a"}, "c": {"a"}}
+    assert import_graph.circles(edges) == [["a", "b"]]
+    assert upward(edges, [("low", {"a"}), ("high", {"b", "c", "compress"})]) == ["a -> b"]
+
+
+def test_the_lowest_layer_works_where_torch_is_not_installed():
+    """Also what it imports by way of others; the server imports this layer, and nothing of torch."""
+    known = import_graph.module_names()
+    lowest = [name for name in known if import_graph.node(name) in LAYERS[0][1] and ".templates." not in name]
+    script = f"import sys; sys.modules['torch'] = None\nimport {', '.join(lowest)}"
+    done = subprocess.run([sys.executable, "-c", script], env=os.environ | {"PYTHONPATH": PYTHONPATH}, capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()

@@ -5,8 +5,7 @@ from __future__ import annotations
 import datetime
 from typing import Any
 
-import compress
-from compress import machine
+from compress import __version__, machine
 from compress.files import write_text
 from compress.report import (
     Data,
@@ -62,7 +61,7 @@ def collect(work: Run, source: Source) -> Report:
     hops = ledger.collect(work.folder, facts)
     reached = verdict(variants, measurements, facts["measure"]["runtime"], source.dataset.kind)
     return Report(
-        espalier_version=compress.__version__,
+        espalier_version=__version__,
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         request=without_folders(work.request.model_dump(mode="json")),
         checkpoint=source.weights,
