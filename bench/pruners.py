@@ -24,8 +24,8 @@ from compress import pruning, training
 from compress.data import dataset
 from compress.equality.differences import share
 from compress.errors import CompressError
-from compress.sources import Source, open_source
 from compress.stages import steps
+from compress.workload import Workload, open_workload
 
 HELD_OUT = 2000
 OUT = Path("docs/pruners.md")
@@ -42,37 +42,37 @@ class Row:
     fine_tuning_seconds: float
 
 
-def measure(name: str, request: compress.Request, source: Source, held_out: dataset.Split) -> Row:
-    """Prunes, refits and fine-tunes a copy of the model of `source`."""
+def measure(name: str, request: compress.Request, workload: Workload, held_out: dataset.Split) -> Row:
+    """Prunes, refits and fine-tunes a copy of the model of `workload`."""
     request = request.model_copy(update={"pruner": name})
-    score = steps.scorer(held_out, source)
+    score = steps.scorer(held_out, workload)
     start = time.perf_counter()
-    plan = steps.pruning_plan(request, source.model, source.example)
+    plan = steps.pruning_plan(request, workload.model, workload.example)
     if request.shrinks:
-        how = steps.pruning_training(request, source, source.model, lambda done, text: None)
-        shrunk = pruning.prune(source.model, source.example, plan, name, how)
+        how = steps.pruning_training(request, workload, workload.model, lambda done, text: None)
+        shrunk = pruning.prune(workload.model, workload.example, plan, name, how)
         model, kept = shrunk.model, shrunk.kept
     else:
-        model, kept = pruning.zero_weights(source.model, plan, request.sparsity).model, {}
-    steps.recover(request, source, source.model, model, kept)
+        model, kept = pruning.zero_weights(workload.model, plan, request.sparsity).model, {}
+    steps.recover(request, workload, workload.model, model, kept)
     pruned_after = time.perf_counter() - start
     pruned = score(model.to(training.device()).eval())
     start = time.perf_counter()
-    _fine_tune(model.cpu(), request, source)
+    _fine_tune(model.cpu(), request, workload)
     seconds = time.perf_counter() - start
     count = sum(int(parameter.count_nonzero()) for parameter in model.parameters())
     return Row(name, pruned, score(model.to(training.device()).eval()), count, pruned_after, seconds)
 
 
-def _fine_tune(model: nn.Module, request: compress.Request, source: Source) -> None:
-    images = steps.training_images(request, source)
-    recipe = steps.recipe_of(request, source, request.finetune_epochs, request.learning_rate)
+def _fine_tune(model: nn.Module, request: compress.Request, workload: Workload) -> None:
+    images = steps.training_images(request, workload)
+    recipe = steps.recipe_of(request, workload, request.finetune_epochs, request.learning_rate)
     training.fit(
         model,
         images.batches,
         images.per_epoch,
         recipe,
-        teacher=source.model,
+        teacher=workload.model,
         keep_zeros=not request.shrinks,
     )
 
@@ -104,9 +104,9 @@ def table(rows: list[Row], dense: float, request: compress.Request, images: int)
     return "\n".join(lines) + "\n"
 
 
-def _rows(names: list[str], request: compress.Request, source: Source, held_out: dataset.Split) -> Iterator[Row]:
+def _rows(names: list[str], request: compress.Request, workload: Workload, held_out: dataset.Split) -> Iterator[Row]:
     for name in names:
-        row = measure(name, request, source, held_out)
+        row = measure(name, request, workload, held_out)
         print(
             f"{name}: pruned {row.pruned:.4f}, fine-tuned {row.fine_tuned:.4f}, {row.pruning_seconds:.0f} s", flush=True
         )
@@ -132,13 +132,13 @@ def main() -> None:
         )
     except CompressError as error:
         parser.error(str(error))
-    source = open_source(request)
-    held_out, rest = dataset.split_held_out(source.dataset.train, HELD_OUT, request.seed)
+    workload = open_workload(request)
+    held_out, rest = dataset.split_held_out(workload.dataset.train, HELD_OUT, request.seed)
     trained = rest.subset(torch.arange(len(rest))[: options.images])
-    source = replace(source, dataset=replace(source.dataset, train=trained))
-    dense = steps.scorer(held_out, source)(source.model.to(training.device()).eval())
-    source.model.cpu()
-    rows = list(_rows(options.pruners, request, source, held_out))
+    workload = replace(workload, dataset=replace(workload.dataset, train=trained))
+    dense = steps.scorer(held_out, workload)(workload.model.to(training.device()).eval())
+    workload.model.cpu()
+    rows = list(_rows(options.pruners, request, workload, held_out))
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(table(rows, dense, request, len(trained)), encoding="utf-8")
     print(f"written to {options.out}")

@@ -19,8 +19,8 @@ from bench.accuracy import dense_checkpoint
 from bench.quantizers import Row, measure
 from compress.equality import differences
 from compress.files import write_text
-from compress.sources import DEMO_DATA, Source, open_source
 from compress.stages import steps
+from compress.workload import DEMO_DATA, Workload, open_workload
 
 MODELS = ("resnet18", "resnet50", "mobilenet_v2", "efficientnet_b0")
 FEW_BITS = {"resnet18": 4}
@@ -42,20 +42,20 @@ def request_for(name: str, checkpoint: Path, weight_bits: int, quantizer: str, q
 
 def rows_of(name: str, epochs: float, qat_epochs: float) -> tuple[float, int, list[Row]]:
     """The dense model's accuracy, how many test images gave it, and a row for each quantizer and width."""
-    bundled = open_source(compress.Request())
+    bundled = open_workload(compress.Request())
     checkpoint = dense_checkpoint(
         name, bundled.dataset.train, CHECKPOINTS, epochs=epochs, preprocessing=bundled.preprocessing
     )
     rows: list[Row] = []
-    source: Source | None = None
+    workload: Workload | None = None
     for weight_bits in (8, *((FEW_BITS[name],) if name in FEW_BITS else ())):
         for quantizer in ("ptq", "qat"):
             request = request_for(name, checkpoint, weight_bits, quantizer, qat_epochs)
-            source = source or open_source(request)
-            rows.append(measure(request, source, train=quantizer == "qat"))
+            workload = workload or open_workload(request)
+            rows.append(measure(request, workload, train=quantizer == "qat"))
             print(name, rows[-1], flush=True)
-    dense = steps.scorer(source.dataset.test, source)(source.model.eval())
-    return dense, len(source.dataset.test), rows
+    dense = steps.scorer(workload.dataset.test, workload)(workload.model.eval())
+    return dense, len(workload.dataset.test), rows
 
 
 def lines_of(name: str, dense: float, rows: list[Row]) -> list[str]:

@@ -27,8 +27,8 @@ from compress.engines import RUNTIMES, BuildSpec
 from compress.equality import differences
 from compress.files import write_text
 from compress.quantizers import QUANTIZERS
-from compress.sources import Source, open_source
 from compress.stages import steps
+from compress.workload import Workload, open_workload
 
 OUT = Path("docs/quantizers.md")
 RUNTIME = "onnxruntime"
@@ -53,13 +53,13 @@ class Row:
     seconds: float
 
 
-def measure(request: compress.Request, source: Source, train: bool) -> Row:
-    """One quantizer on a copy of the model of `source`."""
+def measure(request: compress.Request, workload: Workload, train: bool) -> Row:
+    """One quantizer on a copy of the model of `workload`."""
     start = time.perf_counter()
-    calibrated = _deployed(_quantized(request, source, train=False), source)
+    calibrated = _deployed(_quantized(request, workload, train=False), workload)
     result, trained = calibrated, None
     if train and QUANTIZERS[request.quantizer].trains:
-        result = _deployed(_quantized(request, source, train=True), source)
+        result = _deployed(_quantized(request, workload, train=True), workload)
         trained = result.accuracy
     return Row(
         request.quantizer,
@@ -75,14 +75,14 @@ def measure(request: compress.Request, source: Source, train: bool) -> Row:
     )
 
 
-def _quantized(request: compress.Request, source: Source, train: bool) -> quantization.Quantized:
-    images = dataset.calibration_images(source.dataset, request.calibration_images, source.preprocessing, request.seed)
-    prepared, plan = steps.prepared_with_bits(request, source.model, images)
+def _quantized(request: compress.Request, workload: Workload, train: bool) -> quantization.Quantized:
+    images = dataset.calibration_images(workload.dataset, request.calibration_images, workload.preprocessing, request.seed)
+    prepared, plan = steps.prepared_with_bits(request, workload.model, images)
 
     def fit(model: nn.Module) -> None:
-        trained_on = steps.training_images(request, source)
-        recipe = steps.recipe_of(request, source, request.qat_epochs, request.qat_learning_rate)
-        training.fit(model, trained_on.batches, trained_on.per_epoch, recipe, teacher=source.model)
+        trained_on = steps.training_images(request, workload)
+        recipe = steps.recipe_of(request, workload, request.qat_epochs, request.qat_learning_rate)
+        training.fit(model, trained_on.batches, trained_on.per_epoch, recipe, teacher=workload.model)
 
     return quantization.quantize(
         prepared,
@@ -102,8 +102,8 @@ class Deployed:
     candidate_layers: int
 
 
-def _deployed(quantized: quantization.Quantized, source: Source) -> Deployed:
-    size, runtime = source.preprocessing.input_size, RUNTIMES[RUNTIME]
+def _deployed(quantized: quantization.Quantized, workload: Workload) -> Deployed:
+    size, runtime = workload.preprocessing.input_size, RUNTIMES[RUNTIME]
     reference = differences.torch_answer(quantization.fake_quantized(quantized, runtime.flavour))
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
@@ -113,7 +113,7 @@ def _deployed(quantized: quantization.Quantized, source: Source) -> Deployed:
             kernels = session.kernels()
             answers, expected, labels = [], [], []
             for images, truth in dataset.batches(
-                source.dataset.test, steps.TEST_BATCH, shuffle=False, seed=0, preprocessing=source.preprocessing
+                workload.dataset.test, steps.TEST_BATCH, shuffle=False, seed=0, preprocessing=workload.preprocessing
             ):
                 answers.append(session.run(images.numpy()))
                 expected.append(reference(images.numpy()))
@@ -187,16 +187,16 @@ def main() -> None:
     wanted = list(
         requests(options.quantizers, options.bits, qat_epochs=options.epochs, qat_learning_rate=options.learning_rate)
     )
-    source = open_source(wanted[0])
-    dense = steps.scorer(source.dataset.test, source)(source.model.eval())
+    workload = open_workload(wanted[0])
+    dense = steps.scorer(workload.dataset.test, workload)(workload.model.eval())
     rows = []
     for request in wanted:
-        rows.append(row := measure(request, source, train=options.epochs > 0))
+        rows.append(row := measure(request, workload, train=options.epochs > 0))
         print(row, flush=True)
-    trained_on = len(steps.training_images(wanted[0], source).held_out)
-    images = len(source.dataset.train) - trained_on
+    trained_on = len(steps.training_images(wanted[0], workload).held_out)
+    images = len(workload.dataset.train) - trained_on
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    write_text(options.out, table(rows, dense, wanted[0], len(source.dataset.test), images))
+    write_text(options.out, table(rows, dense, wanted[0], len(workload.dataset.test), images))
     print(f"written to {options.out}")
 
 

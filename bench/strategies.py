@@ -27,7 +27,7 @@ from compress.search.space import Space
 from compress.search.strategies import STRATEGIES, proposal
 from compress.search.target import Target
 from compress.search.trials import Trial, Trials
-from compress.sources import open_source
+from compress.workload import open_workload
 
 OUT, WORK = Path("docs/strategies.md"), Path("build/strategies")
 
@@ -117,7 +117,7 @@ def measured_page(options: argparse.Namespace) -> str:
     """
     request = compress.Request(runtime=options.runtime, pruning_epochs=options.pruning_epochs, threads=options.threads)
     target = Target(min_speedup=options.min_speedup)
-    with OneShot(request, open_source(request), options.work) as oneshot:
+    with OneShot(request, open_workload(request), options.work) as oneshot:
         space = Space(
             oneshot.groups, request.channel_multiple, pruners=(request.pruner,), quantizers=(request.quantizer,)
         )

@@ -22,8 +22,8 @@ from compress.report import forecast as report_forecast
 from compress.report.forecast import Front
 from compress.request import Request
 from compress.runs import Run, open_run
-from compress.sources import open_source
 from compress.stages import deployment, measure, preflight, report, workspace
+from compress.workload import open_workload
 
 log = logging.getLogger("compress")
 
@@ -53,17 +53,17 @@ def run(
     with _opened(out, request, notify, resume) as work:
         if expected:
             report_forecast.keep(expected, work.folder)
-        source = open_source(request, model, kept=work.uploads)
-        preflight.require_plan(request, source)
+        workload = open_workload(request, model, kept=work.uploads)
+        preflight.require_plan(request, workload)
 
-        work.stage("baseline", lambda: workspace.measure_baseline(work, source))
-        work.stage("prune", lambda: workspace.prune_and_shrink(work, source))
-        work.stage("finetune", lambda: workspace.fine_tune(work, source))
-        work.stage("quantize", lambda: workspace.quantize(work, source))
-        work.stage("export", lambda: deployment.export(work, source))
-        work.stage("build", lambda: deployment.build_engines(work, source))
-        work.stage("measure", lambda: measure.measure(work, source))
-        work.stage("report", lambda: report.write_report(work, source))
+        work.stage("baseline", lambda: workspace.measure_baseline(work, workload))
+        work.stage("prune", lambda: workspace.prune_and_shrink(work, workload))
+        work.stage("finetune", lambda: workspace.fine_tune(work, workload))
+        work.stage("quantize", lambda: workspace.quantize(work, workload))
+        work.stage("export", lambda: deployment.export(work, workload))
+        work.stage("build", lambda: deployment.build_engines(work, workload))
+        work.stage("measure", lambda: measure.measure(work, workload))
+        work.stage("report", lambda: report.write_report(work, workload))
 
         return Report.from_file(work.folder / "report.json")
 

@@ -21,9 +21,9 @@ from compress.errors import CheckpointError, PublishingError, RequestError, RunE
 from compress.files import sha256
 from compress.report import card
 from compress.request import Request
-from compress.sources import open_source
 from compress.ui import sharing
 from compress.ui.web.settings import Settings
+from compress.workload import open_workload
 
 
 @pytest.fixture
@@ -179,7 +179,7 @@ def test_a_checkpoint_of_the_hub_is_read_like_a_file(server):
         private=True, files={"README.md": b"", "model.safetensors": save(model.state_dict()), "old.pth": b"x"}
     )
     request = Request(model="mobilenet_v3_small", checkpoint="hf://team/net", data="none", input_size=32)
-    source = open_source(request)
+    source = open_workload(request)
     sha = server.repositories["team/net"].sha
     assert source.weights == f"model.safetensors of team/net on the Hub at {sha[:7]}"
     with torch.no_grad():
@@ -297,7 +297,7 @@ def test_what_is_refused_does_not_stay_in_the_cache(before, server, tmp_path):
     if before:
         hub.download("hf://team/net")
     with pytest.raises(CheckpointError, match="is neither a .safetensors file nor"):
-        open_source(Request(model="resnet18", checkpoint="hf://team/net", data="none"))
+        open_workload(Request(model="resnet18", checkpoint="hf://team/net", data="none"))
     assert cached(tmp_path) == (1000 if before else 0), "what was there before belongs to somebody"
 
 

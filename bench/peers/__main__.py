@@ -20,7 +20,7 @@ from bench.peers import study, table
 from bench.peers.rows import OURS, ROWS
 from compress.data import dataset as data_dataset
 from compress.files import write_text
-from compress.sources import DEMO_DATA
+from compress.workload import DEMO_DATA
 
 
 def arguments() -> argparse.Namespace:

@@ -21,7 +21,7 @@ from bench.peers.rows import OURS, ROWS, Row
 from compress import machine
 from compress.data import dataset as data_dataset
 from compress.files import atomic
-from compress.sources import DEMO_CHECKPOINT, DEMO_DATA, DEMO_MODEL
+from compress.workload import DEMO_CHECKPOINT, DEMO_DATA, DEMO_MODEL
 
 Facts = dict[str, Any]
 

@@ -28,8 +28,8 @@ from compress.request import Request
 from compress.search.candidate import Candidate
 from compress.search.latency import Stopwatch
 from compress.search.outcome import Outcome
-from compress.sources import Source
 from compress.stages import steps
+from compress.workload import Workload
 
 SCORED_IMAGES = 1000
 """At most this many training images are held out to score candidates, and at most a fifth of all."""
@@ -48,7 +48,7 @@ class OneShot:
     Args:
         base: what candidates differ from. Its runtime is the one that is timed; `auto` takes the one that runs the
             unpruned model fastest, quantized as the base says.
-        source: of `open_source(base)`; only training images are looked at.
+        workload: of `open_workload(base)`; only training images are looked at.
         folder: keeps `measured.json`, with which a later OneShot of the same request goes on; None keeps nothing.
         notify: called with each runtime that `auto` leaves out, and why.
 
@@ -61,36 +61,36 @@ class OneShot:
     def __init__(
         self,
         base: Request,
-        source: Source,
+        workload: Workload,
         folder: Path | None = None,
         *,
         scored_images: int = SCORED_IMAGES,
         notify: Callable[[str], None] = lambda text: None,
     ) -> None:
         require_searchable(base)
-        if source.dataset.kind == "none":
+        if workload.dataset.kind == "none":
             raise RequestError("data", base.data, "images: candidates are compared on images held out from training")
         self.base, self.folder = base, folder
-        count = min(scored_images, len(source.dataset.train) // 5)
+        count = min(scored_images, len(workload.dataset.train) // 5)
         if count == 0:
             raise DataError(
-                f"{source.dataset.source} has fewer than 5 training images, too few to hold one out: add some."
+                f"{workload.dataset.source} has fewer than 5 training images, too few to hold one out: add some."
             )
-        held_out, rest = dataset.split_held_out(source.dataset.train, count, base.seed)
-        self._source = replace(source, dataset=replace(source.dataset, train=rest))
+        held_out, rest = dataset.split_held_out(workload.dataset.train, count, base.seed)
+        self._workload = replace(workload, dataset=replace(workload.dataset, train=rest))
         self._held_out = held_out
         self._labels: list[torch.Tensor] | None = None
-        if source.dataset.kind != "labelled":
-            answer = differences.torch_answer(source.model)
+        if workload.dataset.kind != "labelled":
+            answer = differences.torch_answer(workload.model)
             self._labels = [torch.from_numpy(answer(x.numpy()).argmax(1)) for x, _ in self._scored()]
-        most = max(1, steps.MOST_PIXELS // source.preprocessing.input_size**2)
+        most = max(1, steps.MOST_PIXELS // workload.preprocessing.input_size**2)
         self._calibration = dataset.calibration_images(
-            self._source.dataset, min(base.calibration_images, REFIT_IMAGES, most), source.preprocessing, base.seed
+            self._workload.dataset, min(base.calibration_images, REFIT_IMAGES, most), workload.preprocessing, base.seed
         )
-        self.groups = variable_groups(base, source)
+        self.groups = variable_groups(base, workload)
         self._stopwatch = Stopwatch(
             base,
-            self._source,
+            self._workload,
             folder,
             image=self._calibration[:1],
             quantize=self._quantized,
@@ -125,19 +125,19 @@ class OneShot:
         start = time.perf_counter()
         request = self._request(candidate)
         shrunk = self._shrunk(request)
-        model = self._source.model if shrunk is None else shrunk.model
+        model = self._workload.model if shrunk is None else shrunk.model
         timed = self._stopwatch.time(request, shrunk and shrunk.model)
         why = hopeless(timed.latency_ms, timed.file_bytes)
         right = total = 0
         if why is None:
             if shrunk is not None:
-                steps.recover(request, self._source, self._source.model, model, shrunk.kept)
+                steps.recover(request, self._workload, self._workload.model, model, shrunk.kept)
             deployed = quantization.fake_quantized(self._quantized(request, model)) if request.quantizes else model
             right, total = self._score(deployed)
         return Outcome(
             accuracy=right / total if total else 0.0,
             parameters=counting.count_parameters(model),
-            macs=counting.count_macs(model, self._source.preprocessing.input_size),
+            macs=counting.count_macs(model, self._workload.preprocessing.input_size),
             seconds=time.perf_counter() - start,
             n_images=total,
             stopped=why,
@@ -149,9 +149,9 @@ class OneShot:
 
         Those that have `wide_bits` (such as `8/8`) already are left out.
         """
-        quantized = self._quantized(self.base, self._source.model)
+        quantized = self._quantized(self.base, self._workload.model)
         decibels = quantization.layer_sensitivity(quantized, self._calibration[: steps.SENSITIVITY_IMAGES])
-        bits = steps.prepared_with_bits(self.base, self._source.model, self._calibration)[1].layers
+        bits = steps.prepared_with_bits(self.base, self._workload.model, self._calibration)[1].layers
         return tuple(layer for layer in decibels if str(bits[layer]) != wide_bits)
 
     # ---- the steps -------------------------------------------------------------------------------------------------
@@ -166,13 +166,13 @@ class OneShot:
         if not request.prunes:
             return None
         try:
-            plan = steps.usable_plan(request, self._source)
+            plan = steps.usable_plan(request, self._workload)
         except PruningError:
             if any(_removes(request, group) for group in self.groups):
                 raise
             return None
-        how = steps.pruning_training(request, self._source, self._source.model, lambda done, text: None)
-        shrunk = pruning.prune(self._source.model, self._source.example, plan, request.pruner, how)
+        how = steps.pruning_training(request, self._workload, self._workload.model, lambda done, text: None)
+        shrunk = pruning.prune(self._workload.model, self._workload.example, plan, request.pruner, how)
         shrunk.model.eval()
         return shrunk
 
@@ -196,7 +196,7 @@ class OneShot:
 
     def _scored(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Batches of images and labels, read anew each time: 1,000 images of 1024 pixels are 12 GB."""
-        preprocessing = self._source.preprocessing
+        preprocessing = self._workload.preprocessing
         return dataset.batches(self._held_out, steps.TEST_BATCH, shuffle=False, seed=0, preprocessing=preprocessing)
 
 
@@ -211,10 +211,10 @@ def require_searchable(base: Request) -> None:
         raise RequestError("pruner", base.pruner, f"one that shrinks layers and needs no training of its own: {known}")
 
 
-def variable_groups(base: Request, source: Source) -> tuple[Group, ...]:
+def variable_groups(base: Request, workload: Workload) -> tuple[Group, ...]:
     """Groups whose ratio may be chosen: those that can lose a multiple of channels and that `base` does not fix by name."""
     plan = steps.usable_plan(
-        base.model_copy(update={"sparsity": 0.5, "ranking": "per-group", "max_layer_sparsity": None}), source
+        base.model_copy(update={"sparsity": 0.5, "ranking": "per-group", "max_layer_sparsity": None}), workload
     )
     fixed = tuple(base.layer_sparsity)
     named = [

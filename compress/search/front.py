@@ -23,7 +23,7 @@ from compress.search.latency import MEASURED
 from compress.search.outcome import Outcome
 from compress.search.pages import page
 from compress.search.space import Space
-from compress.sources import open_source
+from compress.workload import open_workload
 
 RATIOS = (0.25, 0.375, 0.5, 0.625, 0.75)
 PAGE = "forecast.html"
@@ -52,7 +52,7 @@ def measure(
     if not wanted or not all(0 < ratio < 1 for ratio in wanted):
         raise RequestError("ratios", tuple(ratios), "fractions strictly between 0 and 1, at least one")
     _require_own(folder)
-    with OneShot(request, open_source(request, model), folder, notify=notify) as oneshot:
+    with OneShot(request, open_workload(request, model), folder, notify=notify) as oneshot:
         space = Space(oneshot.groups, request.channel_multiple, largest=1.0)
         points = {point.sparsity: point for point in _finished(folder)}
         for number, ratio in enumerate(wanted, start=1):

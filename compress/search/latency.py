@@ -24,8 +24,8 @@ from compress.models import counting
 from compress.request import Request
 from compress.search import onnx_surgery
 from compress.search.outcome import Outcome, Timed
-from compress.sources import Source
 from compress.stages import steps
+from compress.workload import Workload
 
 MEASURED = "measured.json"
 
@@ -35,7 +35,7 @@ class Stopwatch:
 
     Args:
         base: as of `OneShot`.
-        source: whose model is the dense one.
+        workload: whose model is the dense one.
         folder: keeps `measured.json`; None keeps nothing.
         image: what is run, float32 [1, 3, size, size], normalised.
         quantize: a model as a request says.
@@ -51,7 +51,7 @@ class Stopwatch:
     def __init__(
         self,
         base: Request,
-        source: Source,
+        workload: Workload,
         folder: Path | None,
         *,
         image: torch.Tensor,
@@ -60,7 +60,7 @@ class Stopwatch:
         images_scored: int,
         notify: Callable[[str], None],
     ) -> None:
-        self.base, self.folder, self._source, self._image = base, folder, source, image
+        self.base, self.folder, self._workload, self._image = base, folder, workload, image
         self._quantize, self._score, self._notify = quantize, score, notify
         self._kept = self._restored(images_scored)
         self._open = ExitStack()
@@ -92,8 +92,8 @@ class Stopwatch:
             )
         self._folder = Path(self._open.enter_context(tempfile.TemporaryDirectory()))
         self._dense_files: dict[str, Path] = {}
-        model, dense = self._source.model, self._folder / "dense.onnx"
-        onnx_export.export(model, dense, input_size=self._source.preprocessing.input_size)
+        model, dense = self._workload.model, self._folder / "dense.onnx"
+        onnx_export.export(model, dense, input_size=self._workload.preprocessing.input_size)
         if self._kept is not None:
             if missing := [name for name in (self._kept["runtime"], self._kept["reference"]) if name not in here]:
                 raise RunError(
@@ -112,7 +112,7 @@ class Stopwatch:
         self.dense = Outcome(
             accuracy=right / total,
             parameters=counting.count_parameters(model),
-            macs=counting.count_macs(model, self._source.preprocessing.input_size),
+            macs=counting.count_macs(model, self._workload.preprocessing.input_size),
             seconds=time.perf_counter() - start,
             n_images=total,
             **asdict(_scaled(timings[fastest], 1.0, dense.stat().st_size)),
@@ -129,10 +129,10 @@ class Stopwatch:
 
     def _fastest(self, here: Mapping[str, Runtime]) -> str:
         """On the unpruned model in the base request's precision."""
-        quantized = self._quantize(self.base, self._source.model) if self.base.quantizes else None
+        quantized = self._quantize(self.base, self._workload.model) if self.base.quantizes else None
 
         def load(runtime: Runtime) -> Session:
-            path = self._export(self._folder / runtime.name, self.base, self._source.model, quantized, runtime)
+            path = self._export(self._folder / runtime.name, self.base, self._workload.model, quantized, runtime)
             return runtime.load(path, self._spec(_precision(self.base)), trial=True)
 
         with ExitStack() as stack:
@@ -178,7 +178,7 @@ class Stopwatch:
 
     def time(self, request: Request, shrunk: nn.Module | None) -> Timed:
         """Of the structure: measured once."""
-        model = self._source.model if shrunk is None else shrunk
+        model = self._workload.model if shrunk is None else shrunk
         key, known = self._structure(request, model), self._kept["structures"]
         if key not in known:
             with tempfile.TemporaryDirectory() as folder:
@@ -204,7 +204,7 @@ class Stopwatch:
             return dense
         path = folder / "candidate.onnx"
         try:
-            onnx_surgery.cut(dense, self._source.model, shrunk, path)
+            onnx_surgery.cut(dense, self._workload.model, shrunk, path)
             with self.runtime.load(path, self._spec(_precision(request)), trial=True):
                 return path
         except (onnx_surgery.CannotCutError, HandoffError):
@@ -213,12 +213,12 @@ class Stopwatch:
 
     def _dense_file(self, request: Request) -> Path:
         """Of the model that loses nothing, with the bits of `request`: exported once for each choice of them."""
-        bits = self._bits(request, self._source.model)
+        bits = self._bits(request, self._workload.model)
         key = f"{_precision(request)} {sorted((name, str(layer)) for name, layer in bits.items())}"
         if key not in self._dense_files:
-            quantized = self._quantize(request, self._source.model) if request.quantizes else None
+            quantized = self._quantize(request, self._workload.model) if request.quantizes else None
             folder = self._folder / str(len(self._dense_files))
-            self._dense_files[key] = self._export(folder, request, self._source.model, quantized, self.runtime)
+            self._dense_files[key] = self._export(folder, request, self._workload.model, quantized, self.runtime)
         return self._dense_files[key]
 
     def _structure(self, request: Request, model: nn.Module) -> str:
@@ -262,7 +262,7 @@ class Stopwatch:
         runtime: Runtime,
     ) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
-        path, size = folder / "candidate.onnx", self._source.preprocessing.input_size
+        path, size = folder / "candidate.onnx", self._workload.preprocessing.input_size
         if quantized is not None:
             if runtime.flavour not in quantized.grids.flavours:
                 raise RequestError("quantizer", request.quantizer, f"another one: {quantization.NO_TENSORRT_FILE}")
@@ -273,7 +273,7 @@ class Stopwatch:
         return path
 
     def _spec(self, precision: Precision) -> BuildSpec:
-        size = self._source.preprocessing.input_size
+        size = self._workload.preprocessing.input_size
         return BuildSpec(size, threads=self.base.threads, precision=precision, hint=self.base.runtime_hint)
 
     def _race(self, sessions: list[Session]) -> list[benchmark.Timing]:

@@ -17,7 +17,7 @@ from compress.files import write_text
 from compress.request import Request
 from compress.search.candidate import Candidate
 from compress.search.evaluate import OneShot
-from compress.sources import Source, open_source
+from compress.workload import Workload, open_workload
 
 RATIOS = (0.25, 0.5, 0.75)
 BITS = (*range(2, 9), 32)
@@ -52,7 +52,7 @@ def measure(
     request: Request,
     folder: Path,
     *,
-    source: Source | None = None,
+    workload: Workload | None = None,
     ratios: Sequence[float] = RATIOS,
     bits: Sequence[int] = (),
     notify: Notify = lambda text: None,
@@ -80,7 +80,7 @@ def measure(
         if number not in BITS:
             raise RequestError("bits", number, "whole numbers from 2 to 8, or 32")
     _require_own(folder)
-    found = source or open_source(request)
+    found = workload or open_workload(request)
     with OneShot(request, found, folder, scored_images=SCORED_IMAGES, notify=notify) as oneshot:
         names = [layer for group in oneshot.groups for layer in group.layers]
         cells = list(_cells([group.layers for group in oneshot.groups], ratios, bits))

@@ -30,7 +30,7 @@ from compress.search.space import Space
 from compress.search.strategies import LEARN_BEYOND_LIMITS, RATIOS_ALONE, STRATEGIES, proposal
 from compress.search.target import Target
 from compress.search.trials import Trial, Trials
-from compress.sources import open_source
+from compress.workload import open_workload
 
 SEARCH, RESULT, PAGE, RUNS = "search.json", "result.json", "search.html", "runs"
 HOPELESS = 1.15
@@ -103,8 +103,8 @@ def search(
         Request(**(request.model_dump() | by_quantizer(quantizer)))
     asked = {"request": request.model_dump(mode="json"), "settings": settings.as_dict()}
     _require_own(folder, asked)
-    source = open_source(request, model)
-    with OneShot(request, source, folder, notify=notify) as oneshot:
+    workload = open_workload(request, model)
+    with OneShot(request, workload, folder, notify=notify) as oneshot:
         # Claimed when nothing can be refused any more: a corrected command is another search, and may take the folder.
         write_text(folder / SEARCH, json.dumps(asked, indent=1) + "\n")
         trials = Trials(folder)

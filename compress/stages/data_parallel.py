@@ -31,8 +31,8 @@ from compress import memory, models, training
 from compress.errors import CompressError, RequestError, TrainingError
 from compress.files import INSTALLATION
 from compress.request import Request
-from compress.sources import open_source
 from compress.stages import steps
+from compress.workload import open_workload
 
 ORDER, RESULT, WEIGHTS, PROGRESS, STORE = (
     "request.json",
@@ -160,12 +160,12 @@ def _train(run_folder: Path, meeting: Path, count: int, rank: int) -> None:
     dist.init_process_group(
         "nccl" if on_gpu else "gloo", init_method=f"file://{meeting / STORE}", rank=rank, world_size=count
     )
-    source = open_source(request, kept=run_folder / "uploads")
+    workload = open_workload(request, kept=run_folder / "uploads")
     model = models.rebuild(run_folder / "stages" / "shrunk")
-    recipe = steps.recipe_of(request, source, request.finetune_epochs, request.learning_rate)
+    recipe = steps.recipe_of(request, workload, request.finetune_epochs, request.learning_rate)
     teacher = models.rebuild(run_folder / "stages" / "baseline") if recipe.distillation_weight > 0 else None
     progress, part = _writer(meeting / PROGRESS, rank), slice(rank, None, count)
-    curve = steps.train(request, source, model, recipe, teacher=teacher, progress=progress, part=part)
+    curve = steps.train(request, workload, model, recipe, teacher=teacher, progress=progress, part=part)
     if rank == 0:
         save_file({name: value.contiguous() for name, value in model.state_dict().items()}, meeting / WEIGHTS)
         (meeting / RESULT).write_text(json.dumps(curve), encoding="utf-8")

@@ -20,8 +20,8 @@ from compress.equality import differences
 from compress.errors import MORE_MEMORY, EngineError, HandoffError
 from compress.files import PACKAGE, atomic, write_text
 from compress.runs import Run
-from compress.sources import Source
 from compress.stages import ledger, workspace
+from compress.workload import Workload
 
 Facts = dict[str, Any]
 
@@ -30,39 +30,39 @@ INFER_SCRIPT = PACKAGE / "report" / "templates" / "infer.py"
 PARENTS = {"baseline": "the request", "pruned": "baseline", "half": "pruned", "quantized": "pruned"}
 
 
-def export(work: Run, source: Source, *, dry: bool = False) -> Facts:
+def export(work: Run, workload: Workload, *, dry: bool = False) -> Facts:
     """ONNX files of the dense, the pruned and the quantized model, each compared with torch on the same images.
 
     Args:
         dry: leave out the dense one where there is a pruned one, which is the same code, and the noise of files that pass.
     """
-    images = _compared_images(source)
+    images = _compared_images(workload)
     rows, variants, noise = [], {}, {}
     floats = _float_variants(work)
     if dry and len(floats) > 1:
         del floats["baseline"]
     for number, (variant, folder) in enumerate(floats.items()):
         work.progress("export", number / 4, f"{variant}.onnx")
-        model = workspace.load_model(work, source, folder)
+        model = workspace.load_model(work, workload, folder)
         if folder == "artifacts" and not work.request.quantizes:  # else the stage that quantized it has looked
-            rows.append(ledger.rebuilt(work, source, "finetune", model))
+            rows.append(ledger.rebuilt(work, workload, "finetune", model))
         path = work.artifacts / f"{variant}.onnx"
         precision = "fp16" if variant == "half" else "fp32"
         with atomic(path) as partial_path:
-            size = source.preprocessing.input_size
+            size = workload.preprocessing.input_size
             proof = onnx_export.export(model, partial_path, input_size=size, precision=precision, images=images[0])
         rows += [proof | {"source": f"{variant}, torch", "target": f"{variant}, BatchNorm folded"}] if proof else []
         expected = differences.logits(differences.torch_answer(model), images)
-        rows.append(equality.checked(equality.judge(variant, path.name, expected, _compare_file(path, source, images))))
+        rows.append(equality.checked(equality.judge(variant, path.name, expected, _compare_file(path, workload, images))))
         variants[variant] = [path.name]
     if work.request.quantizes:
         work.progress("export", 0.6, "quantized, both flavours")
-        quantized = workspace.load_quantized(work, source)
-        rows.append(ledger.rebuilt(work, source, "quantize", quantization.fake_quantized(quantized)))
-        files = _export_quantized(work, source, quantized)
+        quantized = workspace.load_quantized(work, workload)
+        rows.append(ledger.rebuilt(work, workload, "quantize", quantization.fake_quantized(quantized)))
+        files = _export_quantized(work, workload, quantized)
         for flavour, path in files.items():
             expected = _quantized_logits(quantized, flavour, images)
-            row = equality.judge("quantized", path.name, expected, _compare_file(path, source, images))
+            row = equality.judge("quantized", path.name, expected, _compare_file(path, workload, images))
             if dry and row["passed"]:
                 continue
             found = _file_noise(quantized, flavour, path, images)
@@ -83,22 +83,22 @@ def export(work: Run, source: Source, *, dry: bool = False) -> Facts:
     }
 
 
-def build_engines(work: Run, source: Source) -> Facts:
+def build_engines(work: Run, workload: Workload) -> Facts:
     """An engine for every runtime that has its tools here, from the last variant; compared where it can run.
 
     Where engines run, the earlier variants get one too: a gain is measured against something.
     """
     variants = list(work.facts("export")["variants"])
     last = variants[-1]
-    images = _compared_images(source)
-    quantized = workspace.load_quantized(work, source) if last == "quantized" else None
+    images = _compared_images(workload)
+    quantized = workspace.load_quantized(work, workload) if last == "quantized" else None
     flavours = quantized.grids.flavours if quantized else quantization.FLAVOURS
 
     @cache
     def reference(variant: str, flavour: quantization.Flavour) -> np.ndarray:
         if variant == "quantized":
             return _quantized_logits(quantized, flavour, images)
-        model = workspace.load_model(work, source, _float_variants(work)[variant])
+        model = workspace.load_model(work, workload, _float_variants(work)[variant])
         return differences.logits(differences.torch_answer(model), images)
 
     engines, rows, files, parents, agreeing = [], [], [], {}, []
@@ -111,7 +111,7 @@ def build_engines(work: Run, source: Source) -> Facts:
             onnx_path = file_for(work, variant, runtime)
             expected = reference(variant, runtime.flavour) if runtime.runs_here else None
             try:
-                built, row, layers = _built(work, source, runtime, onnx_path, variant, expected, images)
+                built, row, layers = _built(work, workload, runtime, onnx_path, variant, expected, images)
             except HandoffError as error:
                 refused[runtime.name] = left_out(work, runtime, error)
                 break
@@ -149,7 +149,7 @@ def build_engines(work: Run, source: Source) -> Facts:
 
 def _built(
     work: Run,
-    source: Source,
+    workload: Workload,
     runtime: Runtime,
     onnx_path: Path,
     variant: str,
@@ -158,7 +158,7 @@ def _built(
 ) -> tuple[Built, Facts | None, list[Facts]]:
     """What was built, its hand-off from the torch model's answers `expected` if it runs here, and its layers."""
     engine_path = work.artifacts / f"{onnx_path.stem}.{runtime.name}.engine"
-    built = runtime.build(onnx_path, engine_path, spec_for(work, source, min(work.request.batch_size, 8)))
+    built = runtime.build(onnx_path, engine_path, spec_for(work, workload, min(work.request.batch_size, 8)))
     if expected is None:
         return built, None, built.passport.get("layers", [])
     return built, *_compare_running(work, runtime, built.path or onnx_path, variant, expected, images)
@@ -184,10 +184,10 @@ def left_out(work: Run, runtime: Runtime, error: HandoffError) -> str:
     return f"{runtime.name} was left out: {error}"
 
 
-def spec_for(work: Run, source: Source, batch_size: int, precision: Precision = "fp32") -> BuildSpec:
+def spec_for(work: Run, workload: Workload, batch_size: int, precision: Precision = "fp32") -> BuildSpec:
     """How a runtime loads a file of this run for `batch_size` images a call."""
     return BuildSpec(
-        source.preprocessing.input_size,
+        workload.preprocessing.input_size,
         batch_size,
         max(batch_size, work.request.batch_size),
         work.request.threads,
@@ -210,20 +210,20 @@ def _float_variants(work: Run) -> dict[str, str]:
     return variants
 
 
-def _compared_images(source: Source) -> list[Tensor]:
+def _compared_images(workload: Workload) -> list[Tensor]:
     """The first test images, in batches."""
     batches, count = [], 0
-    for images, _ in ledger.test_batches(source, 32):
+    for images, _ in ledger.test_batches(workload, 32):
         batches.append(images)
         count += len(images)
-        if count >= _compared_count(source):
+        if count >= _compared_count(workload):
             break
     return batches
 
 
-def _compared_count(source: Source) -> int:
+def _compared_count(workload: Workload) -> int:
     """Fewer large images: the comparison must not take longer than what it checks."""
-    return COMPARED_IMAGES if source.preprocessing.input_size <= 96 else COMPARED_IMAGES // 4
+    return COMPARED_IMAGES if workload.preprocessing.input_size <= 96 else COMPARED_IMAGES // 4
 
 
 def _quantized_logits(
@@ -233,11 +233,11 @@ def _quantized_logits(
     return differences.logits(differences.torch_answer(quantization.fake_quantized(quantized, flavour)), images)
 
 
-def _export_quantized(work: Run, source: Source, quantized: quantization.Quantized) -> dict[quantization.Flavour, Path]:
+def _export_quantized(work: Run, workload: Workload, quantized: quantization.Quantized) -> dict[quantization.Flavour, Path]:
     paths = {flavour: work.artifacts / f"quantized.{flavour}.onnx" for flavour in quantized.grids.flavours}
     with ExitStack() as stack:
         partials = {flavour: stack.enter_context(atomic(path)) for flavour, path in paths.items()}
-        onnx_export.export_flavours(quantized, partials, input_size=source.preprocessing.input_size)
+        onnx_export.export_flavours(quantized, partials, input_size=workload.preprocessing.input_size)
     return paths
 
 
@@ -259,9 +259,9 @@ def _noisiest(noise: list[quantization.LayerSqnr]) -> str:
     return f"They part at {worst.name}: given the same inputs, its output has {worst.sqnr_db:.1f} dB of SQNR."
 
 
-def _compare_file(path: Path, source: Source, images: Sequence[Tensor]) -> np.ndarray:
+def _compare_file(path: Path, workload: Workload, images: Sequence[Tensor]) -> np.ndarray:
     """Answers of an ONNX file through ONNX Runtime, which executes either flavour exactly."""
-    spec = BuildSpec(source.preprocessing.input_size, static=False, threads=torch.get_num_threads())
+    spec = BuildSpec(workload.preprocessing.input_size, static=False, threads=torch.get_num_threads())
     try:
         with RUNTIMES["onnxruntime"].load(path, spec) as session:
             return differences.logits(session.run, images)

@@ -19,8 +19,8 @@ from compress.engines import RUNTIMES
 from compress.errors import CompressError, RequestError
 from compress.models import counting
 from compress.request import Request
-from compress.sources import Source
 from compress.stages import deployment, steps, workspace
+from compress.workload import Workload
 
 PIXELS = 2 * 224 * 224
 """Of the images of one step: 98 of 32 pixels, 2 of 224."""
@@ -84,36 +84,36 @@ class _DryRun(runs.Run):
         """Nobody waits for it."""
 
 
-def rehearse(request: Request, source: Source) -> Rehearsal:
+def rehearse(request: Request, workload: Workload) -> Rehearsal:
     """Carries out the stages of a run of `request` up to the engines; nothing is left on disk.
 
     A stage that fails is a problem, and those after it are left out.
     """
     found = Rehearsal()
-    found.attempt(lambda: steps.require_trainable(request, source))
+    found.attempt(lambda: steps.require_trainable(request, workload))
     if request.prunes:
-        found.attempt(lambda: found.keep_plan(steps.usable_plan(request, source).as_dict()))
+        found.attempt(lambda: found.keep_plan(steps.usable_plan(request, workload).as_dict()))
     if found.refusals:
         return found
     with tempfile.TemporaryDirectory(prefix="espalier-") as folder:
-        few = _with_few_images(request, source)
+        few = _with_few_images(request, workload)
         work = _DryRun(Path(folder), _shortened(request, few))
         found.attempt(lambda: _carry_out(work, few, found))
     return found
 
 
-def _carry_out(work: _DryRun, source: Source, found: Rehearsal) -> None:
-    work.stage("baseline", lambda: workspace.keep_baseline(work, source))
-    pruned = work.stage("prune", lambda: workspace.prune_and_shrink(work, source))
+def _carry_out(work: _DryRun, workload: Workload, found: Rehearsal) -> None:
+    work.stage("baseline", lambda: workspace.keep_baseline(work, workload))
+    pruned = work.stage("prune", lambda: workspace.prune_and_shrink(work, workload))
     found.keep_plan(pruned)
     found.shortfall = pruned.get("shortfall")
-    work.stage("finetune", lambda: workspace.fine_tune(work, source))
-    found.float_layers = work.stage("quantize", lambda: workspace.quantize(work, source))["left_float"]
-    files = work.stage("export", lambda: deployment.export(work, source, dry=True))["variants"].get("quantized")
+    work.stage("finetune", lambda: workspace.fine_tune(work, workload))
+    found.float_layers = work.stage("quantize", lambda: workspace.quantize(work, workload))["left_float"]
+    files = work.stage("export", lambda: deployment.export(work, workload, dry=True))["variants"].get("quantized")
     for runtime in RUNTIMES.values():
         if files and f"quantized.{runtime.flavour}.onnx" not in files:
             found.runtimes[runtime.name] = f"left out: {quantization.NO_TENSORRT_FILE}"
-    built = work.stage("build", lambda: deployment.build_engines(work, source))
+    built = work.stage("build", lambda: deployment.build_engines(work, workload))
     found.kernels = built["kernels"]
     for name, kernels in built["kernels"].items():
         integers = sum(precision == "int8" for precision in kernels.values())
@@ -122,15 +122,15 @@ def _carry_out(work: _DryRun, source: Source, found: Rehearsal) -> None:
     found.runtimes |= built["refused"]
 
 
-def _with_few_images(request: Request, source: Source) -> Source:
+def _with_few_images(request: Request, workload: Workload) -> Workload:
     """What one step takes and what forms are compared on; some of the training images are held out."""
-    size = source.preprocessing.input_size
+    size = workload.preprocessing.input_size
     step = _step(request, size)
     train = max(step + step // 19 + 1, _compared(size))
-    return replace(source, dataset=source.dataset.few(train, _compared(size), request.seed))
+    return replace(workload, dataset=workload.dataset.few(train, _compared(size), request.seed))
 
 
-def _shortened(request: Request, few: Source) -> Request:
+def _shortened(request: Request, few: Workload) -> Request:
     """One step of each training, and little of what only makes a result better."""
     size = few.preprocessing.input_size
     once = request.model_copy(update={"train_batch_size": _step(request, size), "training_processes": 1})
@@ -159,7 +159,7 @@ def _compared(size: int) -> int:
     return min(MOST, max(FEWEST, PIXELS // size**2))
 
 
-def modules(request: Request, source: Source, found: Rehearsal) -> list[dict[str, str]]:
+def modules(request: Request, workload: Workload, found: Rehearsal) -> list[dict[str, str]]:
     """A line for each layer: green shrinks and runs on integers as far as asked, amber stays whole or in floating point.
 
     A problem of the whole request is a red line of the layer that it refuses by name, or of the model. A plan that removes
@@ -168,14 +168,14 @@ def modules(request: Request, source: Source, found: Rehearsal) -> list[dict[str
     whole = {row["layer"]: row["reason"] for row in found.plan["left_out"]}
     shrinks = {layer: group for group in found.plan["groups"] for layer in group["layers"]}
     floats = {row["layer"]: row["reason"] for row in found.float_layers}
-    layers = [name for name, module in source.model.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)]
+    layers = [name for name, module in workload.model.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)]
     lines = []
     for problem, layer in found.refusals:
-        lines.append({"module": layer if layer in layers else source.name, "level": "red", "text": problem})
+        lines.append({"module": layer if layer in layers else workload.name, "level": "red", "text": problem})
     if found.refusals:
         return lines
     if found.shortfall:
-        lines.append({"module": source.name, "level": "amber", "text": found.shortfall})
+        lines.append({"module": workload.name, "level": "amber", "text": found.shortfall})
     for name in layers:
         stays = [f"stays whole: {_of_the_layer(whole[name])}"] if name in whole else []
         if request.quantizes:

@@ -22,8 +22,8 @@ from compress.equality import differences
 from compress.quantization import LayerSqnr, noisiest, sqnr_by_layer
 from compress.report import CrossCheck, Hop, Loss
 from compress.runs import Run
-from compress.sources import Source
 from compress.stages.steps import TEST_BATCH
+from compress.workload import Workload
 
 Facts = dict[str, Any]
 
@@ -41,18 +41,18 @@ CHANCE = 0.05
 # ---- taking a hop -------------------------------------------------------------------------------------------------
 
 
-def test_batches(source: Source, size: int = TEST_BATCH) -> Iterator[tuple[Tensor, Tensor]]:
+def test_batches(workload: Workload, size: int = TEST_BATCH) -> Iterator[tuple[Tensor, Tensor]]:
     """(images, labels) of the test part in order; synthetic images with label -1 when there are none."""
-    if source.dataset.kind == "none":
-        images = dataset.calibration_images(source.dataset, source.dataset.synthetic, source.preprocessing, seed=1)
+    if workload.dataset.kind == "none":
+        images = dataset.calibration_images(workload.dataset, workload.dataset.synthetic, workload.preprocessing, seed=1)
         yield from ((chunk, torch.full((len(chunk),), -1)) for chunk in images.split(size))
     else:
-        yield from dataset.batches(source.dataset.test, size, shuffle=False, seed=0, preprocessing=source.preprocessing)
+        yield from dataset.batches(workload.dataset.test, size, shuffle=False, seed=0, preprocessing=workload.preprocessing)
 
 
 def hop(
     work: Run,
-    source: Source,
+    workload: Workload,
     name: str,
     through: str,
     answer: differences.Answer,
@@ -62,7 +62,7 @@ def hop(
     """The test images, or about the first `limit` of them, through `answer`, with the share of right answers."""
     logits: list[np.ndarray] = []
     labels: list[np.ndarray] = []
-    for images, truth in test_batches(source, batch_size):
+    for images, truth in test_batches(workload, batch_size):
         logits.append(answer(images.numpy()))
         labels.append(truth.numpy())
         if limit is not None and sum(map(len, labels)) >= limit:
@@ -72,7 +72,7 @@ def hop(
     path.parent.mkdir(parents=True, exist_ok=True)
     np.save(path, answers.astype(np.float32))
     if name == FIRST:
-        right = np.concatenate(labels) if source.dataset.kind == "labelled" else answers.argmax(1)
+        right = np.concatenate(labels) if workload.dataset.kind == "labelled" else answers.argmax(1)
         np.save(work.folder / TRUTH, right)
     score = differences.accuracy(answers, np.load(work.folder / TRUTH)[: len(answers)])
     return {
@@ -85,8 +85,8 @@ def hop(
     }
 
 
-def torch_hop(work: Run, source: Source, name: str, model: nn.Module) -> Facts:
-    return hop(work, source, name, "torch", differences.torch_answer(model))
+def torch_hop(work: Run, workload: Workload, name: str, model: nn.Module) -> Facts:
+    return hop(work, workload, name, "torch", differences.torch_answer(model))
 
 
 def traced(images: Tensor) -> tuple[Tensor, ...]:
@@ -131,7 +131,7 @@ def hop_after(facts: Mapping[str, Facts], stage: str) -> Facts:
     return [row for name in stages for row in facts[name]["ledger"]][-1]
 
 
-def rebuilt(work: Run, source: Source, stage: str, model: nn.Module) -> Facts:
+def rebuilt(work: Run, workload: Workload, stage: str, model: nn.Module) -> Facts:
     """The hand-off from the model as it was after `stage`, one of `TORCH_STAGES`, to `model`, rebuilt from its files: the
     first test images, which the ledger has the answers to.
 
@@ -139,7 +139,7 @@ def rebuilt(work: Run, source: Source, stage: str, model: nn.Module) -> Facts:
     """
     before = TORCH_STAGES[: TORCH_STAGES.index(stage) + 1]
     found = hop_after({name: work.facts(name) for name in before}, stage)
-    images = next(test_batches(source, REBUILT_IMAGES))[0]
+    images = next(test_batches(workload, REBUILT_IMAGES))[0]
     expected = np.load(work.folder / found["answers"])[: len(images)]
     got = differences.torch_answer(model)(images.numpy())
     names = f"{found['name']}, torch", f"{found['name']}, saved and rebuilt"

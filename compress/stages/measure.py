@@ -18,9 +18,9 @@ from compress import quantization
 from compress.engines import RUNTIMES, BuildSpec, Precision, Runtime, Session, benchmark
 from compress.errors import EngineError, HandoffError
 from compress.runs import Run
-from compress.sources import Source
 from compress.stages import ledger, verdict
 from compress.stages.deployment import file_for, left_out, padded, spec_for
+from compress.workload import Workload
 
 Facts = dict[str, Any]
 
@@ -28,7 +28,7 @@ FEWEST_ANSWERS, ANSWERED_PIXELS = 256, 2000 * 96 * 96
 """How many test images a file answers that is not deployed on ONNX Runtime: 2,000 at 96 x 96 and 367 at 224 x 224."""
 
 
-def measure(work: Run, source: Source) -> Facts:
+def measure(work: Run, workload: Workload) -> Facts:
     """Latency of every variant through every runtime that runs here, in turns; accuracy through the deployed files.
 
     When a runtime fails, at another batch size than it was built for perhaps, everything is measured again without it, so
@@ -40,7 +40,7 @@ def measure(work: Run, source: Source) -> Facts:
     notes: dict[str, str] = {}
     while True:
         try:
-            facts = _measured(work, source, without=notes)
+            facts = _measured(work, workload, without=notes)
             return facts | {"notes": [*work.facts("build")["notes"], *notes.values()]}
         except EngineError as error:
             if error.runtime in notes:  # it is not used any more, so this would be for ever
@@ -50,15 +50,15 @@ def measure(work: Run, source: Source) -> Facts:
                 raise
 
 
-def _measured(work: Run, source: Source, without: Collection[str]) -> Facts:
+def _measured(work: Run, workload: Workload, without: Collection[str]) -> Facts:
     rows: list[Facts] = []
-    hops = _file_hops(work, source) if "onnxruntime" not in without else []
+    hops = _file_hops(work, workload) if "onnxruntime" not in without else []
     verdicts: list[Facts] = []
     sizes = sorted({1, work.request.batch_size})
     for number, batch_size in enumerate(sizes):
         with ExitStack() as stack:
-            running = _loaded(work, source, batch_size, stack, without)
-            images = _timing_images(source, batch_size)
+            running = _loaded(work, workload, batch_size, stack, without)
+            images = _timing_images(workload, batch_size)
             timings = benchmark.race(
                 [session.timed(images) for _, session in running],
                 progress=lambda done, n=number: work.progress(
@@ -66,11 +66,11 @@ def _measured(work: Run, source: Source, without: Collection[str]) -> Facts:
                 ),
             )
             if batch_size == 1:
-                verdicts = _worth(work, source, running, timings)
+                verdicts = _worth(work, workload, running, timings)
             for (contender, session), timing in zip(running, timings, strict=True):
-                score = _score(work, source, contender, session, batch_size) if batch_size == sizes[-1] else None
+                score = _score(work, workload, contender, session, batch_size) if batch_size == sizes[-1] else None
                 hops += [score] if score and contender.is_last else []
-                rows.append(_measurement(work, source, contender, session, batch_size, timing, score))
+                rows.append(_measurement(work, workload, contender, session, batch_size, timing, score))
     return {
         "measurements": rows,
         "ledger": hops,
@@ -89,8 +89,8 @@ class _Contender:
     precision: Precision
     is_last: bool
 
-    def load(self, work: Run, source: Source, batch_size: int) -> Session:
-        return self.runtime.load(self.path, spec_for(work, source, batch_size, self.precision))
+    def load(self, work: Run, workload: Workload, batch_size: int) -> Session:
+        return self.runtime.load(self.path, spec_for(work, workload, batch_size, self.precision))
 
 
 def _runtimes(work: Run, without: Collection[str]) -> list[Runtime]:
@@ -122,19 +122,19 @@ def _contenders(work: Run, without: Collection[str]) -> list[_Contender]:
 
 
 def _loaded(
-    work: Run, source: Source, batch_size: int, stack: ExitStack, without: Collection[str]
+    work: Run, workload: Workload, batch_size: int, stack: ExitStack, without: Collection[str]
 ) -> list[tuple[_Contender, Session]]:
     """Each contender with its session; one in 16-bit floats only where the runtime really computes in them."""
     found = []
     for contender in _contenders(work, without):
-        session = stack.enter_context(contender.load(work, source, batch_size))
+        session = stack.enter_context(contender.load(work, workload, batch_size))
         if contender.variant == "half" or contender.precision in ("fp32", "int8", session.precision):
             found.append((contender, session))
     return found
 
 
-def _timing_images(source: Source, batch_size: int) -> np.ndarray:
-    batches = islice(ledger.test_batches(source, 32), batch_size // 32 + 1)
+def _timing_images(workload: Workload, batch_size: int) -> np.ndarray:
+    batches = islice(ledger.test_batches(workload, 32), batch_size // 32 + 1)
     images = torch.cat([images for images, _ in batches])
     return images[torch.arange(batch_size) % len(images)].numpy()
 
@@ -142,14 +142,14 @@ def _timing_images(source: Source, batch_size: int) -> np.ndarray:
 # ---- answers of the files -----------------------------------------------------------------------------------------
 
 
-def _file_hops(work: Run, source: Source) -> list[Facts]:
+def _file_hops(work: Run, workload: Workload) -> list[Facts]:
     """Quantized files that ONNX Runtime executes but is not raced with, so that each engine has its file before it.
 
     Their flavour is slow there: of large images fewer than all are answered.
     """
     if not work.request.quantizes:
         return []
-    size, hops = source.preprocessing.input_size, []
+    size, hops = workload.preprocessing.input_size, []
     exact = RUNTIMES["onnxruntime"]
     raced = file_for(work, "quantized", exact).name
     for name in work.facts("export")["variants"]["quantized"]:
@@ -159,23 +159,23 @@ def _file_hops(work: Run, source: Source) -> list[Facts]:
         spec = BuildSpec(size, static=False, threads=work.request.threads)
         with exact.load(work.artifacts / name, spec) as session:
             limit = max(FEWEST_ANSWERS, ANSWERED_PIXELS // size**2)
-            hops.append(ledger.hop(work, source, name, exact.name, session.run, limit=limit))
+            hops.append(ledger.hop(work, workload, name, exact.name, session.run, limit=limit))
     return hops
 
 
-def _score(work: Run, source: Source, contender: _Contender, session: Session, batch_size: int) -> Facts | None:
+def _score(work: Run, workload: Workload, contender: _Contender, session: Session, batch_size: int) -> Facts | None:
     """Accuracy through the deployed file; the float variants through ONNX Runtime only, which answers as torch does."""
     if not contender.is_last and contender.runtime.name != "onnxruntime":
         return None
     answer = partial(padded, session, batch_size)
-    return ledger.hop(work, source, contender.onnx.name, contender.runtime.name, answer, batch_size)
+    return ledger.hop(work, workload, contender.onnx.name, contender.runtime.name, answer, batch_size)
 
 
 # ---- facts --------------------------------------------------------------------------------------------------------
 
 
 def _worth(
-    work: Run, source: Source, running: Sequence[tuple[_Contender, Session]], timings: Sequence[benchmark.Timing]
+    work: Run, workload: Workload, running: Sequence[tuple[_Contender, Session]], timings: Sequence[benchmark.Timing]
 ) -> list[Facts]:
     """For each runtime: int8 against the floats of the same structure, one image at a time."""
     if not work.request.quantizes:
@@ -203,7 +203,7 @@ def _worth(
             agrees=name in agreeing,
         )
         excluded = verdict.to_exclude(raced, layers)
-        changed = _race_without(excluded, contender, session, spec_for(work, source, 1, "int8")) if excluded else None
+        changed = _race_without(excluded, contender, session, spec_for(work, workload, 1, "int8")) if excluded else None
         found.append(verdict.judge(raced, excluded, changed and raced.int8_ms * changed))
     return found
 
@@ -233,7 +233,7 @@ def _tried(runtime: Runtime, path: Path, spec: BuildSpec) -> Session:
 
 def _measurement(
     work: Run,
-    source: Source,
+    workload: Workload,
     contender: _Contender,
     session: Session,
     batch_size: int,
@@ -251,7 +251,7 @@ def _measurement(
         "candidate_layers": len(kernels),
         "batch_size": batch_size,
         "threads": work.request.threads,
-        "input_size": source.preprocessing.input_size,
+        "input_size": workload.preprocessing.input_size,
         "samples_ms": [round(sample, 5) for sample in timing.samples_ms],
         "p50_ms": timing.p50_ms,
         "p90_ms": timing.p90_ms,

@@ -13,8 +13,8 @@ from compress.errors import RuntimeUnavailableError
 from compress.models import counting
 from compress.report import Report
 from compress.request import Request
-from compress.sources import Source, open_source
 from compress.stages import data_parallel, dry_run, steps
+from compress.workload import Workload, open_workload
 
 
 def require_machine(request: Request) -> None:
@@ -31,14 +31,14 @@ def require_machine(request: Request) -> None:
         RUNTIMES["tensorrt-rtx"].check_targets(request.engine_targets)
 
 
-def require_plan(request: Request, source: Source) -> None:
+def require_plan(request: Request, workload: Workload) -> None:
     """Raises `CompressError` when the model cannot be pruned or trained as asked, or the images for it are missing.
 
     Before hours of evaluation, not after them.
     """
-    steps.require_trainable(request, source)
+    steps.require_trainable(request, workload)
     if request.prunes:
-        steps.usable_plan(request, source)
+        steps.usable_plan(request, workload)
 
 
 def check(request: Request, model: nn.Module | None = None) -> dict[str, Any]:
@@ -52,20 +52,20 @@ def check(request: Request, model: nn.Module | None = None) -> dict[str, Any]:
     Raises:
         CompressError: the model, its weights or its images cannot be opened at all.
     """
-    source = open_source(request, model)
-    found = dry_run.rehearse(request, source)
+    workload = open_workload(request, model)
+    found = dry_run.rehearse(request, workload)
     found.attempt(lambda: require_machine(request))
-    size = source.preprocessing.input_size
-    facts = {"parameters": counting.count_parameters(source.model), "macs": counting.count_macs(source.model, size)}
+    size = workload.preprocessing.input_size
+    facts = {"parameters": counting.count_parameters(workload.model), "macs": counting.count_macs(workload.model, size)}
     return {
         "possible": not found.problems,
         "problems": found.problems,
-        "text": _text(source, facts, found),
+        "text": _text(workload, facts, found),
         **facts,
         **found.plan,
         "float_layers": found.float_layers,
-        "modules": dry_run.modules(request, source, found),
-        "notes": list(source.notes),
+        "modules": dry_run.modules(request, workload, found),
+        "notes": list(workload.notes),
         "runtimes": [
             {
                 "runtime": name,
@@ -91,7 +91,7 @@ def verify(folder: Path) -> list[str]:
     return problems
 
 
-def _text(source: Source, facts: dict[str, int], found: dry_run.Rehearsal) -> str:
+def _text(workload: Workload, facts: dict[str, int], found: dry_run.Rehearsal) -> str:
     if found.problems:
         return "This cannot work as asked: " + " ".join(found.problems)
     plan = found.plan
@@ -105,8 +105,8 @@ def _text(source: Source, facts: dict[str, int], found: dry_run.Rehearsal) -> st
         )
     short = f" {found.shortfall}" if found.shortfall else ""
     return (
-        f"{source.name}: {facts['parameters'] / 1e6:.2f} M parameters, {facts['macs'] / 1e6:.0f} M MACs; {pruned}. "
-        f"Weights: {source.weights}. Images: {source.dataset.source}.{short}"
+        f"{workload.name}: {facts['parameters'] / 1e6:.2f} M parameters, {facts['macs'] / 1e6:.0f} M MACs; {pruned}. "
+        f"Weights: {workload.weights}. Images: {workload.dataset.source}.{short}"
     )
 
 

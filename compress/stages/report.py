@@ -25,8 +25,8 @@ from compress.report import (
 )
 from compress.request.snippets import without_folders
 from compress.runs import STAGES, Run
-from compress.sources import Source
 from compress.stages import ledger
+from compress.workload import Workload
 
 Facts = dict[str, Any]
 LAST_STAGE = {"baseline": "baseline", "pruned": "finetune", "half": "finetune", "quantized": "quantize"}
@@ -34,9 +34,9 @@ LAST_STAGE = {"baseline": "baseline", "pruned": "finetune", "half": "finetune", 
 PARENT = {"baseline": None, "pruned": "baseline", "half": "pruned", "quantized": "pruned"}
 
 
-def write_report(work: Run, source: Source) -> Facts:
+def write_report(work: Run, workload: Workload) -> Facts:
     """report.json, report.html and the model card; all numbers of the latter two are read from the first."""
-    report = collect(work, source)
+    report = collect(work, workload)
     write_text(work.folder / "report.json", report.to_json())
     write_text(work.folder / "report.html", card.html_report(report))
     write_text(work.folder / "README.md", card.model_card(report))
@@ -53,22 +53,22 @@ def write_report(work: Run, source: Source) -> Facts:
     }
 
 
-def collect(work: Run, source: Source) -> Report:
+def collect(work: Run, workload: Workload) -> Report:
     """Everything the stages recorded, in the report's form."""
     facts = {name: work.facts(name) for name in STAGES if name != "report"}
     measurements = tuple(Measurement(**row) for row in facts["measure"]["measurements"])
-    variants = _variants(facts, measurements, source)
+    variants = _variants(facts, measurements, workload)
     hops = ledger.collect(work.folder, facts)
-    reached = verdict(variants, measurements, facts["measure"]["runtime"], source.dataset.kind)
+    reached = verdict(variants, measurements, facts["measure"]["runtime"], workload.dataset.kind)
     return Report(
         espalier_version=__version__,
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         request=without_folders(work.request.model_dump(mode="json")),
-        checkpoint=source.weights,
-        architecture=source.name,
+        checkpoint=workload.weights,
+        architecture=workload.name,
         environment=machine.describe(work.request.threads),
         seed=work.request.seed,
-        data=_data(source),
+        data=_data(workload),
         variants=variants,
         handoffs=tuple(Handoff(**row) for stage in facts.values() for row in stage.get("handoffs", ())),
         ledger=hops,
@@ -87,7 +87,7 @@ def collect(work: Run, source: Source) -> Report:
         ),
         layers=_layers(facts, work),
         curves=tuple(Epoch(stage=name, **row) for name in ("finetune", "quantize") for row in facts[name]["curve"]),
-        notes=_notes(facts, source),
+        notes=_notes(facts, workload),
         verdict=reached,
         forecast=forecast.came_true(work.folder, reached, min(variants[-1].file_bytes.values())),
     )
@@ -151,7 +151,7 @@ def _accuracy_words(dense: Variant, last: Variant, drop: float, kind: str) -> st
     return f"{change} ({before:.1f} to {after:.1f} %, {last.n_test:,} test images)"
 
 
-def _variants(facts: Facts, measurements: tuple[Measurement, ...], source: Source) -> tuple[Variant, ...]:
+def _variants(facts: Facts, measurements: tuple[Measurement, ...], workload: Workload) -> tuple[Variant, ...]:
     """Accuracy is that of the deployed file, through the runtime that the result is for where it ran, else torch's."""
     chosen = facts["measure"]["runtime"]
     sizes = {"baseline": facts["baseline"]}
@@ -216,14 +216,14 @@ def _layers(facts: Facts, work: Run) -> tuple[Layer, ...]:
     return tuple(rows)
 
 
-def _data(source: Source) -> Data:
-    dataset, recipe = source.dataset, source.preprocessing
+def _data(workload: Workload) -> Data:
+    dataset, recipe = workload.dataset, workload.preprocessing
     return Data(
         source=dataset.source,
         kind=dataset.kind,
         n_train=len(dataset.train),
         n_test=len(dataset.test),
-        class_names=source.class_names,
+        class_names=workload.class_names,
         input_size=recipe.input_size,
         mean=recipe.mean,
         std=recipe.std,
@@ -231,18 +231,18 @@ def _data(source: Source) -> Data:
     )
 
 
-def _notes(facts: Facts, source: Source) -> tuple[str, ...]:
+def _notes(facts: Facts, workload: Workload) -> tuple[str, ...]:
     short = facts["prune"].get("shortfall")
-    notes = [*([short] if short else []), *source.notes]
+    notes = [*([short] if short else []), *workload.notes]
     notes += [f"Stage {name}: {f['skipped']}." for name, f in facts.items() if f.get("skipped")]
     notes += [facts[name]["note"] for name in ("prune", "quantize") if facts[name].get("note")]
     notes += [facts[name]["memory_note"] for name in ("finetune", "quantize") if facts[name].get("memory_note")]
-    if source.dataset.kind == "none":
+    if workload.dataset.kind == "none":
         notes.append(
             "No images were given: nothing was trained, ranges come from synthetic images, and agreement with the original "
             "is on those."
         )
-    if source.dataset.kind == "unlabelled":
+    if workload.dataset.kind == "unlabelled":
         notes.append(
             "The images have no labels: the model was trained to answer like the original, and agreement with it stands for "
             "accuracy."

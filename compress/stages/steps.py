@@ -19,7 +19,7 @@ from compress.models.calls import classes_of, logits_of, own_errors
 from compress.pruning.reconstruction import Refit, reconstruct
 from compress.pruning.registry import TRAINS
 from compress.request import Request
-from compress.sources import Source
+from compress.workload import Workload
 
 TEST_BATCH = 128
 BATCHNORM_IMAGES = 1024
@@ -49,15 +49,15 @@ def pruning_plan(request: Request, model: nn.Module, example: Tensor) -> pruning
     )
 
 
-def usable_plan(request: Request, source: Source) -> pruning.Plan:
+def usable_plan(request: Request, workload: Workload) -> pruning.Plan:
     """The plan, when the pruner can carry it out on this model and these images; raises `CompressError` otherwise."""
-    plan = pruning_plan(request, source.model, source.example)
-    has_images = source.dataset.kind != "none"
-    pruning.require_usable(source.model, source.example, plan, request.pruner, has_images=has_images)
+    plan = pruning_plan(request, workload.model, workload.example)
+    has_images = workload.dataset.kind != "none"
+    pruning.require_usable(workload.model, workload.example, plan, request.pruner, has_images=has_images)
     return plan
 
 
-def shortfall(request: Request, source: Source, plan: pruning.Plan, pruned: nn.Module) -> str | None:
+def shortfall(request: Request, workload: Workload, plan: pruning.Plan, pruned: nn.Module) -> str | None:
     """What to tell of a plan that removes far less than the request asks for; None where it does not.
 
     A config list asks for a fraction of each layer that it names and for nothing else, so it cannot fall short.
@@ -67,11 +67,11 @@ def shortfall(request: Request, source: Source, plan: pruning.Plan, pruned: nn.M
     """
     if request.config_list is not None or not request.shrinks:
         return None
-    size = source.preprocessing.input_size
-    macs = counting.count_macs(pruned, size) / counting.count_macs(source.model, size)
+    size = workload.preprocessing.input_size
+    macs = counting.count_macs(pruned, size) / counting.count_macs(workload.model, size)
     asked = min([request.sparsity, *(ratio for ratio in request.layer_sparsity.values() if ratio > 0)])
     parameters = counting.count_parameters(pruned)
-    return pruning.shortfall(source.model, plan, asked, request.channel_multiple, parameters, 1 - macs)
+    return pruning.shortfall(workload.model, plan, asked, request.channel_multiple, parameters, 1 - macs)
 
 
 def prepared_with_bits(
@@ -96,10 +96,10 @@ def prepared_with_bits(
 
 
 def mixed_precision(
-    request: Request, source: Source, model: nn.Module, plan: quantization.BitPlan, images: Tensor
+    request: Request, workload: Workload, model: nn.Module, plan: quantization.BitPlan, images: Tensor
 ) -> quantization.BitSearch:
     """Widens layers of `plan` until calibration alone keeps to `max_quantization_loss`."""
-    pairs = _scored_pairs(request, source, model, images)
+    pairs = _scored_pairs(request, workload, model, images)
 
     def quantize(wider: quantization.BitPlan) -> quantization.Quantized:
         return quantization.quantize(
@@ -125,11 +125,11 @@ def mixed_precision(
     )
 
 
-def _scored_pairs(request: Request, source: Source, model: nn.Module, images: Tensor) -> list[tuple[Tensor, Tensor]]:
+def _scored_pairs(request: Request, workload: Workload, model: nn.Module, images: Tensor) -> list[tuple[Tensor, Tensor]]:
     """Held-out training images and their labels; the model's own answers where there are no labels or no such images."""
-    if source.dataset.kind != "none" and len(held_out := training_images(request, source).held_out):
-        pairs = list(dataset.batches(held_out, TEST_BATCH, shuffle=False, seed=0, preprocessing=source.preprocessing))
-        if source.dataset.kind == "labelled":
+    if workload.dataset.kind != "none" and len(held_out := training_images(request, workload).held_out):
+        pairs = list(dataset.batches(held_out, TEST_BATCH, shuffle=False, seed=0, preprocessing=workload.preprocessing))
+        if workload.dataset.kind == "labelled":
             return pairs
         batches = [batch for batch, _ in pairs]
     else:
@@ -139,7 +139,7 @@ def _scored_pairs(request: Request, source: Source, model: nn.Module, images: Te
 
 
 def pruning_training(
-    request: Request, source: Source, teacher: nn.Module, progress: training.Progress
+    request: Request, workload: Workload, teacher: nn.Module, progress: training.Progress
 ) -> pruning.Training | None:
     """How the request's pruner looks at training images and trains; None when it needs none.
 
@@ -148,14 +148,14 @@ def pruning_training(
     """
     if not pruning.PRUNERS[request.pruner].needs_images:
         return None
-    images = training_images(request, source)
+    images = training_images(request, workload)
     if images.per_epoch == 0:
         raise TrainingError(training.TOO_FEW_IMAGES)
-    recipe = recipe_of(request, source, request.pruning_epochs, request.pruning_learning_rate)
+    recipe = recipe_of(request, workload, request.pruning_epochs, request.pruning_learning_rate)
     return pruning.Training(
         batches=lambda epoch: (batch[:2] for batch in islice(images.batches(epoch), images.per_epoch)),
         loss=training.loss_function(
-            recipe, teacher if recipe.distillation_weight > 0 else None, classes_of(source.model, source.example)
+            recipe, teacher if recipe.distillation_weight > 0 else None, classes_of(workload.model, workload.example)
         ),
         steps=max(request.pruning_steps, round(recipe.epochs * images.per_epoch)),
         learning_rate=recipe.learning_rate,
@@ -164,9 +164,9 @@ def pruning_training(
     )
 
 
-def training_stages(request: Request, source: Source) -> tuple[str, ...]:
+def training_stages(request: Request, workload: Workload) -> tuple[str, ...]:
     """The stages of a run that train, by their names."""
-    if source.dataset.kind == "none":
+    if workload.dataset.kind == "none":
         return ()
     trains = {
         "prune": request.prunes and pruning.PRUNERS[request.pruner].needs_data == TRAINS,
@@ -176,24 +176,24 @@ def training_stages(request: Request, source: Source) -> tuple[str, ...]:
     return tuple(name for name, does in trains.items() if does)
 
 
-def require_trainable(request: Request, source: Source) -> None:
-    """Refuses what would end the training of `source.model` before its first step.
+def require_trainable(request: Request, workload: Workload) -> None:
+    """Refuses what would end the training of `workload.model` before its first step.
 
     Raises:
         TrainingError: every parameter is frozen, forward takes no gradients, or the images do not fill one batch.
     """
-    looks = request.prunes and pruning.PRUNERS[request.pruner].needs_images and source.dataset.kind != "none"
-    trained = training_stages(request, source)
+    looks = request.prunes and pruning.PRUNERS[request.pruner].needs_images and workload.dataset.kind != "none"
+    trained = training_stages(request, workload)
     if trained:
-        training.parameter_groups(source.model, 0.0)
-        _require_gradients(source)
-    if (looks or trained) and training_images(request, source).per_epoch == 0:
+        training.parameter_groups(workload.model, 0.0)
+        _require_gradients(workload)
+    if (looks or trained) and training_images(request, workload).per_epoch == 0:
         raise TrainingError(training.TOO_FEW_IMAGES)
 
 
-def _require_gradients(source: Source) -> None:
-    with torch.enable_grad(), own_errors(source.model, "in eval mode, with one image"):
-        learns = logits_of(source.model(source.example)).requires_grad
+def _require_gradients(workload: Workload) -> None:
+    with torch.enable_grad(), own_errors(workload.model, "in eval mode, with one image"):
+        learns = logits_of(workload.model(workload.example)).requires_grad
     if not learns:
         raise TrainingError(
             "The model answers without gradients, so it cannot be trained: take torch.no_grad, torch.inference_mode or detach "
@@ -201,9 +201,9 @@ def _require_gradients(source: Source) -> None:
         )
 
 
-def recipe_of(request: Request, source: Source, epochs: float, learning_rate: float) -> training.TrainingConfig:
+def recipe_of(request: Request, workload: Workload, epochs: float, learning_rate: float) -> training.TrainingConfig:
     """With the original model as teacher; images without labels are learnt from the teacher alone."""
-    weight = 1.0 if source.dataset.kind == "unlabelled" else request.distillation_weight
+    weight = 1.0 if workload.dataset.kind == "unlabelled" else request.distillation_weight
     return training.TrainingConfig(
         epochs,
         learning_rate,
@@ -216,7 +216,7 @@ def recipe_of(request: Request, source: Source, epochs: float, learning_rate: fl
 
 def train(
     request: Request,
-    source: Source,
+    workload: Workload,
     model: nn.Module,
     recipe: training.TrainingConfig,
     *,
@@ -229,8 +229,8 @@ def train(
     Args:
         part: of each batch, what this process takes where several train together.
     """
-    images = training_images(request, source, part)
-    scored = source.dataset.kind == "labelled" and len(images.held_out) > 0
+    images = training_images(request, workload, part)
+    scored = workload.dataset.kind == "labelled" and len(images.held_out) > 0
     return training.fit(
         model,
         images.batches,
@@ -238,7 +238,7 @@ def train(
         recipe,
         teacher=teacher,
         keep_zeros=request.prunes and not request.shrinks,
-        score=scorer(images.held_out, source) if scored else None,
+        score=scorer(images.held_out, workload) if scored else None,
         progress=progress,
     )
 
@@ -254,9 +254,9 @@ class TrainingImages:
     """Full batches in an epoch."""
 
 
-def training_images(request: Request, source: Source, part: slice = slice(None)) -> TrainingImages:
+def training_images(request: Request, workload: Workload, part: slice = slice(None)) -> TrainingImages:
     """`part` is what this process takes of each batch."""
-    train = source.dataset.train
+    train = workload.dataset.train
     held_out, trained = dataset.split_held_out(train, min(HELD_OUT, len(train) // 20), request.seed)
 
     def batches(epoch: int) -> Iterator[training.Batch]:
@@ -267,20 +267,20 @@ def training_images(request: Request, source: Source, part: slice = slice(None))
             shuffle=True,
             seed=request.seed + epoch,
             augment=request.augment,
-            preprocessing=source.preprocessing,
+            preprocessing=workload.preprocessing,
             part=part,
         )
 
     return TrainingImages(held_out, batches, len(trained) // request.train_batch_size)
 
 
-def scorer(images: dataset.Split, source: Source) -> Callable[[nn.Module], float]:
+def scorer(images: dataset.Split, workload: Workload) -> Callable[[nn.Module], float]:
     """The share of `images` that a model, in eval mode on the training device, gets right."""
 
     def score(model: nn.Module) -> float:
         right = 0
         for batch, labels in dataset.batches(
-            images, TEST_BATCH, shuffle=False, seed=0, preprocessing=source.preprocessing
+            images, TEST_BATCH, shuffle=False, seed=0, preprocessing=workload.preprocessing
         ):
             with torch.no_grad():
                 answer = logits_of(model(batch.to(training.device())))
@@ -291,17 +291,17 @@ def scorer(images: dataset.Split, source: Source) -> Callable[[nn.Module], float
 
 
 def recover(
-    request: Request, source: Source, dense: nn.Module, model: nn.Module, kept: Mapping[str, Tensor]
+    request: Request, workload: Workload, dense: nn.Module, model: nn.Module, kept: Mapping[str, Tensor]
 ) -> tuple[Refit, ...]:
     """Refits what pruning left of `model`, in place, on training images; synthetic ones do not show what matters.
 
     With `reconstruction_images` 0, and in a model that lost no channels, only the BatchNorm statistics are taken anew.
     """
-    if source.dataset.kind == "none":
+    if workload.dataset.kind == "none":
         return ()
     refits = request.shrinks and request.reconstruction_images > 0
     count = request.reconstruction_images if refits else BATCHNORM_IMAGES
-    count = min(count, max(1, MOST_PIXELS // source.preprocessing.input_size**2))
-    images = dataset.calibration_images(source.dataset, count, source.preprocessing, request.seed)
+    count = min(count, max(1, MOST_PIXELS // workload.preprocessing.input_size**2))
+    images = dataset.calibration_images(workload.dataset, count, workload.preprocessing, request.seed)
     bits = request.activation_bits if request.quantizes else FLOAT_BITS
     return reconstruct(model, dense, kept, images, bits=bits, weights=refits)

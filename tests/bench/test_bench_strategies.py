@@ -16,7 +16,7 @@ from compress.errors import PruningError
 from compress.request import Request
 from compress.search import latency
 from compress.search.trials import Trial, Trials
-from compress.sources import open_source
+from compress.workload import open_workload
 
 
 @pytest.fixture
@@ -78,10 +78,10 @@ def test_the_page_has_a_line_for_each_strategy(problem):
 
 def test_the_command_writes_the_page_and_goes_on(tmp_path, monkeypatch, capsys):
     folder = search_network.images(tmp_path / "images")
-    source = open_source(search_network.request(folder), search_network.trained(folder))
+    source = open_workload(search_network.request(folder), search_network.trained(folder))
     requests, race = [], latency.benchmark.race
     monkeypatch.setattr(latency.benchmark, "race", partial(race, rounds=1, burst_ms=1.0))
-    monkeypatch.setattr(strategies, "open_source", lambda request: requests.append(request) or source)
+    monkeypatch.setattr(strategies, "open_workload", lambda request: requests.append(request) or source)
     command = ["--strategies", "uniform", "random", "--trials", "2", "--min-speedup", "0.01", "--threads", "2"]
     command += ["--runtime", "onnxruntime", "--work", str(tmp_path / "work"), "--out", str(tmp_path / "page.md")]
     threads = torch.get_num_threads()

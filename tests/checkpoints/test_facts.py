@@ -11,7 +11,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torchvision.models import get_model
 
-from compress import naming, sources
+from compress import naming, workload
 from compress.checkpoints import metadata
 from compress.checkpoints.metadata import Facts
 from compress.data import dataset as data_dataset
@@ -127,7 +127,7 @@ def test_as_many_class_names_as_outputs(tmp_path):
     path = tmp_path / "a.safetensors"
     save_file(get_model("squeezenet1_1", num_classes=3).state_dict(), path, {"class_names": '["a", "b", "c", "d"]'})
     with pytest.raises(CheckpointError, match="its metadata names 4 classes, but the model has 3 outputs: correct"):
-        sources.open_source(Request(model="squeezenet1_1", checkpoint=str(path), data="none"))
+        workload.open_workload(Request(model="squeezenet1_1", checkpoint=str(path), data="none"))
 
 
 def test_an_input_size_that_the_model_does_not_take_is_a_refusal(tmp_path):
@@ -135,24 +135,24 @@ def test_an_input_size_that_the_model_does_not_take_is_a_refusal(tmp_path):
     state = get_model("squeezenet1_1", num_classes=3).state_dict()
     save_file(state, path, {"preprocessing": json.dumps(GOOD | {"input_size": 1})})
     with pytest.raises(RequestError, match="input_size: got 1, expected a size that the model accepts"):
-        sources.open_source(Request(model="squeezenet1_1", checkpoint=str(path), data="none"))
+        workload.open_workload(Request(model="squeezenet1_1", checkpoint=str(path), data="none"))
 
     class Asserts(torch.nn.Module):
         def forward(self, images):
             torch._assert(images.shape[-1] == 7, "Wrong image height!")
 
     with pytest.raises(RequestError, match="it answered: Wrong image height!"):
-        sources._outputs(Asserts(), RECIPE)
+        workload._outputs(Asserts(), RECIPE)
 
 
 def test_names_in_a_class_map_can_be_shown(tmp_path):
     path = tmp_path / "map.json"
     path.write_text('{"a\\u001b[2J": 0}')
     with pytest.raises(DataError, match=r"names a<U\+001B>\[2J, which holds a control character"):
-        sources._class_map(str(path))
+        workload._class_map(str(path))
     path.write_text("[" * 100_000)
     with pytest.raises(DataError, match="cannot be read"):
-        sources._class_map(str(path))
+        workload._class_map(str(path))
 
 
 @pytest.mark.parametrize("name", ["a\x1b.png", "\udcff.png"])

@@ -16,9 +16,9 @@ from compress import equality
 from compress.errors import HandoffError
 from compress.quantization import fake_quantized
 from compress.runs import open_run
-from compress.sources import Source, open_source
 from compress.stages import deployment, ledger
 from compress.stages.workspace import load_model, load_quantized
+from compress.workload import Workload, open_workload
 
 REQUEST = compress.Request(
     model="custom", checkpoint="random", data="none", input_size=SIZE, mean=(0.5,) * 3, std=(0.5,) * 3,
@@ -35,8 +35,8 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def source() -> Source:
-    return open_source(REQUEST, built(InPlaceSkip))
+def source() -> Workload:
+    return open_workload(REQUEST, built(InPlaceSkip))
 
 
 def test_a_run_lists_every_step(folder):

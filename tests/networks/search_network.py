@@ -44,10 +44,10 @@ def images(folder: Path, count: int = 60) -> Path:
 
 def trained(folder: Path) -> nn.Module:
     """The network, with a last layer that tells the classes apart by the mean of what it reads."""
-    from compress.sources import open_source
+    from compress.workload import open_workload
 
     model = network()
-    source = open_source(request(folder), model)
+    source = open_workload(request(folder), model)
     pixels = source.dataset.train.take(torch.arange(len(source.dataset.train))).float() / 255
     with torch.no_grad():
         read = model[:-1]((pixels - 0.5) / 0.5)

@@ -18,8 +18,8 @@ from compress import classify, pipeline
 from compress.cli import text
 from compress.engines import benchmark
 from compress.errors import TrainingError
-from compress.sources import open_source
 from compress.stages import preflight
+from compress.workload import open_workload
 
 REQUEST = compress.Request(
     model="custom", input_size=16, mean=(0.5,) * 3, std=(0.25,) * 3, finetune_epochs=1, qat_epochs=1, train_batch_size=8,
@@ -113,6 +113,6 @@ class Inferring(Net):
 def test_a_forward_without_gradients_is_refused_before_it_is_trained(build, images):
     request = REQUEST.model_copy(update={"data": str(images)})
     with pytest.raises(TrainingError, match="answers without gradients, so it cannot be trained: take torch.no_grad"):
-        preflight.require_plan(request, open_source(request, build()))
+        preflight.require_plan(request, open_workload(request, build()))
     resting = request.model_copy(update={"finetune_epochs": 0, "qat_epochs": 0})
-    preflight.require_plan(resting, open_source(resting, build()))
+    preflight.require_plan(resting, open_workload(resting, build()))

@@ -125,7 +125,7 @@ class Measured:
 @pytest.fixture
 def measured(monkeypatch):
     monkeypatch.setattr(fronts, "OneShot", Measured)
-    monkeypatch.setattr(fronts, "open_source", lambda request, model: object())
+    monkeypatch.setattr(fronts, "open_workload", lambda request, model: object())
     return Measured
 
 

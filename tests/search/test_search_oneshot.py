@@ -21,8 +21,8 @@ from compress.search.problem import Problem
 from compress.search.space import Space
 from compress.search.strategies import STRATEGIES
 from compress.search.target import Target
-from compress.sources import open_source
 from compress.stages import steps
+from compress.workload import open_workload
 
 NAMES = ("0", "3", "5")
 
@@ -39,7 +39,7 @@ def base(folder):
 
 @pytest.fixture(scope="module")
 def source(folder, base):
-    return open_source(base, search_network.trained(folder))
+    return open_workload(base, search_network.trained(folder))
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +85,7 @@ def test_a_candidate_comes_back_from_json():
 def test_what_a_candidate_keeps_whole_stays_whole_around_a_grouped_convolution(base):
     layers = [nn.Conv2d(3, 32, 3), nn.Conv2d(32, 32, 3, groups=8), nn.Conv2d(32, 32, 3)]
     model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 2)).eval()
-    source = open_source(base, model)
+    source = open_workload(base, model)
     space = Space(oneshots.variable_groups(base, source), 8)
     assert [group.layers for group in space.groups] == [("0", "1"), ("2",)]
     asked = space.candidate({"2": 0.5}).request(base)

@@ -53,7 +53,7 @@ def measured(monkeypatch):
 
 
 def measure(request_of, folder, **options):
-    return sensitivity.measure(request_of, folder, source=object(), ratios=(0.25, 0.5), bits=(4,), **options)
+    return sensitivity.measure(request_of, folder, workload=object(), ratios=(0.25, 0.5), bits=(4,), **options)
 
 
 def test_each_cell_changes_one_group_and_is_compared_with_the_unpruned_model(request_of, tmp_path):

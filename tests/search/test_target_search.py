@@ -101,7 +101,7 @@ def measured(monkeypatch):
 
 def stand_in(put):
     put(target_search, "OneShot", Measured)
-    put(target_search, "open_source", lambda *_: None)
+    put(target_search, "open_workload", lambda *_: None)
 
 
 def search(request_of, folder, runs, monkeypatch, **options):
@@ -324,7 +324,7 @@ def test_a_search_that_could_not_start_leaves_the_folder_to_a_corrected_one(requ
     out.mkdir()
     (out / ".partial-search.json").touch()
     with monkeypatch.context() as patch, pytest.raises(DataError):
-        patch.setattr(target_search, "open_source", no_images)
+        patch.setattr(target_search, "open_workload", no_images)
         search(request_of, out, Runs(), monkeypatch)
     with monkeypatch.context() as patch, pytest.raises(DataError):
         patch.setattr(target_search, "OneShot", no_images)

@@ -15,15 +15,15 @@ import compress
 from compress import models, processes, training
 from compress.data import dataset
 from compress.errors import RequestError, TrainingError
-from compress.sources import open_source
 from compress.stages import data_parallel, steps
+from compress.workload import open_workload
 
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
     """A run's folder with what fine-tuning starts from; nothing was prepared, which training does not ask."""
     folder = tmp_path_factory.mktemp("run")
-    source = open_source(compress.Request())
+    source = open_workload(compress.Request())
     for name in ("baseline", "shrunk"):
         how = {"preprocessing": source.preprocessing, "class_names": source.class_names}
         models.save(source.model, folder / "stages" / name, architecture=source.architecture, **how)
@@ -68,7 +68,7 @@ def test_a_step_of_two_processes_is_the_step_of_one(tmp_path):
 
 
 def test_the_parts_of_a_batch_are_the_batch():
-    source = open_source(compress.Request())
+    source = open_workload(compress.Request())
     how = {"shuffle": True, "seed": 3, "preprocessing": source.preprocessing}
     whole = next(dataset.numbered_batches(source.dataset.train, 64, **how))
     parts = [

@@ -11,8 +11,8 @@ from torch import nn
 from compress import pipeline
 from compress.errors import HandoffError, TrainingError
 from compress.request import Request
-from compress.sources import open_source
 from compress.stages import dry_run, preflight
+from compress.workload import open_workload
 
 
 class Odd(nn.Module):
@@ -102,8 +102,8 @@ def test_what_training_would_stop_on_is_a_problem_before_anything_is_spent(tmp_p
     model = randomise(Odd()).requires_grad_(not frozen)
     request = Request(**({"model": "custom", "data": str(tmp_path), "input_size": 32, "train_batch_size": 8} | asked))
     if sentence is None:
-        preflight.require_plan(request, open_source(request, model))
+        preflight.require_plan(request, open_workload(request, model))
         return
     with pytest.raises(TrainingError, match=f"^{sentence}"):
-        preflight.require_plan(request, open_source(request, model))
+        preflight.require_plan(request, open_workload(request, model))
     assert any(problem.startswith(sentence) for problem in pipeline.check(request, model=model)["problems"])

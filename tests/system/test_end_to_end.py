@@ -13,8 +13,9 @@ from PIL import Image
 from places import ROOT
 
 import compress
-from compress import machine, sources
+from compress import machine
 from compress.data import fashion_mnist
+from compress.data.dataset import ASSETS
 from compress.report import Report
 
 pytestmark = pytest.mark.e2e
@@ -207,7 +208,7 @@ def test_load_rebuilds_equal_outputs_where_nni_cannot_be_imported(run, tmp_path)
 
 @pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
 def test_infer_classifies_images_where_torch_cannot_be_imported(run, tmp_path, runtime):
-    images = fashion_mnist.read(sources.data.ASSETS / "fashion-mnist")
+    images = fashion_mnist.read(ASSETS / "fashion-mnist")
     right = 0
     for index in range(20):
         Image.fromarray(images.test_images[index]).save(tmp_path / f"{index}.png")

@@ -28,7 +28,7 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 @dataclass(frozen=True)
-class Source:
+class Workload:
     """A model in eval mode, how its input is made, and the images."""
 
     model: nn.Module
@@ -60,7 +60,7 @@ class _Loaded:
     notes: tuple[str, ...] = ()
 
 
-def open_source(request: Request, model: nn.Module | None = None, *, kept: Path | None = None) -> Source:
+def open_workload(request: Request, model: nn.Module | None = None, *, kept: Path | None = None) -> Workload:
     """Builds the model, loads its weights and opens its images.
 
     Args:
@@ -84,7 +84,7 @@ def open_source(request: Request, model: nn.Module | None = None, *, kept: Path 
         test_fraction=request.test_fraction,
         seed=request.seed,
     )
-    return Source(
+    return Workload(
         model=loaded.model,
         architecture=loaded.architecture,
         name=request.model,
