@@ -132,8 +132,8 @@ def measure(name: str, folder: Path) -> Row:
         "onnx_relative_difference": _onnx_difference(small, tested, folder, expected),
         "seconds": seconds,
         "peak_bytes": peak,
-        "layers": len(plan.layers) + len(plan.left_out),
-        "left_out": [[left.layer, left.reason] for left in plan.left_out],
+        "layers": len(plan.layers) + len(plan.unpruned),
+        "left_out": [[left.layer, left.reason] for left in plan.unpruned],
     }
 
 

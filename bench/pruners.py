@@ -51,7 +51,7 @@ def measure(name: str, request: compress.Request, workload: Workload, held_out: 
     if request.shrinks:
         how = steps.pruning_training(request, workload, workload.model, lambda done, text: None)
         shrunk = pruning.prune(workload.model, workload.example, plan, name, how)
-        model, kept = shrunk.model, shrunk.kept
+        model, kept = shrunk.model, shrunk.kept_channels
     else:
         model, kept = pruning.zero_weights(workload.model, plan, request.sparsity).model, {}
     steps.recover(request, workload, workload.model, model, kept)

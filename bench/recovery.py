@@ -57,10 +57,10 @@ def accuracy(model: nn.Module, split: dataset.Split) -> float:
     return right / len(split)
 
 
-def recovered(trial: Trial, dense: nn.Module, shrunk: pruning.Shrunk, images: dataset.Split, count: int) -> nn.Module:
+def recovered(trial: Trial, dense: nn.Module, shrunk: pruning.PrunedModel, images: dataset.Split, count: int) -> nn.Module:
     model = copy.deepcopy(shrunk.model)
     shown = dataset.normalise(images.take(torch.arange(1024), RECIPE), RECIPE)
-    reconstruct(model, dense, shrunk.kept, shown, weights=trial.refit)
+    reconstruct(model, dense, shrunk.kept_channels, shown, weights=trial.refit)
     if trial.train:
         training.fit(
             model,

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-
 import torch
 from torch import nn
 
 from compress.errors import RequestError
-from compress.pruning.plan import Group, LeftOut, Plan, plan, plan_without_shrinking
+from compress.pruning.interface import PrunedModel, PruningTraining, SparseModel
+from compress.pruning.plan import Group, Plan, Unpruned, plan, plan_without_shrinking
 from compress.pruning.registry import PRUNERS, SEARCHES, Pruner
 from compress.pruning.shortfall import shortfall
 from compress.tracing.graph import trace
@@ -18,12 +16,12 @@ __all__ = [
     "PRUNERS",
     "SEARCHES",
     "Group",
-    "LeftOut",
     "Plan",
+    "PrunedModel",
     "Pruner",
-    "Shrunk",
-    "Sparse",
-    "Training",
+    "PruningTraining",
+    "SparseModel",
+    "Unpruned",
     "plan",
     "plan_without_shrinking",
     "prune",
@@ -34,67 +32,9 @@ __all__ = [
 ]
 
 
-@dataclass(frozen=True)
-class Training:
-    """How a pruner looks at images and trains.
-
-    Attributes:
-        batches: epoch number -> batches of (images float32 [N, C, H, W], labels int64 [N]; -1 where unknown), all of
-            one size; never test images.
-        loss: loss(model, images, labels) -> scalar to train by.
-        steps: batches to look at, or optimizer steps to make, over all rounds; at least `rounds`.
-        learning_rate: peak of the cycle (SGD).
-        rounds: of gradual pruning: train, prune, train again.
-        progress: called with the fraction done and a text.
-    """
-
-    batches: Callable[[int], Iterable[tuple[torch.Tensor, torch.Tensor]]]
-    loss: Callable[[nn.Module, torch.Tensor, torch.Tensor], torch.Tensor]
-    steps: int
-    learning_rate: float
-    rounds: int = 5
-    progress: Callable[[float, str], None] = lambda fraction, text: None
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.rounds <= self.steps:
-            raise RequestError("rounds", self.rounds, f"a whole number from 1 to the {self.steps} training steps")
-
-
-@dataclass(frozen=True)
-class Shrunk:
-    """A really smaller model, and how far its answers are from the masked model's.
-
-    Attributes:
-        model: of the original class, its layers replaced; modes and requires_grad as in the input model.
-        plan: what was removed.
-        max_abs_diff: largest absolute difference to the masked model, over the outputs on the example images.
-        reference_scale: largest absolute output of the masked model.
-        kept: layer -> which of its output channels stay, bool [channels before].
-        seconds: wall time of choosing, shrinking and checking.
-    """
-
-    model: nn.Module
-    plan: Plan
-    max_abs_diff: float
-    reference_scale: float
-    kept: Mapping[str, torch.Tensor]
-    seconds: float
-
-
-@dataclass(frozen=True)
-class Sparse:
-    """A model of the original shape with single weights at zero.
-
-    Attributes:
-        model: a copy of the original; modes and requires_grad as there.
-        zeros: layer -> share of its weights that are zero.
-    """
-
-    model: nn.Module
-    zeros: Mapping[str, float]
-
-
-def prune(model: nn.Module, example: torch.Tensor, plan: Plan, pruner: str, training: Training | None = None) -> Shrunk:
+def prune(
+    model: nn.Module, example: torch.Tensor, plan: Plan, pruner: str, training: PruningTraining | None = None
+) -> PrunedModel:
     """Remove from a copy of `model` what `plan` says, choosing the channels with `pruner`.
 
     The input model (weights, gradients, requires_grad, train/eval flags) and the random generators are left untouched,
@@ -124,8 +64,8 @@ def prune(model: nn.Module, example: torch.Tensor, plan: Plan, pruner: str, trai
     return speedup.shrink(model, example, plan, PRUNERS[pruner], training)
 
 
-def zero_weights(model: nn.Module, plan: Plan, sparsity: float) -> Sparse:
-    """Set the fraction `sparsity` of smallest weights to zero in a copy of `model`, in each layer of `plan.thinned`.
+def zero_weights(model: nn.Module, plan: Plan, sparsity: float) -> SparseModel:
+    """Set the fraction `sparsity` of smallest weights to zero in a copy of `model`, in each layer of `plan.sparse_layers`.
 
     Args:
         plan: from `plan_without_shrinking(model, ...)`.

@@ -14,7 +14,7 @@ from torch import nn
 
 from compress.errors import RequestError
 from compress.nni_bridge.entries import Selector
-from compress.pruning.constraints import Wishes
+from compress.pruning.constraints import Constraints
 from compress.tracing import type_name
 
 _NEW = {"sparse_ratio", "max_sparse_ratio", "global_group_id", "target_names", "target_settings"}
@@ -44,8 +44,8 @@ class _Entry:
     """Layers that the entry excludes from its own selection."""
 
 
-def translate(model: nn.Module, layers: Sequence[str], entries: Sequence[Mapping[str, Any]]) -> Wishes:
-    """The wishes that a config list means for `model`, whose prunable kinds of layers are `layers`.
+def translate(model: nn.Module, layers: Sequence[str], entries: Sequence[Mapping[str, Any]]) -> Constraints:
+    """The constraints that a config list means for `model`, whose prunable kinds of layers are `layers`.
 
     Layers that no entry selects stay, unless they share channels with one that is selected.
 
@@ -75,7 +75,7 @@ def translate(model: nn.Module, layers: Sequence[str], entries: Sequence[Mapping
         )
     pool = next(iter(pools), None)
     fixed = {layer: entry.ratio for layer, entry in chosen.items() if entry.pool is None}
-    return Wishes(
+    return Constraints(
         sparsity=pool[1] if pool else 0.5,  # without a pool nothing reads it: `chosen` is empty
         ratios={layer: ratio for layer, ratio in fixed.items() if ratio is not None},
         chosen=frozenset(layer for layer, entry in chosen.items() if entry.pool is not None),

@@ -12,7 +12,7 @@ Ranking = Literal["per-group", "global"]
 
 
 @dataclass(frozen=True)
-class Wishes:
+class Constraints:
     """What is asked of the layers; a group of layers takes what is asked of its members."""
 
     sparsity: float
@@ -60,8 +60,8 @@ def by_name(
     exclude: Sequence[str],
     layer_sparsity: Mapping[str, float],
     **others: object,
-) -> Wishes:
-    """Wishes from names of layers or of modules with layers inside; the longer of two names wins.
+) -> Constraints:
+    """Constraints from names of layers or of modules with layers inside; the longer of two names wins.
 
     Raises:
         RequestError: a name that has no such layer, or a fraction out of range.
@@ -75,7 +75,7 @@ def by_name(
         ratios |= dict.fromkeys(named[name], ratio)
     excluded = tuple(layer for name in exclude for layer in layers_inside(layers, name, "exclude"))
     named = {name: inside for name, inside in named.items() if any(ratios[layer] for layer in inside)}
-    return Wishes(sparsity, ratios, excluded=excluded, named=named, **others)  # type: ignore[arg-type]
+    return Constraints(sparsity, ratios, excluded=excluded, named=named, **others)  # type: ignore[arg-type]
 
 
 def layers_inside(layers: Sequence[str], name: str, where: str) -> list[str]:

@@ -86,14 +86,18 @@ def _to_exclude(masked: _Masked, subject: nn.Module, images: torch.Tensor) -> st
     got: dict[str, list[torch.Tensor]] = {name: [] for name in masked.layers}
     masked.given = expected
     for name, outputs in got.items():
-        subject.get_submodule(name).register_forward_hook(lambda _, args, out, outputs=outputs: outputs.append(out.clone()))
+        subject.get_submodule(name).register_forward_hook(
+            lambda _, args, out, outputs=outputs: outputs.append(out.clone())
+        )
     with torch.no_grad(), _heads_zeroed(masked.module, masked.channels, masked.kept):
         masked.run(images)
     with torch.no_grad(), suppress(Exception):  # it may be what does not run
         subject(images)
     layer = next((name for name, outputs in expected.items() if not _agree(outputs, got[name])), None)
     if layer is None:
-        return "No single layer differs: this is a fault of Espalier; choose the pruner `none` to go on without pruning."
+        return (
+            "No single layer differs: this is a fault of Espalier; choose the pruner `none` to go on without pruning."
+        )
     names = ", ".join(sorted({layer, *masked.sources(layer)}))
     return (
         f"The first layer that differs is {layer}, which is a fault of Espalier's pruning plan and not of your model; "

@@ -64,10 +64,10 @@ def estimates(
     probe(graph_module, example)
     for sparsity in sparsities:
         channels = Channels(graph_module)
-        wishes = by_name(channels.layers(), sparsity, (), {})
+        constraints = by_name(channels.layers(), sparsity, (), {})
         for conv in channels.grouped:
-            settle_grouped(channels.sets, conv, wishes, multiple)
-        plan = Plan(*decide(channels, model, wishes, multiple))
+            settle_grouped(channels.sets, conv, constraints, multiple)
+        plan = Plan(*decide(channels, model, constraints, multiple))
         shares = _Shares(channels, plan)
         cut = _attentions_after(model, channels, plan)
         lost_parameters = float(sum(_lost(model, name, smaller) for name, smaller in cut.items()))

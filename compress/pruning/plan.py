@@ -16,7 +16,7 @@ from compress.pruning import config_list as config_lists
 from compress.pruning import ranking as rankings
 from compress.pruning.channel_sets import ChannelSet, ChannelSets
 from compress.pruning.channels import ANSWER, LAYERS, Channels, GroupedConv
-from compress.pruning.constraints import Ranking, Wishes, by_name, layers_inside
+from compress.pruning.constraints import Constraints, Ranking, by_name, layers_inside
 from compress.tracing import torch_base
 from compress.tracing.graph import probe, traced_copy
 
@@ -45,7 +45,7 @@ class Group:
 
 
 @dataclass(frozen=True)
-class LeftOut:
+class Unpruned:
     """A layer that keeps all its output channels."""
 
     layer: str
@@ -62,13 +62,14 @@ class Plan:
     """What will be removed from a model. Input channels follow from the output channels of the layers before."""
 
     groups: tuple[Group, ...]
-    left_out: tuple[LeftOut, ...]
-    thinned: tuple[str, ...] = ()
+    unpruned: tuple[Unpruned, ...]
+    sparse_layers: tuple[str, ...] = ()
     """Layers that keep their shape and get zeros among their weights, by a fine-grained pruner."""
 
     def as_dict(self) -> dict[str, Any]:
-        """The plan as plain lists, strings and numbers, ready for JSON."""
-        return asdict(self)
+        """The plan as plain lists, strings and numbers, ready for JSON, under the keys that records have."""
+        fields = asdict(self)
+        return {"groups": fields["groups"], "left_out": fields["unpruned"], "thinned": fields["sparse_layers"]}
 
     @property
     def layers(self) -> dict[str, Group]:
@@ -119,9 +120,9 @@ def plan(
     probe(graph_module, example)
     channels = Channels(graph_module)
     if config_list is not None:
-        wishes = config_lists.translate(model, channels.layers(), config_list)
+        constraints = config_lists.translate(model, channels.layers(), config_list)
     else:
-        wishes = by_name(
+        constraints = by_name(
             channels.layers(),
             sparsity,
             _whole(model, channels, exclude),
@@ -129,22 +130,22 @@ def plan(
             ranking=ranking,
             cap=max_layer_sparsity,
         )
-    if wishes.ranking == "global":
+    if constraints.ranking == "global":
         rankings.require_metric(pruner)
-    _keep_as_asked(channels, wishes)
+    _keep_as_asked(channels, constraints)
     for conv in channels.grouped:
-        settle_grouped(channels.sets, conv, wishes, multiple)
-    groups, left_out = decide(channels, model, wishes, multiple)
-    if wishes.ranking == "global":
-        groups, unchanged = _rank(model, groups, wishes, multiple, pruner)
-        left_out += unchanged
+        settle_grouped(channels.sets, conv, constraints, multiple)
+    groups, unpruned = decide(channels, model, constraints, multiple)
+    if constraints.ranking == "global":
+        groups, unchanged = _rank(model, groups, constraints, multiple, pruner)
+        unpruned += unchanged
     if not groups:
-        example_reason = f": {left_out[0].layer} {left_out[0].reason}" if left_out else ""
+        example_reason = f": {unpruned[0].layer} {unpruned[0].reason}" if unpruned else ""
         raise PruningError(
             f"Nothing in {type(model).__name__} can be pruned at sparsity {sparsity:g}; all of its "
-            f"{len(left_out)} Conv2d and Linear layers stay{example_reason}."
+            f"{len(unpruned)} Conv2d and Linear layers stay{example_reason}."
         )
-    return Plan(groups, left_out)
+    return Plan(groups, unpruned)
 
 
 def plan_without_shrinking(model: nn.Module, *, exclude: Sequence[str] = ()) -> Plan:
@@ -156,25 +157,25 @@ def plan_without_shrinking(model: nn.Module, *, exclude: Sequence[str] = ()) -> 
     """
     layers = [name for name, module in model.named_modules() if torch_base(type(module)) in LAYERS]
     excluded = {layer for name in exclude for layer in layers_inside(layers, name, "exclude")}
-    thinned = tuple(layer for layer in layers if layer not in excluded)
-    if not thinned:
+    sparse_layers = tuple(layer for layer in layers if layer not in excluded)
+    if not sparse_layers:
         raise PruningError(
             f"Nothing in {type(model).__name__} can be pruned: {len(excluded)} of its {len(layers)} Conv2d and Linear "
             "layers are excluded; exclude fewer."
         )
-    reasons = {layer: "keeps its shape: its smallest weights become zero" for layer in thinned}
-    left_out = tuple(LeftOut(layer, reasons.get(layer, EXCLUDED)) for layer in layers)
-    return Plan((), left_out, thinned)
+    reasons = {layer: "keeps its shape: its smallest weights become zero" for layer in sparse_layers}
+    unpruned = tuple(Unpruned(layer, reasons.get(layer, EXCLUDED)) for layer in layers)
+    return Plan((), unpruned, sparse_layers)
 
 
-def _keep_as_asked(channels: Channels, wishes: Wishes) -> None:
+def _keep_as_asked(channels: Channels, constraints: Constraints) -> None:
     """Rule out what the user excludes, keeps whole, or does not select."""
     sets = channels.sets
-    for layer in wishes.excluded:
+    for layer in constraints.excluded:
         sets.keep(channels.own_set[layer], EXCLUDED, [layer])
     for root in sets.roots():
         layers = sets[root].layers
-        ratio = wishes.ratio(layers)
+        ratio = constraints.ratio(layers)
         if ratio == 0:
             sets.keep(root, KEPT)
         elif ratio is None:
@@ -182,14 +183,14 @@ def _keep_as_asked(channels: Channels, wishes: Wishes) -> None:
 
 
 def _rank(
-    model: nn.Module, groups: tuple[Group, ...], wishes: Wishes, multiple: int, pruner: str
-) -> tuple[tuple[Group, ...], tuple[LeftOut, ...]]:
+    model: nn.Module, groups: tuple[Group, ...], constraints: Constraints, multiple: int, pruner: str
+) -> tuple[tuple[Group, ...], tuple[Unpruned, ...]]:
     """The groups with what global ranking leaves them; until here they have the fewest channels that are allowed."""
-    rivals = [group for group in groups if wishes.competes(group.layers)]
+    rivals = [group for group in groups if constraints.competes(group.layers)]
     counts = rankings.kept_counts(
         model,
         [(group.layers, group.channels_before, group.channels_after, group.unit, group.blocks) for group in rivals],
-        sparsity=wishes.sparsity,
+        sparsity=constraints.sparsity,
         multiple=multiple,
         pruner=pruner,
     )
@@ -198,7 +199,7 @@ def _rank(
     whole = [layer for group in groups if group.channels_after == group.channels_before for layer in group.layers]
     reason = "ranks above the others: its channels matter most"
     return tuple(group for group in groups if group.layers[0] not in whole), tuple(
-        LeftOut(name, reason, "size", reason) for name in whole
+        Unpruned(name, reason, "size", reason) for name in whole
     )
 
 
@@ -256,14 +257,18 @@ def _whole(model: nn.Module, channels: Channels, names: Sequence[str]) -> list[s
     ]
 
 
-def settle_grouped(sets: ChannelSets, conv: GroupedConv, wishes: Wishes, multiple: int) -> None:
+def settle_grouped(sets: ChannelSets, conv: GroupedConv, constraints: Constraints, multiple: int) -> None:
     """Choose how the channels around a grouped convolution may go: whole groups, or evenly out of every group."""
     result = sets[conv.result]
     source = None if conv.source is None else sets[conv.source]
     free = source is not None and source.kept is None and result.kept is None
-    fractions = {wishes.ratio(found.layers) for found in (source, result) if found is not None}
-    if free and source.channels == result.channels and (len(fractions) == 1 or not _have_own(wishes, source, result)):
-        target = _Target(wishes.ratio([*source.layers, *result.layers]) or 0.0, multiple)
+    fractions = {constraints.ratio(found.layers) for found in (source, result) if found is not None}
+    if (
+        free
+        and source.channels == result.channels
+        and (len(fractions) == 1 or not _have_own(constraints, source, result))
+    ):
+        target = _Target(constraints.ratio([*source.layers, *result.layers]) or 0.0, multiple)
         width = result.channels // conv.groups
         whole = target.kept(
             result.channels, math.lcm(width, source.unit, result.unit), math.lcm(source.blocks, result.blocks)
@@ -284,38 +289,38 @@ def settle_grouped(sets: ChannelSets, conv: GroupedConv, wishes: Wishes, multipl
             found.bonds.append(f"each of the {conv.groups} groups of {conv.layer} keeps the same number")
 
 
-def _have_own(wishes: Wishes, *sets: ChannelSet) -> bool:
+def _have_own(constraints: Constraints, *sets: ChannelSet) -> bool:
     """Whether each of these sets is asked for a fraction of its own, so that they cannot share one."""
-    return all(any(layer in wishes.ratios for layer in found.layers) for found in sets)
+    return all(any(layer in constraints.ratios for layer in found.layers) for found in sets)
 
 
 def decide(
-    channels: Channels, model: nn.Module, wishes: Wishes, multiple: int
-) -> tuple[tuple[Group, ...], tuple[LeftOut, ...]]:
+    channels: Channels, model: nn.Module, constraints: Constraints, multiple: int
+) -> tuple[tuple[Group, ...], tuple[Unpruned, ...]]:
     """The groups that lose channels, and the layers that stay with the reason; grouped convolutions are settled."""
     groups: list[Group] = []
-    whole: dict[str, LeftOut] = {}
+    whole: dict[str, Unpruned] = {}
     for root in channels.sets.roots():
         found = channels.sets[root]
-        target = _Target(wishes.ratio(found.layers) or 0.0, multiple)
-        after = _channels_after(found, wishes, target)
+        target = _Target(constraints.ratio(found.layers) or 0.0, multiple)
+        after = _channels_after(found, constraints, target)
         if found.kept is not None:
             kind = _KINDS.get(found.kept, "structure")
-            whole |= {name: LeftOut(name, _kept_reason(name, found), kind, found.kept) for name in found.layers}
+            whole |= {name: Unpruned(name, _kept_reason(name, found), kind, found.kept) for name in found.layers}
         elif after >= found.channels:
             reason = _too_small(found, target)
-            whole |= {name: LeftOut(name, reason, "size", reason) for name in found.layers}
+            whole |= {name: Unpruned(name, reason, "size", reason) for name in found.layers}
         elif found.layers:
             order = [layer for layer in channels.layers() if layer in set(found.layers)]
             groups.append(Group(tuple(order), found.channels, after, _group_reason(found), found.unit, found.blocks))
     for name in channels.followers:
         reason = "has no channels of its own: it follows the concatenation it reads, channel by channel"
-        whole[name] = LeftOut(name, reason, cause=reason)
+        whole[name] = Unpruned(name, reason, cause=reason)
     for name, module in model.named_modules():
         if (torch_base(type(module)) in LAYERS or is_attention(module)) and name not in channels.own_set:
             reason = "is not called by the forward pass, or only inside a module that is not opened"
-            whole[name] = LeftOut(name, reason, cause=reason)
-    _refuse_named(channels, wishes, {name: left.reason for name, left in whole.items()})
+            whole[name] = Unpruned(name, reason, cause=reason)
+    _refuse_named(channels, constraints, {name: left.reason for name, left in whole.items()})
     parts = tuple(f"{name}." for name in channels.attentions)
     order = {layer: index for index, layer in enumerate(channels.layers())}
     names = sorted((name for name in whole if not name.startswith(parts)), key=lambda name: order.get(name, len(order)))
@@ -328,21 +333,23 @@ _KINDS: dict[str, Literal["answer", "asked"]] = {
 }
 
 
-def _channels_after(found: ChannelSet, wishes: Wishes, target: _Target) -> int:
+def _channels_after(found: ChannelSet, constraints: Constraints, target: _Target) -> int:
     """What is kept; of a group that competes, the fewest that may be."""
-    if not wishes.competes(found.layers):
+    if not constraints.competes(found.layers):
         return target.kept(found.channels, found.unit, found.blocks)
-    limit = replace(target, sparsity=1.0 if wishes.cap is None else wishes.cap)
+    limit = replace(target, sparsity=1.0 if constraints.cap is None else constraints.cap)
     return limit.fewest(found.channels, found.unit, found.blocks)
 
 
-def _refuse_named(channels: Channels, wishes: Wishes, reasons: Mapping[str, str]) -> None:
+def _refuse_named(channels: Channels, constraints: Constraints, reasons: Mapping[str, str]) -> None:
     """Raise `RequestError` for a fraction asked by name of layers that all must stay whole."""
     sets = (channels.sets[root] for root in channels.sets.roots())
     fixed = {*channels.followers, *(layer for found in sets if found.kept for layer in found.layers)}
-    for name, layers in wishes.named.items():
+    for name, layers in constraints.named.items():
         if fixed.issuperset(layers):
-            raise RequestError(wishes.where, name, f"a layer that can be pruned, but {layers[0]} {reasons[layers[0]]}")
+            raise RequestError(
+                constraints.where, name, f"a layer that can be pruned, but {layers[0]} {reasons[layers[0]]}"
+            )
 
 
 def _kept_reason(layer: str, found: ChannelSet) -> str:

@@ -67,5 +67,5 @@ def _row(network: nn.Module, multiple: int, estimate: Estimate, words: dict[str,
             [index(" ".join(group.layers)), group.channels_before, group.channels_after, index(group.reason)]
             for group in estimate.plan.groups
         ],
-        "left_out": [[index(layer.layer), index(layer.reason)] for layer in estimate.plan.left_out],
+        "left_out": [[index(layer.layer), index(layer.reason)] for layer in estimate.plan.unpruned],
     }

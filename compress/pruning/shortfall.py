@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from compress.pruning.plan import LeftOut, Plan
+from compress.pruning.plan import Plan, Unpruned
 
 FAR_BELOW = 0.5
 """A plan falls short when it removes less than this share of the sparsity asked for. Removing the fraction s of every
@@ -38,13 +38,13 @@ def shortfall(
         macs_removed: fraction of the multiply-accumulates.
     """
     total = sum(parameter.numel() for parameter in model.parameters())
-    sizes = {left.layer: _own_parameters(model, left.layer) for left in plan.left_out}
-    asked = sum(sizes[left.layer] for left in plan.left_out if left.kind == "asked")
+    sizes = {left.layer: _own_parameters(model, left.layer) for left in plan.unpruned}
+    asked = sum(sizes[left.layer] for left in plan.unpruned if left.kind == "asked")
     removed, open_to_pruning = total - parameters_kept, total - asked
     if not plan.groups or open_to_pruning <= 0 or removed >= FAR_BELOW * sparsity * open_to_pruning:
         return None
     macs = "" if macs_removed is None else f" ({_percent(macs_removed)} of the multiply-accumulates)"
-    whole = [left for left in plan.left_out if left.kind != "asked"]
+    whole = [left for left in plan.unpruned if left.kind != "asked"]
     share = sum(sizes[left.layer] for left in whole) / total
     because = (
         f"{_percent(share)} of them are in layers that stay whole: {_reasons(whole, sizes, total)}"
@@ -57,9 +57,9 @@ def shortfall(
     )
 
 
-def _reasons(whole: list[LeftOut], sizes: dict[str, int], total: int) -> str:
+def _reasons(whole: list[Unpruned], sizes: dict[str, int], total: int) -> str:
     """The reasons that keep most, each with its layers."""
-    by_cause: Mapping[str, list[LeftOut]] = defaultdict(list)
+    by_cause: Mapping[str, list[Unpruned]] = defaultdict(list)
     for left in whole:
         by_cause[left.cause].append(left)
     weights = {cause: sum(sizes[left.layer] for left in layers) for cause, layers in by_cause.items()}
@@ -74,7 +74,7 @@ def _reasons(whole: list[LeftOut], sizes: dict[str, int], total: int) -> str:
     return "; ".join(told) + (f"; and {left} more reasons" if left > 1 else "; and one more reason" if left else "")
 
 
-def _advice(whole: list[LeftOut], sizes: dict[str, int], multiple: int) -> str:
+def _advice(whole: list[Unpruned], sizes: dict[str, int], multiple: int) -> str:
     kinds = {left.kind for left in whole if sizes[left.layer] > 0}
     advice = []
     if "structure" in kinds:

@@ -11,7 +11,7 @@ import contextlib
 import time
 from collections.abc import Iterator, Mapping
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,33 +19,33 @@ from torch import Tensor, nn
 from compress import nni_bridge
 from compress.errors import PruningError
 from compress.models.attention import heads_of, is_attention, keep_heads
-from compress.pruning import Shrunk
 from compress.pruning.channels import Call, Channels
 from compress.pruning.equivalence import Difference, check_equal
 from compress.pruning.graph.axes import Axis, kept_features
 from compress.pruning.graph.tensors import owners, stored
+from compress.pruning.interface import PrunedModel, PruningTraining
 from compress.pruning.nni import backend
 from compress.pruning.plan import Plan, check_example
+from compress.pruning.registry import Pruner
 from compress.tracing import type_name
 from compress.tracing.graph import probe, structure_copy, traced_copy
-
-if TYPE_CHECKING:
-    from compress.pruning import Pruner, Training
 
 _SIZES = ("in_channels", "out_channels", "groups", "in_features", "out_features", "num_features", "num_parameters",
           "num_groups", "num_channels")  # fmt: skip
 
 
-def shrink(model: nn.Module, example: Tensor, plan: Plan, pruner: Pruner, how: Training | None) -> Shrunk:
+def shrink(
+    model: nn.Module, example: Tensor, plan: Plan, pruner: Pruner, training: PruningTraining | None
+) -> PrunedModel:
     """Choose, mask, shrink and check a copy of `model`; see `compress.pruning.prune`."""
     started = time.perf_counter()
     check_example(model, example)
     with torch.inference_mode(False), torch.enable_grad(), nni_bridge.random_state_kept():
-        choice = backend.choose(model, example, plan, pruner, how)
+        choice = backend.choose(model, example, plan, pruner, training)
         with _one_thread():
             result, difference = _shrunk(choice.model, example, choice.kept)
     seconds = time.perf_counter() - started
-    return Shrunk(result, plan, difference.max_abs_diff, difference.reference_scale, choice.kept, seconds)
+    return PrunedModel(result, plan, difference.max_abs_diff, difference.reference_scale, choice.kept, seconds)
 
 
 def _shrunk(model: nn.Module, example: Tensor, kept: dict[str, Tensor]) -> tuple[nn.Module, Difference]:

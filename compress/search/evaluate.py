@@ -131,7 +131,7 @@ class OneShot:
         right = total = 0
         if why is None:
             if shrunk is not None:
-                steps.recover(request, self._workload, self._workload.model, model, shrunk.kept)
+                steps.recover(request, self._workload, self._workload.model, model, shrunk.kept_channels)
             deployed = quantization.fake_quantized(self._quantized(request, model)) if request.quantizes else model
             right, total = self._score(deployed)
         return Outcome(
@@ -161,7 +161,7 @@ class OneShot:
         count = min(request.reconstruction_images, REFIT_IMAGES)
         return request.model_copy(update={"reconstruction_images": count, "max_quantization_loss": None})
 
-    def _shrunk(self, request: Request) -> pruning.Shrunk | None:
+    def _shrunk(self, request: Request) -> pruning.PrunedModel | None:
         """None where nothing goes: no ratio is large enough for one multiple of channels."""
         if not request.prunes:
             return None

@@ -140,7 +140,7 @@ def _scored_pairs(request: Request, workload: Workload, model: nn.Module, images
 
 def pruning_training(
     request: Request, workload: Workload, teacher: nn.Module, progress: training.Progress
-) -> pruning.Training | None:
+) -> pruning.PruningTraining | None:
     """How the request's pruner looks at training images and trains; None when it needs none.
 
     Raises:
@@ -152,7 +152,7 @@ def pruning_training(
     if images.per_epoch == 0:
         raise TrainingError(training.TOO_FEW_IMAGES)
     recipe = recipe_of(request, workload, request.pruning_epochs, request.pruning_learning_rate)
-    return pruning.Training(
+    return pruning.PruningTraining(
         batches=lambda epoch: (batch[:2] for batch in islice(images.batches(epoch), images.per_epoch)),
         loss=training.loss_function(
             recipe, teacher if recipe.distillation_weight > 0 else None, classes_of(workload.model, workload.example)

@@ -77,7 +77,7 @@ def prune_and_shrink(work: Run, workload: Workload) -> Facts:
     )
     shrunk = pruning.prune(model, workload.example, plan, request.pruner, how)
     work.progress("prune", 0.8, "shrunk, equal to the masked model; refitting what stays")
-    refits = steps.recover(request, workload, model, shrunk.model, shrunk.kept)
+    refits = steps.recover(request, workload, model, shrunk.model, shrunk.kept_channels)
     short = steps.shortfall(request, workload, plan, shrunk.model)
     files = _save_model(work, workload, shrunk.model, "stages/shrunk")
     hop = ledger.torch_hop(work, workload, "pruned and refitted" if refits else "pruned", shrunk.model)

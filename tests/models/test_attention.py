@@ -26,7 +26,7 @@ from compress import onnx_export, quantization
 from compress.errors import CheckpointError, HandoffError, RequestError
 from compress.models import attention, counting
 from compress.preprocessing import Preprocessing
-from compress.pruning import PRUNERS, Shrunk, Training, plan, prune, speedup
+from compress.pruning import PRUNERS, PrunedModel, PruningTraining, plan, prune, speedup
 from compress.pruning.reconstruction import reconstruct
 
 torch.set_num_threads(1)
@@ -73,7 +73,7 @@ class Case:
     """One family, pruned by half."""
 
     model: nn.Module
-    result: Shrunk
+    result: PrunedModel
     images: Tensor
     layer: str
     heads: int
@@ -95,7 +95,9 @@ def case(name: str) -> Case:
     return Case(model, halved(model, example), example, layer, heads, width)
 
 
-def halved(model: nn.Module, example: Tensor, pruner: str = "l1-norm", how: Training | None = None) -> Shrunk:
+def halved(
+    model: nn.Module, example: Tensor, pruner: str = "l1-norm", how: PruningTraining | None = None
+) -> PrunedModel:
     return prune(model, example, plan(model, example, sparsity=0.5), pruner, how)
 
 
@@ -124,7 +126,7 @@ def test_whole_heads_go_and_the_rest_is_equal_to_the_masked_model(family):
 def test_equal_to_a_masked_model_made_independently(family):
     """Zero columns of the output projections, and the MLPs' dead units: no code of the package in between."""
     masked = copy.deepcopy(family.model)
-    for layer, rows in family.result.kept.items():
+    for layer, rows in family.result.kept_channels.items():
         module = masked.get_submodule(layer)
         if attention.is_attention(module):
             name = {"vit": "out_proj", "maxvit": "merge"}.get(_family_of(family.model), "proj")
@@ -148,7 +150,7 @@ def test_the_heads_with_the_largest_values_stay(family):
     rows = attention.value_rows(family.before).view(family.heads, family.width, -1)
     best = rows.abs().sum((1, 2)).topk(family.heads // 2).indices.sort().values
     assert torch.equal(attention.value_rows(family.after), rows[best].flatten(0, 1))
-    kept = family.result.kept[family.layer].view(family.heads, family.width)
+    kept = family.result.kept_channels[family.layer].view(family.heads, family.width)
     assert torch.equal(kept.all(1).nonzero().flatten(), best) and torch.equal(kept.any(1), kept.all(1))
 
 
@@ -200,7 +202,7 @@ def test_every_pruner_chooses_heads(pruner):
 
 def test_what_is_left_is_refitted_around_the_attention(family):
     model, shown = copy.deepcopy(family.result.model), torch.randn(64, *family.images.shape[1:])
-    refits = reconstruct(model, family.model, family.result.kept, shown)
+    refits = reconstruct(model, family.model, family.result.kept_channels, shown)
     assert refits and all(refit.error_after <= refit.error_before for refit in refits)
     with torch.no_grad():
         wanted = family.model(shown)
@@ -292,7 +294,7 @@ def test_an_attention_is_excluded_by_its_name_its_block_or_a_part_of_it():
     for name in (first, "encoder.layers.encoder_layer_0", f"{first}.out_proj"):
         found = plan(vit(), images(), sparsity=0.5, exclude=[name])
         assert first not in found.layers and second in found.layers
-        assert {one.layer: one.reason for one in found.left_out}[first] == "is excluded by you"
+        assert {one.layer: one.reason for one in found.unpruned}[first] == "is excluded by you"
     with pytest.raises(RequestError, match=rf"exclude: got '{first}.out'"):
         plan(vit(), images(), sparsity=0.5, exclude=[f"{first}.out"])
 
@@ -301,7 +303,7 @@ def test_an_attention_is_excluded_by_its_name_its_block_or_a_part_of_it():
 def test_what_is_inside_an_attention_is_listed_with_it(name):
     build, size, layer, *_ = FAMILIES[name]
     found = plan(build(), images(size), sparsity=0.5)
-    assert not [one.layer for one in found.left_out if one.layer.startswith(f"{layer}.")]
+    assert not [one.layer for one in found.unpruned if one.layer.startswith(f"{layer}.")]
 
 
 class AttentionOfOnesOwn(nn.Module):
@@ -335,7 +337,7 @@ def test_tokens_first_works_too():
 def test_attention_that_cannot_be_pruned_stays_with_the_reason(call, kwargs, reason):
     found = plan(AttentionOfOnesOwn(call, **kwargs), images(), sparsity=0.5)
     assert found.layers.keys() == {"hidden"}
-    assert reason in {one.layer: one.reason for one in found.left_out}["attention"]
+    assert reason in {one.layer: one.reason for one in found.unpruned}["attention"]
 
 
 def test_a_wrong_head_is_caught(monkeypatch):

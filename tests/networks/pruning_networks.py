@@ -7,14 +7,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bench.randomised import randomise
-from compress.pruning import Training
+from compress.pruning import PruningTraining
 
 __all__ = ["ODD_NETWORKS", "conv_bn", "randomise"]
 
 
 def training(
     size: int, *, steps: int = 8, rounds: int = 2, classes: int = 5, known: bool = True, **changes
-) -> Training:
+) -> PruningTraining:
     """Four batches of eight random images with random labels, or unknown ones."""
     generator = torch.Generator().manual_seed(2)
     images = torch.randn(32, 3, size, size, generator=generator)
@@ -24,7 +24,7 @@ def training(
         "loss": lambda model, batch, truth: F.cross_entropy(model(batch), truth),
         "learning_rate": 0.05,
     }
-    return Training(steps=steps, rounds=rounds, **(given | changes))
+    return PruningTraining(steps=steps, rounds=rounds, **(given | changes))
 
 
 def conv_bn(inputs: int, outputs: int, **kwargs: int) -> nn.Sequential:

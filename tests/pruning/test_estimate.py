@@ -40,7 +40,7 @@ def test_it_is_what_really_shrunk_models_have(name: str) -> None:
     assert found.parameters / counting.count_parameters(model) == pytest.approx(row["parameters_kept"], abs=1e-12)
     close = 0.01 if name.startswith("swin_v2") else 1e-12  # its tables of positions do not all go with the heads
     assert found.macs / counting.count_macs(model, size) == pytest.approx(row["macs_kept"], rel=close)
-    assert len(found.plan.left_out) == len(row["left_out"])
+    assert len(found.plan.unpruned) == len(row["left_out"])
 
 
 @pytest.mark.parametrize(("sparsity", "multiple"), [(0.3, 8), (0.8, 1)])

@@ -25,7 +25,7 @@ from compress.errors import PruningError, RequestError, TrainingError
 from compress.pruning import (
     PRUNERS,
     SEARCHES,
-    Training,
+    PruningTraining,
     channel_statistics,
     plan,
     plan_without_shrinking,
@@ -108,14 +108,14 @@ def test_counts_equality_weights_and_everything_left_as_found(pruner):
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     assert not hasattr(model.stem[0], "_nni_wrapper") and all(p.grad is None for p in model.parameters())
     assert result.max_abs_diff <= 1e-5 * result.reference_scale
-    assert {layer: int(rows.sum()) for layer, rows in result.kept.items()} == {
+    assert {layer: int(rows.sum()) for layer, rows in result.kept_channels.items()} == {
         "stem.0": 8, "inner.0": 16, "outer.0": 8,
     }  # fmt: skip
     assert not result.model.stem.training and result.model.inner.training
     assert [p.requires_grad for p in result.model.parameters()] == [p.requires_grad for p in model.parameters()]
-    read = {"stem.0": slice(None), "inner.0": result.kept["stem.0"], "outer.0": result.kept["inner.0"]}
+    read = {"stem.0": slice(None), "inner.0": result.kept_channels["stem.0"], "outer.0": result.kept_channels["inner.0"]}
     for layer, inputs in read.items():
-        kept = before[f"{layer}.weight"][result.kept[layer]][:, inputs]
+        kept = before[f"{layer}.weight"][result.kept_channels[layer]][:, inputs]
         stays = layer == "inner.0" or not PRUNERS[pruner].leaves_trained
         assert torch.equal(kept, result.model.get_submodule(layer).weight) == stays, layer
 
@@ -161,7 +161,7 @@ def test_apoz_and_mean_activation_by_hand():
     how = training(2, steps=1, rounds=1, batches=lambda epoch: [(PIXELS, torch.zeros(1, dtype=torch.long))])
     for pruner, kept in (("activation-apoz", [0, 3]), ("activation-mean", [0, 2])):
         result = prune(model, PIXELS, found, pruner, how)
-        assert result.kept["0"].nonzero().flatten().tolist() == kept
+        assert result.kept_channels["0"].nonzero().flatten().tolist() == kept
 
 
 def test_without_an_activation_function_what_is_read_counts():
@@ -180,7 +180,9 @@ def test_a_residual_stream_is_judged_wherever_its_channels_show():
     with torch.no_grad():
         model(example())
     stream = next(index for index, group in enumerate(found.groups) if "stem.0" in group.layers)
-    measured = channel_statistics.activation_scores(model, example(), found, [(example(), None)], "activation-apoz")[stream]
+    measured = channel_statistics.activation_scores(model, example(), found, [(example(), None)], "activation-apoz")[
+        stream
+    ]
     assert torch.allclose(measured, torch.stack(seen[:2]).mean(0))
 
 
@@ -198,7 +200,7 @@ def test_taylor_is_the_squared_product_of_gradient_and_weight(known):
         importance += (gradient * weight).square().flatten(1).sum(1).detach()
     result = prune(model, example(), plan(model, example(), sparsity=0.5), "taylor", how)
     best = importance.topk(16).indices.sort().values
-    assert importance.min() > 0 and torch.equal(result.kept["0.0"].nonzero().flatten(), best)
+    assert importance.min() > 0 and torch.equal(result.kept_channels["0.0"].nonzero().flatten(), best)
 
 
 def test_slim_keeps_the_largest_factors_after_pulling_them_to_zero():
@@ -210,7 +212,7 @@ def test_slim_keeps_the_largest_factors_after_pulling_them_to_zero():
     how = training(16, steps=20, loss=lambda model, images, labels: 0 * model(images).sum())
     result = prune(model, example(), plan(model, example(), sparsity=0.5), "slim", how)
     kept = factors.abs().topk(16).indices.sort().values
-    assert torch.equal(result.kept["0.0"].nonzero().flatten(), kept)
+    assert torch.equal(result.kept_channels["0.0"].nonzero().flatten(), kept)
     assert torch.allclose(factors[kept] - result.model[0][1].weight, 0.25 * factors[kept].sign(), atol=1e-4)
 
 
@@ -293,7 +295,7 @@ def test_admm_pulls_the_weights_that_will_go(monkeypatch):
 
     monkeypatch.setattr(data_driven, "ADMM_PENALTY", 0.5)
     wanted = plan(model, example(), sparsity=0.5)
-    kept = prune(model, example(), wanted, "admm", training(16, steps=20, loss=loss)).kept["0"]
+    kept = prune(model, example(), wanted, "admm", training(16, steps=20, loss=loss)).kept_channels["0"]
     assert torch.equal(kept.nonzero().flatten(), norms.topk(16).indices.sort().values)
     assert (last[-1][~kept] < 0.3 * norms[~kept]).all() and torch.allclose(last[-1][kept], norms[kept], rtol=0.02)
 
@@ -312,7 +314,7 @@ def masks_seen(pruner: str, rounds: int, steps: int) -> tuple[list[int], list[bo
 
     how = training(16, steps=steps, rounds=rounds, loss=loss)
     result = prune(model, example(), plan(model, example(), sparsity=0.5), pruner, how)
-    return masked, original, result.kept["0.0"]
+    return masked, original, result.kept_channels["0.0"]
 
 
 def test_gradual_schedules_prune_train_and_prune_again():
@@ -358,8 +360,8 @@ def test_level_zeroes_the_smallest_weights_and_keeps_every_shape():
     model = randomise(Residual()).train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     found = plan_without_shrinking(model, exclude=["head"])
-    assert found.groups == () and found.thinned == ("stem.0", "inner.0", "outer.0")
-    assert found.left_out[-1].reason == "is excluded by you"
+    assert found.groups == () and found.sparse_layers == ("stem.0", "inner.0", "outer.0")
+    assert found.unpruned[-1].reason == "is excluded by you"
     result = zero_weights(model, found, 0.3)
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     assert result.model.training and all(parameter.requires_grad for parameter in result.model.parameters())
@@ -400,7 +402,7 @@ def test_level_shrinks_nothing():
 
 def test_fewer_steps_than_rounds_are_refused():
     with pytest.raises(RequestError, match="rounds: got 5, expected a whole number from 1 to the 4 training steps"):
-        Training(lambda epoch: [], lambda *batch: torch.zeros(()), 4, 0.1, 5)
+        PruningTraining(lambda epoch: [], lambda *batch: torch.zeros(()), 4, 0.1, 5)
 
 
 def test_no_batch_and_a_loss_that_is_not_finite_are_refused():

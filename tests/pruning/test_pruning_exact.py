@@ -359,7 +359,9 @@ def test_a_shrunk_model_that_does_not_run_names_the_layer(monkeypatch):
     monkeypatch.setattr(speedup, "_replace", broken)
     with pytest.raises(HandoffError) as caught:
         shrunk(randomise(small_resnet()))
-    assert str(caught.value).startswith("The shrunk model does not run. The first layer that differs is layer3.0.conv1, ")
+    assert str(caught.value).startswith(
+        "The shrunk model does not run. The first layer that differs is layer3.0.conv1, "
+    )
     assert "exclude layer2.0.conv2, layer2.0.downsample.0, " in str(caught.value)
     assert "size" not in str(caught.value)  # torch's own words go to the log
 

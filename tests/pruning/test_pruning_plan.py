@@ -20,7 +20,7 @@ IMAGE = torch.zeros(1, 3, 64, 64)
 
 
 def reasons(found) -> dict[str, str]:
-    return {left.layer: left.reason for left in found.left_out}
+    return {left.layer: left.reason for left in found.unpruned}
 
 
 def group_of(found, layer: str):
@@ -246,7 +246,7 @@ import logging, sys, warnings
 import torch, torch.fx
 from torch.utils import _pytree
 from torch.fx.immutable_collections import immutable_list
-from compress import pruning, _nni
+from compress import pruning, nni_bridge
 import compress.pruning.plan
 assert "nni" not in sys.modules, "importing compress imports nni"
 registries = (_pytree.SUPPORTED_NODES, _pytree.SUPPORTED_SERIALIZED_TYPES, _pytree.SERIALIZED_TYPE_TO_PYTHON_TYPE)
@@ -254,7 +254,7 @@ before = [dict(one) for one in registries]
 root = logging.getLogger()
 warnings.simplefilter("error")
 state = (root.level, list(root.handlers), list(warnings.filters))
-_nni.import_nni()
+nni_bridge.import_nni()
 assert state == (root.level, list(root.handlers), list(warnings.filters))
 logger = logging.getLogger("nni")
 assert logger.handlers == [] and logger.level == logging.NOTSET, (logger.handlers, logger.level)
@@ -262,7 +262,7 @@ for one, was in zip(registries, before):
     changed = [key for key in was if one.get(key) is not was[key]]
     assert not changed, changed
 assert _pytree.tree_flatten(immutable_list([1, 2]))[0] == [1, 2]
-with _nni.quiet():
+with nni_bridge.quiet():
     print("never shown")
     logging.getLogger("nni.compression").error("never shown")
     torch.rand(3)

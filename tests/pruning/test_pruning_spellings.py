@@ -24,7 +24,7 @@ def network(operation) -> Spelled:
 def test_what_treats_each_channel_alone_is_pruned_and_equal(spelling):
     model = network(FOLLOWED[spelling])
     found = plan(model, IMAGES, sparsity=0.5)
-    assert {"first.0", "last"} <= found.layers.keys(), [left for left in found.left_out if left.layer == "first.0"]
+    assert {"first.0", "last"} <= found.layers.keys(), [left for left in found.unpruned if left.layer == "first.0"]
     result = prune(model, IMAGES, found, "l1-norm")
     assert result.max_abs_diff <= 1e-5 * result.reference_scale
     assert result.model.first[0].out_channels == 16 and result.model.last.out_channels == 16
@@ -35,7 +35,7 @@ def test_what_mixes_channels_leaves_their_layer_whole_and_names_the_line(spellin
     operation, reason = STAYS[spelling]
     model = network(operation)
     found = plan(model, IMAGES, sparsity=0.5)
-    told = next(left.reason for left in found.left_out if left.layer == "first.0")
+    told = next(left.reason for left in found.unpruned if left.layer == "first.0")
     assert re.search(reason, told), told
     result = prune(model, IMAGES, found, "l1-norm")
     assert result.max_abs_diff <= 1e-5 * result.reference_scale

@@ -28,7 +28,7 @@ def shrunk(network, pruner: str = "l1-norm"):
 
 
 def reasons(found: Plan) -> dict[str, str]:
-    return {left.layer: left.reason for left in found.left_out}
+    return {left.layer: left.reason for left in found.unpruned}
 
 
 @pytest.mark.parametrize("pruner", ["l1-norm", "taylor", "agp"])
@@ -93,7 +93,7 @@ class Normed(nn.Sequential):
 def test_group_norm_loses_whole_groups():
     result = shrunk(lambda: Normed(nn.GroupNorm(4, 64)))
     assert (result.model[1].num_groups, result.model[1].num_channels, result.plan.layers["0"].unit) == (2, 32, 16)
-    rows = result.kept["0"].view(4, 16)
+    rows = result.kept_channels["0"].view(4, 16)
     assert bool((rows.all(1) | ~rows.any(1)).all())
 
 

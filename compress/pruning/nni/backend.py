@@ -8,23 +8,21 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
-from compress import nni_bridge, training
+from compress import nni_bridge
 from compress.errors import PruningError
 from compress.models.attention import heads_of, is_attention, value_rows
-from compress.pruning import Sparse
+from compress.pruning.interface import PruningTraining, SparseModel
 from compress.pruning.nni import data_driven, trained
 from compress.pruning.nni.config import Masks, config_list, make_comparable
 from compress.pruning.plan import Group, Plan
+from compress.pruning.registry import Pruner
 from compress.tracing.graph import structure_copy
-
-if TYPE_CHECKING:
-    from compress.pruning import Pruner, Training
-
+from compress.training import device, single_pixels_multiplied
 
 _WEIGHTS_AT_ONCE = 8_000_000
 
@@ -38,25 +36,27 @@ class Choice:
     model: nn.Module
 
 
-def choose(model: nn.Module, example: torch.Tensor, plan: Plan, pruner: Pruner, how: Training | None) -> Choice:
+def choose(
+    model: nn.Module, example: torch.Tensor, plan: Plan, pruner: Pruner, training: PruningTraining | None
+) -> Choice:
     """Run `pruner` over a copy of `model`, which is only read; see `compress.pruning.prune` for what it raises.
 
     NNI has no wrapper for attention, so a pruner that runs the model leaves its heads to the L1 norm.
     """
-    if how is None or not pruner.needs_images:
+    if training is None or not pruner.needs_images:
         return Choice(kept_channels(model, plan, pruner.nni_class), model)
     _check_fits(model, plan)
     with_heads = [group for group in plan.groups if is_attention(model.get_submodule(group.layers[0]))]
     heads = kept_channels(model, replace(plan, groups=tuple(with_heads)), "L1NormPruner") if with_heads else {}
     plan = replace(plan, groups=tuple(group for group in plan.groups if group not in with_heads))
-    subject = copy.deepcopy(structure_copy(model)).to(training.device())
-    with nni_bridge.quiet(), torch.enable_grad(), training.single_pixels_multiplied(subject):
+    subject = copy.deepcopy(structure_copy(model)).to(device())
+    with nni_bridge.quiet(), torch.enable_grad(), single_pixels_multiplied(subject):
         torch.manual_seed(0)
-        masks = _WITH_IMAGES[pruner.name](subject, example.to(training.device()), plan, how)
+        masks = _WITH_IMAGES[pruner.name](subject, example.to(device()), plan, training)
     return Choice(heads | _kept(plan, masks), _with_tensors_of(subject, model) if pruner.leaves_trained else model)
 
 
-_WITH_IMAGES: dict[str, Callable[[nn.Module, torch.Tensor, Plan, Training], Masks]] = {
+_WITH_IMAGES: dict[str, Callable[[nn.Module, torch.Tensor, Plan, PruningTraining], Masks]] = {
     "taylor": trained.taylor,
     "slim": trained.slim,
     "linear": partial(trained.gradual, "LinearPruner"),
@@ -113,17 +113,17 @@ def _portions(model: nn.Module, plan: Plan) -> Iterator[Plan]:
         yield replace(plan, groups=tuple(part))
 
 
-def zero_weights(model: nn.Module, plan: Plan, sparsity: float) -> Sparse:
+def zero_weights(model: nn.Module, plan: Plan, sparsity: float) -> SparseModel:
     """See `compress.pruning.zero_weights`; NNI's LevelPruner chooses."""
     result = copy.deepcopy(structure_copy(model))
-    nni_bridge.know_subclasses(model, plan.thinned)
-    config = {"op_names": list(plan.thinned), "target_names": ["weight"], "sparse_ratio": sparsity}
+    nni_bridge.know_subclasses(model, plan.sparse_layers)
+    config = {"op_names": list(plan.sparse_layers), "target_names": ["weight"], "sparse_ratio": sparsity}
     with nni_bridge.quiet(), torch.no_grad():
         _, masks = _pruner_class("LevelPruner")(structure_copy(model), [config]).compress()
-        for layer in plan.thinned:
+        for layer in plan.sparse_layers:
             result.get_submodule(layer).weight.masked_fill_(masks[layer]["weight"] == 0, 0.0)
-    zeros = {layer: float((result.get_submodule(layer).weight == 0).float().mean()) for layer in plan.thinned}
-    return Sparse(result, zeros)
+    zeros = {layer: float((result.get_submodule(layer).weight == 0).float().mean()) for layer in plan.sparse_layers}
+    return SparseModel(result, zeros)
 
 
 def _with_tensors_of(trained_copy: nn.Module, model: nn.Module) -> nn.Module:

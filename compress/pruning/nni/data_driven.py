@@ -7,19 +7,17 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from compress import nni_bridge
 from compress.pruning.channel_statistics import activation_scores
+from compress.pruning.interface import PruningTraining
 from compress.pruning.nni.config import Masks, config_list, make_comparable
 from compress.pruning.nni.evaluator import first_batches, training_evaluator
 from compress.pruning.plan import Plan
-
-if TYPE_CHECKING:
-    from compress.pruning import Training
 
 Metrics = dict[str, dict[str, Tensor]]
 """layer -> parameter name -> values."""
@@ -30,9 +28,9 @@ ADMM_PENALTY = 1e-3
 """rho of Zhang et al. 2018: strength of the pull towards the pruned weights."""
 
 
-def by_activation(statistic: str, model: nn.Module, example: Tensor, plan: Plan, how: Training) -> Masks:
-    """Channels ranked by what they put out on `how.steps` batches; `statistic` is a key of observe.STATISTICS."""
-    images = first_batches(how, how.steps)
+def by_activation(statistic: str, model: nn.Module, example: Tensor, plan: Plan, training: PruningTraining) -> Masks:
+    """Channels ranked by what they put out on `training.steps` batches; `statistic` is a key of channel_statistics.STATISTICS."""
+    images = first_batches(training, training.steps)
     return masks_by_score(model, plan, activation_scores(model, example, plan, images, statistic))
 
 
@@ -52,7 +50,7 @@ def masks_by_score(model: nn.Module, plan: Plan, scores: list[Tensor]) -> Masks:
     return masks
 
 
-def admm(model: nn.Module, example: Tensor, plan: Plan, how: Training) -> Masks:
+def admm(model: nn.Module, example: Tensor, plan: Plan, training: PruningTraining) -> Masks:
     """Zhang et al. 2018, scaled form, with whole channels in place of single weights.
 
         W <- SGD on loss(W) + rho/2 ||W - Z + U||^2        for one round
@@ -62,26 +60,26 @@ def admm(model: nn.Module, example: Tensor, plan: Plan, how: Training) -> Masks:
     Z and U start as the projection of W and zero. After the last round the channels of smallest norm are masked.
     """
     pruner = _on_nni(ADMM, _PRUNER)(
-        model, config_list(model, plan), training_evaluator(model, how), how.steps // how.rounds
+        model, config_list(model, plan), training_evaluator(model, training), training.steps // training.rounds
     )
-    return _trained(pruner, plan, how)
+    return _trained(pruner, plan, training)
 
 
-def lottery_ticket(model: nn.Module, example: Tensor, plan: Plan, how: Training) -> Masks:
+def lottery_ticket(model: nn.Module, example: Tensor, plan: Plan, training: PruningTraining) -> Masks:
     """Frankle and Carbin 2019, iterative pruning with resetting.
 
     Each of n rounds trains, masks the share p^(1/n) of the channels still there by their L1 norm, and puts the weights
     back to those the model came with. What is masked stays masked.
     """
     pruner = _on_nni(LotteryTicket, _SCHEDULED)(
-        model, config_list(model, plan), training_evaluator(model, how), how.rounds
+        model, config_list(model, plan), training_evaluator(model, training), training.rounds
     )
-    return _trained(pruner, plan, how)
+    return _trained(pruner, plan, training)
 
 
-def _trained(pruner: Any, plan: Plan, how: Training) -> Masks:
+def _trained(pruner: Any, plan: Plan, training: PruningTraining) -> Masks:
     make_comparable(pruner, plan)
-    _, masks = pruner.compress(how.steps, None)
+    _, masks = pruner.compress(training.steps, None)
     pruner.unwrap_model()
     return masks
 

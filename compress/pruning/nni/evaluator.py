@@ -5,22 +5,21 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from compress import nni_bridge, training
+from compress import nni_bridge
 from compress.errors import TrainingError
 from compress.models.calls import logits_of, own_errors
+from compress.pruning.interface import PruningTraining
+from compress.training import MOMENTUM, TOO_FEW_IMAGES, WEIGHT_DECAY, device, one_cycle, parameter_groups
 from compress.training.memory_format import allows_channels_last
 
-if TYPE_CHECKING:
-    from compress.pruning import Training
 
-
-def training_evaluator(model: nn.Module, how: Training) -> Any:
+def training_evaluator(model: nn.Module, training: PruningTraining) -> Any:
     """Trains what it is given for the steps that NNI asks for, in one cycle of the learning rate.
 
     Args:
@@ -35,20 +34,26 @@ def training_evaluator(model: nn.Module, how: Training) -> Any:
     def train(wrapped: nn.Module, optimizer: Any, step: Any, schedule: None, max_steps: int, epochs: None) -> None:
         nonlocal before
         wrapped.train()
-        for done, batch in enumerate(first_batches(how, max_steps, before)):
+        for done, batch in enumerate(first_batches(training, max_steps, before)):
             for group in optimizer.param_groups:
-                group["lr"] = how.learning_rate * training.one_cycle(done / max_steps)
-            _step(step, batch, wrapped, optimizer, f"step {done + 1} at a peak learning rate of {how.learning_rate:g}")
+                group["lr"] = training.learning_rate * one_cycle(done / max_steps)
+            _step(
+                step,
+                batch,
+                wrapped,
+                optimizer,
+                f"step {done + 1} at a peak learning rate of {training.learning_rate:g}",
+            )
         before += max_steps
 
     def loss(batch: tuple[Tensor, Tensor], wrapped: nn.Module) -> Tensor:
-        return how.loss(wrapped, *batch)
+        return training.loss(wrapped, *batch)
 
-    _require_right_layout(model, how)
-    return _evaluator(train, loss, model, how.learning_rate)
+    _require_right_layout(model, training)
+    return _evaluator(train, loss, model, training.learning_rate)
 
 
-def looking_evaluator(model: nn.Module, how: Training) -> Any:
+def looking_evaluator(model: nn.Module, training: PruningTraining) -> Any:
     """Shows gradients of the cross-entropy in eval mode, with a learning rate of 0: every step sees the same weights.
 
     Where a label is unknown, the model's own answer stands in. Distillation would not do: a model that is its own
@@ -57,7 +62,7 @@ def looking_evaluator(model: nn.Module, how: Training) -> Any:
 
     def look(wrapped: nn.Module, optimizer: Any, step: Any, schedule: None, max_steps: int, epochs: None) -> None:
         wrapped.eval()
-        for done, batch in enumerate(first_batches(how, max_steps)):
+        for done, batch in enumerate(first_batches(training, max_steps)):
             _step(step, batch, wrapped, optimizer, f"batch {done + 1}, before anything was trained")
 
     def loss(batch: tuple[Tensor, Tensor], wrapped: nn.Module) -> Tensor:
@@ -66,35 +71,37 @@ def looking_evaluator(model: nn.Module, how: Training) -> Any:
             logits = logits_of(wrapped(images))
         return F.cross_entropy(logits, torch.where(labels < 0, logits.argmax(1), labels))
 
-    _require_right_layout(model, how)
+    _require_right_layout(model, training)
     return _evaluator(look, loss, model, 0.0)
 
 
-def first_batches(how: Training, count: int, before: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+def first_batches(training: PruningTraining, count: int, before: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
     """`count` batches on the device that trains, epoch after epoch; progress counts from `before`.
 
     Raises:
         TrainingError: an epoch has no batch.
     """
-    place, seen = training.device(), 0
+    place, seen = device(), 0
     for epoch in itertools.count():
         seen_before = seen
-        for images, labels in how.batches(epoch):
+        for images, labels in training.batches(epoch):
             if seen % 10 == 0:
-                how.progress((before + seen) / how.steps, f"batch {before + seen + 1} of {how.steps} for the pruner")
+                training.progress(
+                    (before + seen) / training.steps, f"batch {before + seen + 1} of {training.steps} for the pruner"
+                )
             seen += 1
             yield images.to(place), labels.to(place)
             if seen == count:
                 return
         if seen == seen_before:
-            raise TrainingError(training.TOO_FEW_IMAGES)
+            raise TrainingError(TOO_FEW_IMAGES)
 
 
-def _require_right_layout(model: nn.Module, how: Training) -> None:
+def _require_right_layout(model: nn.Module, training: PruningTraining) -> None:
     """Brings `model` into the contiguous layout, whatever it came in; raises what `allows_channels_last` raises."""
     model.to(memory_format=torch.contiguous_format)
     place = next(model.parameters()).device
-    for images, _ in how.batches(0):
+    for images, _ in training.batches(0):
         allows_channels_last(model, images[:2].to(place))
         return
 
@@ -102,9 +109,9 @@ def _require_right_layout(model: nn.Module, how: Training) -> None:
 def _evaluator(loop: Callable[..., None], loss: Callable[..., Tensor], model: nn.Module, rate: float) -> Any:
     nni = nni_bridge.import_nni()
     optimizer = nni.trace(torch.optim.SGD)(
-        training.parameter_groups(model, training.WEIGHT_DECAY["sgd"]),
+        parameter_groups(model, WEIGHT_DECAY["sgd"]),
         lr=rate,
-        momentum=training.MOMENTUM,
+        momentum=MOMENTUM,
         nesterov=True,
     )
     return nni_bridge.load("nni.compression.utils").TorchEvaluator(loop, optimizer, loss)

@@ -7,21 +7,19 @@ unwrapped, with the weights that were trained.
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from compress import nni_bridge
 from compress.pruning.channel_statistics import factor_scores, normalised_groups
+from compress.pruning.interface import PruningTraining
 from compress.pruning.nni.config import Masks, config_list, make_comparable
 from compress.pruning.nni.data_driven import masks_by_score
 from compress.pruning.nni.evaluator import looking_evaluator, training_evaluator
 from compress.pruning.plan import Plan
 from compress.training import MOMENTUM, one_cycle
-
-if TYPE_CHECKING:
-    from compress.pruning import Training
 
 SLIM_REACH = 0.25
 """How far the L1 penalty alone moves a BatchNorm factor in the whole training; factors start near 1.
@@ -31,33 +29,33 @@ times the sum of all learning rates.
 """
 
 
-def taylor(model: nn.Module, example: Tensor, plan: Plan, how: Training) -> Masks:
+def taylor(model: nn.Module, example: Tensor, plan: Plan, training: PruningTraining) -> Masks:
     """The sum of (gradient * weight)^2 over a channel's weights, averaged over batches (Molchanov et al. 2019)."""
     model.requires_grad_(True)
-    evaluator = looking_evaluator(model, how)
-    pruner = _nni_pruners().TaylorPruner(model, config_list(model, plan), evaluator, how.steps)
+    evaluator = looking_evaluator(model, training)
+    pruner = _nni_pruners().TaylorPruner(model, config_list(model, plan), evaluator, training.steps)
     return _run(pruner, plan)
 
 
-def gradual(schedule: str, model: nn.Module, example: Tensor, plan: Plan, how: Training) -> Masks:
+def gradual(schedule: str, model: nn.Module, example: Tensor, plan: Plan, training: PruningTraining) -> Masks:
     """NNI's LinearPruner or AGPPruner over L1NormPruner: after each round of training a larger part is masked."""
     # Given to the scheduling pruner instead, the evaluator would not train the pruned layers at all.
-    inner = _nni_pruners().L1NormPruner(model, config_list(model, plan), training_evaluator(model, how))
+    inner = _nni_pruners().L1NormPruner(model, config_list(model, plan), training_evaluator(model, training))
     make_comparable(inner, plan)
-    pruner = getattr(_nni_pruners(), schedule)(inner, how.steps // how.rounds, how.rounds)
-    return _run(pruner, plan, how.steps)
+    pruner = getattr(_nni_pruners(), schedule)(inner, training.steps // training.rounds, training.rounds)
+    return _run(pruner, plan, training.steps)
 
 
-def movement(model: nn.Module, example: Tensor, plan: Plan, how: Training) -> Masks:
+def movement(model: nn.Module, example: Tensor, plan: Plan, training: PruningTraining) -> Masks:
     """Scores follow the weights from the start; masks grow in the middle half of the training and may still change."""
-    start = how.steps // 4
-    end = max(start + 1, 3 * how.steps // 4)
-    evaluator = training_evaluator(model, how)
+    start = training.steps // 4
+    end = max(start + 1, 3 * training.steps // 4)
+    evaluator = training_evaluator(model, training)
     pruner = _nni_pruners().MovementPruner(model, config_list(model, plan), evaluator, start, end)
-    return _run(pruner, plan, how.steps)
+    return _run(pruner, plan, training.steps)
 
 
-def slim(model: nn.Module, example: Tensor, plan: Plan, how: Training) -> Masks:
+def slim(model: nn.Module, example: Tensor, plan: Plan, training: PruningTraining) -> Masks:
     """BatchNorm factors trained by NNI's SlimPruner, carried over to the layers whose channels they scale.
 
     Masks on a BatchNorm would shrink nothing. A group of layers is ranked by the mean size of all factors that scale its
@@ -67,8 +65,8 @@ def slim(model: nn.Module, example: Tensor, plan: Plan, how: Training) -> Masks:
     norms = sorted({name for group in groups for name, _ in group})
     nni_bridge.know_subclasses(model, norms)
     config = [{"op_names": norms, "target_names": ["weight"], "sparse_ratio": 0.5}]  # its masks are not used
-    evaluator = training_evaluator(model, how)
-    pruner = _slim_class()(model, config, evaluator, how.steps, _penalty(how) * len(norms))
+    evaluator = training_evaluator(model, training)
+    pruner = _slim_class()(model, config, evaluator, training.steps, _penalty(training) * len(norms))
     pruner.compress()
     factors = {name: pruner.scaling_factors[name]["weight"].detach() for name in norms}
     pruner.unwrap_model()
@@ -78,11 +76,11 @@ def slim(model: nn.Module, example: Tensor, plan: Plan, how: Training) -> Masks:
     return masks_by_score(model, plan, factor_scores(groups, factors, lambda group: _l1_norm(model, plan, group)))
 
 
-def _penalty(how: Training) -> float:
+def _penalty(training: PruningTraining) -> float:
     """What moves a factor by SLIM_REACH: a gradient of 1 moves it by the sum of all rates, each times Nesterov's momentum."""
     push = sum(
-        how.learning_rate * one_cycle(step / how.steps) * (1 - MOMENTUM ** (step + 2)) / (1 - MOMENTUM)
-        for step in range(how.steps)
+        training.learning_rate * one_cycle(step / training.steps) * (1 - MOMENTUM ** (step + 2)) / (1 - MOMENTUM)
+        for step in range(training.steps)
     )
     return SLIM_REACH / push
 

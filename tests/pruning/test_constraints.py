@@ -25,7 +25,7 @@ def kept(model: nn.Module, **asked) -> dict[str, int]:
 
 
 def reasons(model: nn.Module, **asked) -> dict[str, str]:
-    return {left.layer: left.reason for left in plan(model, IMAGE, **({"sparsity": 0.5} | asked)).left_out}
+    return {left.layer: left.reason for left in plan(model, IMAGE, **({"sparsity": 0.5} | asked)).unpruned}
 
 
 def resnet() -> nn.Module:
