@@ -103,12 +103,12 @@ def jobs_keep(
 
 @jobs_cli.command("recover")
 def jobs_recover() -> None:
-    """Make a new record of runs from their folders, where the record is damaged or gone."""
+    """Rebuild a damaged or missing run database from the folders of the runs."""
     from compress.jobs.recovery import recover
 
     count, aside = recover(_data_dir().resolve())
     kept = f" The damaged one is kept as {aside}." if aside else ""
-    typer.echo(f"A new record lists {count} runs.{kept}")
+    typer.echo(f"The rebuilt database lists {count} runs.{kept}")
 
 
 def _queue() -> Any:

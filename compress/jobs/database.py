@@ -1,4 +1,4 @@
-"""The record of runs in SQLite: one row a run, every change one transaction, safe for many processes at once."""
+"""The run database in SQLite: one row per run, one transaction per change, safe for concurrent processes."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ CREATE TABLE IF NOT EXISTS runs (
 PRAGMA user_version = {VERSION};
 """
 _UPGRADES = {1: "ALTER TABLE runs ADD COLUMN owner TEXT NOT NULL DEFAULT ''"}
-"""Version -> the statement that makes the next version of it."""
+"""Schema version -> the statement that upgrades it to the next one."""
 
 
 @dataclass(frozen=True)
-class Row:
-    """A run as recorded. `turn` orders the queue; `attempt` counts starts; times are seconds since 1970."""
+class JobRow:
+    """A run as stored. `turn` orders the queue; `attempt` counts starts; times are seconds since 1970."""
 
     job_id: str
     title: str
@@ -54,7 +54,7 @@ class Row:
     turn: int
     attempt: int
     events_offset: int
-    """Size of events.jsonl when this attempt began: what comes before belongs to earlier attempts."""
+    """Size of events.jsonl when this attempt began: what precedes it belongs to earlier attempts."""
     child: Child | None
     cancel_asked: float | None
     error: str | None
@@ -62,36 +62,36 @@ class Row:
     started: float | None
     finished: float | None
     owner: str
-    """Who submitted it; empty where nobody told."""
+    """Who submitted it; empty if unknown."""
 
 
-class DamagedRecord(StorageError):
-    """The record cannot be read, or is gone although there are runs."""
+class DamagedStore(StorageError):
+    """The run database cannot be read, or is missing although there are runs."""
 
 
-class Record:
-    """Raises `StorageError` from every method when the file cannot be read or written.
+class JobStore:
+    """The table of runs. Every method raises `StorageError` when the file cannot be read or written.
 
     Args:
-        known: that there are runs without a record, which is being made for them.
+        known: create the database although there are folders of runs beside it; `recover` does so.
     """
 
     def __init__(self, path: Path, *, known: bool = False) -> None:
         self.path = path
         if not known and not (path.exists() and path.stat().st_size) and _has_runs(path):
-            raise DamagedRecord(
-                f"The record of runs {path} is gone, but there are folders of runs beside it. Put back a copy of it, or "
-                "make a new one from the folders: python -m compress jobs recover."
+            raise DamagedStore(
+                f"The run database {path} is missing, but there are folders of runs beside it. Restore a backup of it, or "
+                "rebuild it from the folders: python -m compress jobs recover."
             )
         with self._open() as db:
             version = db.execute("PRAGMA user_version").fetchone()[0]
             if version not in (0, VERSION, *_UPGRADES):
                 raise StorageError(
-                    f"{path} was written by another version of Espalier (format {version}, this one knows {VERSION}). "
-                    "Use that version, or give another data folder."
+                    f"{path} was written by another version of Espalier (format {version}; this version reads {VERSION}). "
+                    "Use that version, or choose another data folder."
                 )
             if db.execute("PRAGMA quick_check(1)").fetchone()[0] != "ok":
-                raise sqlite3.DatabaseError("its pages do not fit together")
+                raise sqlite3.DatabaseError("its pages are inconsistent")
             if version == 0:
                 db.executescript(_SCHEMA)
         self._upgrade()
@@ -105,10 +105,10 @@ class Record:
     def add(
         self, job_id: str, title: str, *, max_queued: int, owner: str = "", max_per_owner: int | None = None
     ) -> None:
-        """Raises `RunError` when the queue, or what this owner may have in it, is full."""
+        """Adds a queued run. Raises `RunError` when the queue or the owner's quota is full."""
         with self._change() as db:
             _refuse_when_full(db, max_queued)
-            _refuse_greed(db, owner, max_per_owner)
+            _refuse_over_quota(db, owner, max_per_owner)
             db.execute(
                 "INSERT INTO runs (job_id, title, state, turn, created, owner) VALUES (?, ?, ?, ?, ?, ?)",
                 (job_id, title, QUEUED, _next_turn(db), time.time(), owner),
@@ -118,27 +118,28 @@ class Record:
         with self._change() as db:
             db.execute("UPDATE runs SET title = ? WHERE job_id = ?", (title, job_id))
 
-    def while_listed(self, job_id: str, act: Callable[[], object]) -> bool:
-        """Calls `act` while nobody else can change the record. False, and no call, when there is no such run."""
+    def if_listed(self, job_id: str, act: Callable[[], object]) -> bool:
+        """Calls `act` inside a write transaction if the run exists, and returns whether it does."""
         with self._change() as db:
-            there = db.execute("SELECT 1 FROM runs WHERE job_id = ?", (job_id,)).fetchone() is not None
-            if there:
+            exists = db.execute("SELECT 1 FROM runs WHERE job_id = ?", (job_id,)).fetchone() is not None
+            if exists:
                 act()
-            return there
+            return exists
 
-    def delete(self, job_id: str, put_away: Callable[[], None]) -> bool:
-        """Forgets a run that is over, in one transaction with `put_away`. False when it is not over."""
+    def delete(self, job_id: str, move_to_trash: Callable[[], None]) -> bool:
+        """Deletes a run that has ended, in one transaction with `move_to_trash`. False when it has not ended."""
         with self._change() as db:
-            found = db.execute("DELETE FROM runs WHERE job_id = ? AND state IN (?, ?, ?)", (job_id, *FINAL))
-            if found.rowcount:
-                put_away()
-            return bool(found.rowcount)
+            cursor = db.execute("DELETE FROM runs WHERE job_id = ? AND state IN (?, ?, ?)", (job_id, *FINAL))
+            if cursor.rowcount:
+                move_to_trash()
+            return bool(cursor.rowcount)
 
-    def queue_again(self, job_id: str, *, max_queued: int, max_per_owner: int | None = None) -> None:
+    def requeue(self, job_id: str, *, max_queued: int, max_per_owner: int | None = None) -> None:
+        """Queues a failed or cancelled run again. Raises `RunError` as `add` does."""
         with self._change() as db:
             _refuse_when_full(db, max_queued)
             owner = db.execute("SELECT owner FROM runs WHERE job_id = ?", (job_id,)).fetchone()
-            _refuse_greed(db, owner["owner"] if owner else "", max_per_owner)
+            _refuse_over_quota(db, owner["owner"] if owner else "", max_per_owner)
             db.execute(
                 "UPDATE runs SET state = ?, turn = ?, error = NULL, finished = NULL, cancel_asked = NULL, pid = NULL, "
                 "birth = NULL "
@@ -146,8 +147,8 @@ class Record:
                 (QUEUED, _next_turn(db), job_id),
             )
 
-    def ask_to_cancel(self, job_id: str) -> Row | None:
-        """Cancels a waiting run, marks a working one; returns it as it is afterwards, None when it is gone."""
+    def request_cancel(self, job_id: str) -> JobRow | None:
+        """Cancels a queued run or marks a running one as cancelling; returns its new row, None when there is none."""
         now = time.time()
         with self._change() as db:
             db.execute(
@@ -160,16 +161,16 @@ class Record:
             )
             return _get(db, job_id)
 
-    def start_next(self, start: Callable[[Row], Child | str], events_size: Callable[[str], int]) -> bool:
-        """Starts the run whose turn it is, in one transaction with its record. False when none waits.
+    def start_next(self, start: Callable[[JobRow], Child | str], events_size: Callable[[str], int]) -> bool:
+        """Starts the next queued run and stores its process in one transaction. False when none is queued.
 
-        `start` returns the child, or the sentence why there is none, which ends the run.
+        `start` returns the child process, or the error message with which the run fails.
         """
         with self._change() as db:
-            found = db.execute("SELECT * FROM runs WHERE state = ? ORDER BY turn LIMIT 1", (QUEUED,)).fetchone()
-            if found is None:
+            queued = db.execute("SELECT * FROM runs WHERE state = ? ORDER BY turn LIMIT 1", (QUEUED,)).fetchone()
+            if queued is None:
                 return False
-            job_id, now = found["job_id"], time.time()
+            job_id, now = queued["job_id"], time.time()
             db.execute(
                 "UPDATE runs SET state = 'running', attempt = attempt + 1, events_offset = ?, started = ? "
                 "WHERE job_id = ?",
@@ -184,58 +185,58 @@ class Record:
                 )
             return True
 
-    def settle(self, row: Row, ended: Callable[[Row], tuple[str, str | None]]) -> None:
-        """Ends the attempt that `row` shows; nothing happens when that was done already.
+    def settle(self, row: JobRow, ended: Callable[[JobRow], tuple[str, str | None]]) -> None:
+        """Stores the outcome of the attempt in `row`, unless it is stored already.
 
-        `ended` gets the run as it is now, because somebody may have cancelled it meanwhile, and returns its final state and
-        the sentence why.
+        `ended` receives the current row, because another process may have cancelled the run meanwhile, and returns the final
+        state and the error message.
         """
         with self._change() as db:
-            found = db.execute(
+            current = db.execute(
                 "SELECT * FROM runs WHERE job_id = ? AND attempt = ? AND state IN (?, ?)",
                 (row.job_id, row.attempt, *ACTIVE),
             ).fetchone()
-            if found is not None:
+            if current is not None:
                 db.execute(
                     "UPDATE runs SET state = ?, error = ?, finished = ? WHERE job_id = ?",
-                    (*ended(_row(found)), time.time(), row.job_id),
+                    (*ended(_row(current)), time.time(), row.job_id),
                 )
 
-    def get(self, job_id: str) -> Row | None:
+    def get(self, job_id: str) -> JobRow | None:
         with self._open() as db:
             return _get(db, job_id)
 
-    def newest(self, limit: int, words: Sequence[str] = ()) -> list[Row]:
-        """The latest runs that have each of `words` in their title or state, or at the start of their id, newest first."""
-        one = "(instr(lower(title || ' ' || state), lower(?)) > 0 OR instr(job_id, lower(?)) = 1)"
-        has = " AND ".join([one] * len(words))
-        where = f"WHERE {has}" if words else ""
+    def newest(self, limit: int, words: Sequence[str] = ()) -> list[JobRow]:
+        """The latest runs, newest first, whose title or state contains each of `words` or whose id starts with it."""
+        matches = "(instr(lower(title || ' ' || state), lower(?)) > 0 OR instr(job_id, lower(?)) = 1)"
+        where = f"WHERE {' AND '.join([matches] * len(words))}" if words else ""
         with self._open() as db:
             return [
-                _row(found)
-                for found in db.execute(
+                _row(values)
+                for values in db.execute(
                     f"SELECT * FROM runs {where} ORDER BY created DESC, turn DESC LIMIT ?",
                     (*(word for word in words for _ in range(2)), limit),
                 )
             ]
 
-    def in_states(self, *states: str) -> list[Row]:
+    def in_states(self, *states: str) -> list[JobRow]:
         marks = ", ".join("?" * len(states))
         with self._open() as db:
             return [
-                _row(found)
-                for found in db.execute(f"SELECT * FROM runs WHERE state IN ({marks}) ORDER BY turn", states)
+                _row(values)
+                for values in db.execute(f"SELECT * FROM runs WHERE state IN ({marks}) ORDER BY turn", states)
             ]
 
-    def ahead_of(self, row: Row) -> int | None:
-        """How many runs work or come before a waiting one; None for one that does not wait."""
+    def ahead_of(self, row: JobRow) -> int | None:
+        """How many runs are active or queued before this one; None if it is not queued."""
         if row.state != QUEUED:
             return None
         with self._open() as db:
-            return db.execute(
+            count = db.execute(
                 "SELECT count(*) FROM runs WHERE state IN (?, ?) OR (state = ? AND turn < ?)",
                 (*ACTIVE, QUEUED, row.turn),
             ).fetchone()[0]
+        return int(count)
 
     def refuse_when_full(self, max_queued: int) -> None:
         with self._open() as db:
@@ -243,15 +244,15 @@ class Record:
 
     @classmethod
     def damage(cls, path: Path) -> str | None:
-        """What is wrong with the record at `path`; None when it is sound."""
+        """What is wrong with the database at `path`; None when it is intact."""
         try:
             cls(path)
-        except DamagedRecord as error:
+        except DamagedStore as error:
             return str(error)
         return None
 
-    def insert(self, row: Row) -> None:
-        """A run that is over, as somebody else knows it."""
+    def insert(self, row: JobRow) -> None:
+        """Adds a run that has ended."""
         with self._change() as db:
             db.execute(
                 "INSERT INTO runs (job_id, title, state, turn, attempt, error, created, started, finished) "
@@ -261,18 +262,18 @@ class Record:
             )  # fmt: skip
 
     def leadership(self) -> AbstractContextManager[Callable[[], bool]]:
-        """A question that is answered True in one process at a time: the one that may carry runs out."""
+        """A function that returns True in one process at a time: the one that may execute runs."""
         return self.lock(self.path)
 
     @staticmethod
     @contextmanager
     def lock(path: Path) -> Iterator[Callable[[], bool]]:
-        """See `leadership`; also where the record at `path` is damaged."""
-        held = path.with_name("queue.lock")
+        """`leadership` of the database at `path`, which may be damaged."""
+        lock_path = path.with_name("queue.lock")
         try:
-            lock = held.open("a")
+            lock = lock_path.open("a")
         except OSError as error:
-            raise storage_error(held, error) from error
+            raise storage_error(lock_path, error) from error
         with lock:
 
             def leads() -> bool:
@@ -302,13 +303,13 @@ class Record:
             yield db
         except sqlite3.OperationalError as error:
             raise StorageError(
-                f"The record of runs {self.path} cannot be used now ({error}). Check the disk and the "
-                f"folder's permissions."
+                f"The run database {self.path} cannot be used now ({error}). Check the disk and the permissions of its "
+                "folder."
             ) from error
         except sqlite3.DatabaseError as error:
-            raise DamagedRecord(
-                f"The record of runs {self.path} is damaged ({error}). Nothing was changed: put back a copy of it, or make "
-                "a new one from the folders of the runs: python -m compress jobs recover."
+            raise DamagedStore(
+                f"The run database {self.path} is damaged ({error}). Nothing was changed: restore a backup of it, or rebuild "
+                "it from the folders of the runs: python -m compress jobs recover."
             ) from error
         finally:
             if db is not None:
@@ -323,35 +324,32 @@ def _refuse_when_full(db: sqlite3.Connection, max_queued: int) -> None:
     waiting = db.execute("SELECT count(*) FROM runs WHERE state = ?", (QUEUED,)).fetchone()[0]
     if waiting >= max_queued:
         raise RunError(
-            f"The queue is full: {waiting} runs are waiting and {max_queued} are allowed. Try again when one "
-            f"has finished."
+            f"The queue is full: {waiting} runs are waiting and {max_queued} are allowed. Try again when one has finished."
         )
 
 
-def _refuse_greed(db: sqlite3.Connection, owner: str, limit: int | None) -> None:
+def _refuse_over_quota(db: sqlite3.Connection, owner: str, limit: int | None) -> None:
     if limit is None or not owner:
         return
-    states = (QUEUED, *ACTIVE)
-    count = db.execute("SELECT count(*) FROM runs WHERE owner = ? AND state IN (?, ?, ?)", (owner, *states)).fetchone()[
-        0
-    ]
+    query = "SELECT count(*) FROM runs WHERE owner = ? AND state IN (?, ?, ?)"
+    count = db.execute(query, (owner, QUEUED, *ACTIVE)).fetchone()[0]
     if count >= limit:
         raise RunError(
-            f"You have {count} runs waiting or working and this server allows {limit} for each visitor. "
+            f"You have {count} queued or active runs and this server allows {limit} for each user. "
             "Try again when one has finished, or cancel one."
         )
 
 
 def _next_turn(db: sqlite3.Connection) -> int:
-    return db.execute("SELECT coalesce(max(turn), 0) + 1 FROM runs").fetchone()[0]
+    return int(db.execute("SELECT coalesce(max(turn), 0) + 1 FROM runs").fetchone()[0])
 
 
-def _get(db: sqlite3.Connection, job_id: str) -> Row | None:
-    found = db.execute("SELECT * FROM runs WHERE job_id = ?", (job_id,)).fetchone()
-    return None if found is None else _row(found)
+def _get(db: sqlite3.Connection, job_id: str) -> JobRow | None:
+    values = db.execute("SELECT * FROM runs WHERE job_id = ?", (job_id,)).fetchone()
+    return None if values is None else _row(values)
 
 
-def _row(found: sqlite3.Row) -> Row:
-    values = dict(found)
-    pid, birth = values.pop("pid"), values.pop("birth")
-    return Row(child=None if pid is None else Child(pid, birth), **values)
+def _row(values: sqlite3.Row) -> JobRow:
+    columns = dict(values)
+    pid, birth = columns.pop("pid"), columns.pop("birth")
+    return JobRow(child=None if pid is None else Child(pid, birth), **columns)

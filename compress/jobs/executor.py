@@ -1,7 +1,7 @@
-"""What carries out an attempt of a run: starts it, knows whether it still lives, ends it.
+"""Starts, inspects and ends the attempts of a run.
 
-An attempt is a child process of this machine. It outlives the server that started it: the next server gets its
-`processes.Child` from the record and asks here about it. Where runs work on a cluster, the child is what submits them.
+An attempt is a child process on this machine. It outlives the server that started it: the next server reads its
+`processes.Child` from the run database. If runs execute on a cluster, the child is the process that submits the run.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from compress import processes
 from compress.processes import Child, child_environment
 
 SUBMITTED, STARTED = "submitted", "started"
-"""States in the events of a run on a cluster: it waits for a node; a node has begun with it."""
+"""States in the events of a run on a cluster: it waits for a node; a node has started it."""
 HEAD_BYTES = 4096
-"""An attempt's events begin with these two."""
+"""The two events above lie within the first bytes of an attempt's events."""
 
 Command = Callable[[Path, bool], Sequence[str]]
-"""(run folder, whether it is resumed) -> the words that start the child."""
+"""(run folder, whether it is resumed) -> the command line of the child."""
 
 
 def compress_command(folder: Path, resume: bool) -> list[str]:
     # -P: the run's folder, which is the working directory, must not be searched for modules
-    words = [
+    command = [
         sys.executable,
         "-P",
         "-m",
@@ -41,40 +41,40 @@ def compress_command(folder: Path, resume: bool) -> list[str]:
         "--out",
         str(folder),
     ]
-    return [*words, "--resume"] if resume else words
+    return [*command, "--resume"] if resume else command
 
 
 def _first_events(events: Path, offset: int) -> list[dict[str, Any]]:
-    """Those whole within `HEAD_BYTES`; none without a file."""
+    """The complete events within `HEAD_BYTES`; none without a file."""
     try:
         with events.open("rb") as file:
             file.seek(offset)
             head = file.read(HEAD_BYTES)
     except FileNotFoundError:
         return []
-    found = []
+    events_read = []
     for line in head.splitlines():
         with contextlib.suppress(ValueError):
-            found.append(json.loads(line))
-    return [event for event in found if isinstance(event, dict)]
+            events_read.append(json.loads(line))
+    return [event for event in events_read if isinstance(event, dict)]
 
 
 class Executor:
     """Attempts as child processes, each in a session of its own.
 
     Args:
-        command: how a child is started.
-        passes: names of variables of this process's environment that a child needs besides those that find its
-            libraries and devices.
+        command: builds the command line of a child.
+        passes: environment variables of this process that a child inherits besides those that locate libraries and
+            devices.
     """
 
     def __init__(self, command: Command = compress_command, passes: Sequence[str] = ()) -> None:
         self._command, self._passes = command, passes
         self._own: dict[Child, Popen[bytes]] = {}
-        """Those started here, of which this process has to take leave."""
+        """Children of this process, which has to reap them."""
 
     def start(self, folder: Path, console: Path, *, resume: bool) -> Child:
-        """Begins an attempt of the run in `folder`; what it prints goes to `console`. Raises OSError."""
+        """Starts an attempt of the run in `folder`, with its output redirected to `console`. Raises OSError."""
         env = child_environment() | {name: os.environ[name] for name in self._passes if name in os.environ}
         process = processes.start(self._command(folder, resume), folder=folder, console=console, env=env)
         child = processes.identify(process.pid)
@@ -86,10 +86,10 @@ class Executor:
         return processes.alive(child)
 
     def worked_s(self, child: Child, events: Path, offset: int) -> float:
-        """Seconds since it was started, without those that it waited for a node of a cluster.
+        """Seconds since the start, without the time spent waiting for a node of a cluster.
 
         Args:
-            offset: where its own events begin in the file `events`, in bytes.
+            offset: byte offset of the attempt's first event in the file `events`.
         """
         age_s = processes.age_s(child)
         states = {event["state"]: event for event in _first_events(events, offset) if "state" in event}
@@ -98,25 +98,25 @@ class Executor:
         return 0.0 if SUBMITTED in states else age_s
 
     def end(self, child: Child, grace_s: float = 0.0) -> bool:
-        """Ends it, after `grace_s` seconds by force, and what it started. True when nothing of it lives any more."""
+        """Ends the child and its descendants, after `grace_s` seconds by force. True when none of them is alive."""
         return processes.stop(child, grace_s)
 
     def exit_code(self, child: Child) -> int | None:
-        """Of one that has ended; None when another process had started it."""
+        """Exit code of a child that has ended; None if another process started it."""
         process = self._own.get(child)
         return process.wait(timeout=5) if process else None
 
-    def part(self, child: Child) -> None:
-        """Takes leave of one that has ended."""
+    def reap(self, child: Child) -> None:
+        """Reaps a child that has ended, and forgets it."""
         self.exit_code(child)
         self._own.pop(child, None)
         processes.reap(child.pid)
 
     def ended(self) -> list[Child]:
-        """Those started here that have ended and were not taken leave of."""
+        """Children of this process that have ended and were not reaped yet."""
         return [child for child, process in list(self._own.items()) if process.poll() is not None]
 
-    def strays(self, folder: Path) -> list[Child]:
-        """Attempts of the run in `folder` that live, whoever started them."""
-        found = processes.find(str(folder / "request.json"))
-        return [child for pid in found if (child := processes.identify(pid)) is not None]
+    def orphans(self, folder: Path) -> list[Child]:
+        """Living attempts of the run in `folder`, whichever process started them."""
+        pids = processes.find(str(folder / "request.json"))
+        return [child for pid in pids if (child := processes.identify(pid)) is not None]

@@ -1,4 +1,4 @@
-"""The folders of a queue, and what it reads from and puts into a run's folder: progress, how it ended, uploads."""
+"""The folders of a queue, and the files of a run that the queue reads and writes: progress, outcome, uploads."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ from typing import Any
 
 from compress.errors import RunError
 from compress.files import storage_error
-from compress.jobs.database import RUN_ID, Row
+from compress.jobs.database import RUN_ID, JobRow
 from compress.runs import MANIFEST, MAY_PREEXIST
 
 UPLOAD_FIELDS = ("checkpoint", "data", "class_map")
 """Fields of a request that may name an uploaded file."""
 SUFFIXES = {"checkpoint": (".safetensors", ".pth", ".pt", ".bin"), "data": (".zip",), "class_map": (".json",)}
-"""What an upload may be called. What is in it is looked at when it is opened; engines and ONNX files are never taken."""
+"""Accepted file name suffixes. The content is checked when the file is opened; engines and ONNX files are never accepted."""
 REFUSAL = "Error: "
-"""How the last line begins that `python -m compress` prints when it refuses."""
+"""Prefix of the last line that `python -m compress` prints when it fails."""
 
 
 class Folders:
-    """Where a queue keeps what belongs to a run; `compress.jobs` tells what is where.
+    """The folders of a queue, as `compress.jobs` lists them.
 
-    `runs` may be a link to a folder that the nodes of a cluster see, while the record stays on a disk of this machine.
-    Raises `StorageError` when they cannot be made.
+    `runs` may be a link to a folder shared with the nodes of a cluster; the run database stays on a disk of this machine.
+    Raises `StorageError` when they cannot be created.
     """
 
     def __init__(self, data_dir: Path) -> None:
         self.runs = _made(_made(data_dir) / "runs").resolve()
-        self.deleted = _made(self.runs / ".deleted")  # on the same disk, and nobody else's, also where `runs` is a link
-        self._formerly_deleted = data_dir / "deleted"  # where versions before this one put runs away
+        self.trash = _made(self.runs / ".deleted")  # inside `runs`, because a rename must stay on one file system
+        self._former_trash = data_dir / "deleted"  # the trash of earlier versions
         self._consoles, self._kept = _made(data_dir / "consoles"), _made(data_dir / "kept")
 
     def run(self, job_id: str) -> Path:
@@ -44,7 +44,7 @@ class Folders:
         return self._consoles / f"{job_id}.txt"
 
     def kept(self, job_id: str) -> Path:
-        """The mark of a run that is never removed to make room."""
+        """The mark of a run that retention never removes."""
         return self._kept / job_id
 
     def all_kept(self) -> list[str]:
@@ -54,27 +54,26 @@ class Folders:
         events = self.run(job_id) / "events.jsonl"
         return events.stat().st_size if events.exists() else 0
 
-    def put_away(self, job_id: str) -> None:
-        """Takes the run's folder out of the list of runs. Raises OSError."""
+    def move_to_trash(self, job_id: str) -> None:
+        """Moves the run's folder to the trash. Raises OSError."""
         try:
-            self.run(job_id).rename(self.deleted / job_id)
-        except FileNotFoundError:  # somebody removed it; the rest of the run goes as well
-            (self.deleted / job_id).mkdir()
+            self.run(job_id).rename(self.trash / job_id)
+        except FileNotFoundError:  # already removed by hand; the rest of the run is deleted as well
+            (self.trash / job_id).mkdir()
 
-    def empty_deleted(self, while_listed: Callable[[str, Callable[[], object]], bool]) -> None:
-        """Removes all that is left of runs that were put away; one that is still listed, because the record could not be
-        written, comes back.
+    def empty_trash(self, if_listed: Callable[[str, Callable[[], object]], bool]) -> None:
+        """Removes the files of deleted runs; restores a run that is still listed because the database could not be written.
 
         Args:
-            while_listed: of the record.
+            if_listed: `JobStore.if_listed`.
         """
-        for folder in (*self.deleted.glob(RUN_ID), *self._formerly_deleted.glob(RUN_ID)):
-            if not while_listed(folder.name, partial(folder.rename, self.run(folder.name))):
+        for folder in (*self.trash.glob(RUN_ID), *self._former_trash.glob(RUN_ID)):
+            if not if_listed(folder.name, partial(folder.rename, self.run(folder.name))):
                 self.console(folder.name).unlink(missing_ok=True)
                 self.kept(folder.name).unlink(missing_ok=True)
-                shutil.rmtree(folder, ignore_errors=True)  # what stays is tried again the next time
-        if self._formerly_deleted.is_dir() and not any(self._formerly_deleted.iterdir()):
-            self._formerly_deleted.rmdir()
+                shutil.rmtree(folder, ignore_errors=True)  # retried the next time
+        if self._former_trash.is_dir() and not any(self._former_trash.iterdir()):
+            self._former_trash.rmdir()
 
 
 def _made(folder: Path) -> Path:
@@ -85,8 +84,8 @@ def _made(folder: Path) -> Path:
     return folder
 
 
-def outcome(folder: Path, row: Row, returncode: int | None, console: str) -> tuple[str, str | None]:
-    """(final state, the sentence why). The manifest is written last, so its presence alone means `done`."""
+def outcome(folder: Path, row: JobRow, returncode: int | None, console: str) -> tuple[str, str | None]:
+    """(final state, error message). The manifest is written last, so its presence alone means `done`."""
     if (folder / MANIFEST).is_file():
         return "done", None
     if row.state == "cancelling":
@@ -100,46 +99,44 @@ def outcome(folder: Path, row: Row, returncode: int | None, console: str) -> tup
 
 
 def interrupted(returncode: int | None, *, stopped: bool = False) -> str:
-    """The sentence for a run whose process ended without saying why.
+    """The error message of a run whose process ended without reporting one.
 
     Args:
-        returncode: as `subprocess` reports it, negative for a signal; None where it is not known.
-        stopped: somebody told the process to end.
+        returncode: as `subprocess` reports it, negative for a signal; None if unknown.
+        stopped: the process was terminated from outside.
     """
-    why = "Its process ended without a result"
+    cause = "Its process ended without a result"
     if stopped:
-        why = "It was stopped from outside the queue"
+        cause = "It was stopped from outside the queue"
     elif returncode is not None and returncode < 0:
-        cause = ", often because the machine ran out of memory" if returncode == -9 else ""
-        why = f"Its process was killed (signal {-returncode}{cause})"
+        memory = ", often because the machine ran out of memory" if returncode == -9 else ""
+        cause = f"Its process was killed (signal {-returncode}{memory})"
     elif returncode:
-        why = f"Its process ended with exit code {returncode}; what it printed is in the run's file under consoles on the server"
-    return f"The run was interrupted. {why}. Resume it: finished stages are not repeated."
+        cause = f"Its process ended with exit code {returncode}; its output is in the run's file under consoles on the server"
+    return f"The run was interrupted. {cause}. Resume it: finished stages are not repeated."
 
 
 def has_begun(folder: Path) -> bool:
-    """An attempt was made here, perhaps by a server that was killed before it could write that down."""
+    """Whether an attempt has written here, perhaps one of a server that was killed before it could store it."""
     return any(entry.name not in MAY_PREEXIST for entry in folder.iterdir())
 
 
 def take(files: Mapping[str, str | Path], uploads: Path) -> dict[str, str]:
-    """Links or copies the files into `uploads`, so that they outlive the place they came from; field -> new path."""
+    """Links or copies the files into `uploads`, so that they outlive their original place; field -> new path."""
     taken = {}
     try:
         uploads.mkdir(parents=True)
     except OSError as error:
         raise storage_error(uploads, error) from error
-    for field, given in files.items():
-        source = Path(given)
+    for field, path in files.items():
+        source = Path(path)
         if field not in UPLOAD_FIELDS:
-            raise RunError(f"No file can be given for {field!r}; files are taken for {', '.join(UPLOAD_FIELDS)}.")
+            raise RunError(f"{field!r} accepts no file; upload files for {', '.join(UPLOAD_FIELDS)} only.")
         if not source.is_file():
-            raise RunError(f"The file for {field} ({source.name}) is not there any more: upload it again.")
+            raise RunError(f"The file for {field} ({source.name}) no longer exists: upload it again.")
         if source.suffix.lower() not in SUFFIXES[field]:
             allowed = ", ".join(SUFFIXES[field])
-            raise RunError(
-                f"The file for {field} ({source.name}) is of a kind that is not taken; these are: {allowed}."
-            )
+            raise RunError(f"The file for {field} ({source.name}) has an unsupported suffix: use one of {allowed}.")
         name = re.sub(r"[^A-Za-z0-9._-]", "_", source.name)[-100:].lstrip(".") or "file"
         target = uploads / field / name
         try:
@@ -155,7 +152,7 @@ def take(files: Mapping[str, str | Path], uploads: Path) -> dict[str, str]:
 
 
 def last_event(path: Path, offset: int, key: str) -> dict[str, Any]:
-    """The latest event after byte `offset` that has `key`, or an empty one. A half-written line is passed over."""
+    """The latest event after byte `offset` that has `key`, or an empty dict. Skips a partially written line."""
     for line in reversed(tail(path, 65_536, offset).splitlines()):
         try:
             event = json.loads(line)
@@ -167,7 +164,7 @@ def last_event(path: Path, offset: int, key: str) -> dict[str, Any]:
 
 
 def tail(path: Path, max_bytes: int, offset: int = 0) -> str:
-    """The last complete lines of a text file, at most `max_bytes`, none from before `offset`; empty without a file."""
+    """The last complete lines of a text file after byte `offset`, at most `max_bytes`; empty without a file."""
     try:
         with path.open("rb") as file:
             size = file.seek(0, os.SEEK_END)

@@ -1,8 +1,8 @@
-"""Runs on a Ray cluster: the same run, in the same folder, carried out by a node that has the CPUs and the GPU for it.
+"""Runs on a Ray cluster: the same run, in the same folder, executed by a node with the required CPUs and GPUs.
 
-This process stays while the run works: it hands the order in, passes its events on, and ends the run when it is ended
-itself. A worker or node that dies costs the stage it was in: Ray gives the order to another one, which goes on in the folder.
-No cluster is ever started here, and none is used without its token.
+The submitting process stays alive while the run executes: it submits the order, forwards events, and ends the run when it is
+ended itself. The death of a worker or node costs the current stage: Ray reschedules the order, and the run resumes in its
+folder. This module never starts a cluster, and uses none without its token.
 """
 
 from __future__ import annotations
@@ -26,30 +26,31 @@ from compress.errors import RequestError, RunError
 from compress.files import INSTALLATION, storage_error, write_text
 from compress.jobs import folders, supervisor
 from compress.jobs.executor import SUBMITTED, Command, compress_command
-from compress.jobs.ray_node import Ended, Order, carry_out
+from compress.jobs.ray_node import Ended, Order, execute
 from compress.request import CHECKPOINT_SOURCES, DATA_SOURCES, Request
 
 ENVIRONMENT = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_TLS_SERVER_CERT", "RAY_TLS_SERVER_KEY", "RAY_TLS_CA_CERT",
                "RAY_USE_TLS")  # fmt: skip
-"""What the process that submits a run needs of the server's environment; the process of the run gets none of it."""
+"""Environment variables that the submitting process inherits from the server; the process of the run gets none of them."""
 ADDRESS = re.compile(r"([A-Za-z0-9.-]+|\[[0-9A-Fa-f:]+\]):[0-9]{1,5}")
 RETRIES = 2
-"""After the death of a worker or node, and as often where the node ran out of memory; a run that fails by itself is not repeated."""
+"""After the death of a worker or node, and separately after a node ran out of memory; a run that fails by itself is not retried."""
 POLL_S = 0.2
 CONNECT_S = 5.0
 END_S = 2.5
-"""A cancelled run is waited for so long: within the grace of a queue. One that lives on is ended by its leash all the same."""
+"""Time to wait for a cancelled run, within the grace period of the queue. The supervisor ends one that takes longer."""
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """Where runs work, and what a node must have free for one. Raises `RequestError`."""
+    """The cluster that executes runs, and the resources of one run. Raises `RequestError`."""
 
     address: str
-    """HOST:PORT of the head's control service (GCS), 6379 unless it was given another."""
+    """HOST:PORT of the head's control service (GCS); the port is 6379 by default."""
     cpus: int = 1
+    """CPUs reserved for a run."""
     gpus: float = 0.0
-    """0.5 lets two runs share a GPU; a run uses as many as it has training processes, all of one node."""
+    """GPUs reserved for a run; 0.5 lets two runs share one. A run needs one for each training process, all on one node."""
 
     def __post_init__(self) -> None:
         if not ADDRESS.fullmatch(self.address):
@@ -61,7 +62,7 @@ class Cluster:
 
 
 def cluster_command(where: Cluster) -> Command:
-    """How a queue starts the child that submits a run to `where`."""
+    """The command with which a queue starts the child that submits a run to `where`."""
     options = ["--cluster", where.address, "--cluster-cpus", str(where.cpus), "--cluster-gpus", str(where.gpus)]
     return lambda folder, resume: [*compress_command(folder, resume), *options]
 
@@ -75,15 +76,15 @@ def run_on(
     notify: Callable[[dict[str, Any]], None] = lambda event: None,
     command: Command = compress_command,
 ) -> None:
-    """Carries out `request` on a cluster in the folder `out`, which every node must see under the same path.
+    """Executes `request` on a cluster in the folder `out`, which every node must see under the same path.
 
     Args:
-        resume: go on with an interrupted run of the same request.
+        resume: continue an interrupted run of the same request.
         notify: called with each event that the run writes to events.jsonl.
-        command: what the node starts.
+        command: builds the command line that the node starts.
 
     Raises:
-        CompressError: one sentence for the user; the folder then holds no manifest and can be resumed.
+        CompressError: the run failed; its folder then has no manifest and can be resumed.
     """
     _ray()
     out, request = out.resolve(), _with_absolute_paths(request)
@@ -97,50 +98,50 @@ def run_on(
         try:
             while (ended := attempt.ended()) is None:
                 time.sleep(POLL_S)
-                events.pass_on(notify)
+                events.forward(notify)
         except BaseException:
             attempt.cancel()
             raise
-    events.pass_on(notify)
+    events.forward(notify)
     _refuse_unless_done(ended, out)
 
 
 class Connection:
-    """To a cluster on which orders of runs can be placed, any number at once; `connected` makes it."""
+    """A connection to a cluster that accepts any number of concurrent runs; made by `connected`."""
 
     def __init__(self, ray: Any, where: Cluster) -> None:
         self._ray, self._where = ray, where
-        self._task = ray.remote(num_cpus=where.cpus, num_gpus=where.gpus, max_retries=RETRIES)(carry_out)
+        self._task = ray.remote(num_cpus=where.cpus, num_gpus=where.gpus, max_retries=RETRIES)(execute)
 
     def submit(self, folder: Path, command: Command = compress_command) -> Attempt:
-        """Hands in the run whose request.json lies in `folder`; it starts when a node has room for it."""
+        """Submits the run whose request.json lies in `folder`; it starts when a node has the resources."""
         request = (folder / "request.json").read_text(encoding="utf-8")
         order = Order(str(folder), request, __version__, signing.fingerprint(), command)
         return Attempt(self._ray, self._task.remote(order), folder)
 
     def refuse_when_too_small(self) -> None:
-        """Raises `RunError` when no node could ever carry out a run; Ray itself would wait for such a node in silence."""
+        """Raises `RunError` when no node could ever execute a run; Ray itself would wait for such a node silently."""
         where = self._where
         nodes = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
         if not any(node.get("CPU", 0) >= where.cpus and node.get("GPU", 0) >= where.gpus for node in nodes):
-            have = "; ".join(sorted({_room(node.get("CPU", 0), node.get("GPU", 0)) for node in nodes}))
+            have = "; ".join(sorted({_resources(node.get("CPU", 0), node.get("GPU", 0)) for node in nodes}))
             raise RunError(
-                f"No node of the cluster {where.address} has {_room(where.cpus, where.gpus)} for a run (its nodes have: {have}). "
-                "Ask for less, or add such a node."
+                f"No node of the cluster {where.address} has the {_resources(where.cpus, where.gpus)} of a run (its nodes have: "
+                f"{have}). Request less, or add such a node."
             )
 
 
 class Attempt:
-    """A run that was handed in."""
+    """A submitted run."""
 
     def __init__(self, ray: Any, task: Any, folder: Path) -> None:
         self._ray, self._task, self._folder = ray, task, folder
 
     def ended(self) -> Ended | None:
-        """How its process ended; None while it waits or works.
+        """How its process ended; None while it waits or runs.
 
         Raises:
-            RunError: workers or nodes died under it too often, or the cluster is lost.
+            RunError: its workers or nodes died too often, or the connection to the cluster is lost.
         """
         ready, _ = self._ray.wait([self._task], timeout=0)
         if not ready:
@@ -149,13 +150,13 @@ class Attempt:
             return self._ray.get(self._task)
         except self._ray.exceptions.RayTaskError as error:
             raise RunError(
-                f"Espalier does not work on a node of the cluster ({_first_line(error.cause)}). Install the same version, with "
-                "its requirements, on every node."
+                f"Espalier does not start on a node of the cluster ({_first_line(error.cause)}). Install the same version, "
+                "with its requirements, on every node."
             ) from error
         except self._ray.exceptions.OutOfMemoryError as error:
             raise RunError(
-                f"The run was ended {RETRIES + 1} times because its node ran out of memory. Ask for more CPUs for a run "
-                "(cluster-cpus), so that fewer share a node, then resume it: finished stages are not repeated."
+                f"The run was ended {RETRIES + 1} times because its node ran out of memory. Reserve more CPUs for a run "
+                "(cluster-cpus), so that fewer runs share a node, then resume it: finished stages are not repeated."
             ) from error
         except self._ray.exceptions.RayError as error:
             raise RunError(
@@ -164,12 +165,12 @@ class Attempt:
             ) from error
 
     def cancel(self) -> None:
-        """Ends the run; when this returns, no process of it lives, unless that takes longer than `END_S`."""
+        """Ends the run; when this returns, none of its processes is alive, unless that takes longer than `END_S`."""
         deadline = time.monotonic() + END_S
         self._ray.cancel(self._task, force=True)
         self._ray.wait([self._task], timeout=END_S)
-        with contextlib.suppress(OSError):  # a folder that is lost cannot be waited for
-            while (lock := supervisor.hold(self._folder / "events.jsonl")) is None and time.monotonic() < deadline:
+        with contextlib.suppress(OSError):  # the folder is not reachable any more
+            while (lock := supervisor.try_lock(self._folder / "events.jsonl")) is None and time.monotonic() < deadline:
                 time.sleep(POLL_S)
             if lock is not None:
                 lock.close()
@@ -177,31 +178,32 @@ class Attempt:
 
 @contextlib.contextmanager
 def connected(where: Cluster) -> Iterator[Connection]:
-    """
+    """Connects to the cluster for the duration of the block.
+
     Raises:
-        RunError: Ray is not installed, the cluster cannot be reached or wants another token, or it has no node for a run.
+        RunError: Ray is not installed, the cluster is unreachable or requires another token, or no node fits a run.
     """
     ray = _ray()
-    _refuse_unless_heard(where.address)
+    _refuse_unless_reachable(where.address)
     handler = signal.getsignal(signal.SIGTERM)
     try:
-        # The workers search the working directory for modules: it must not be a folder that a user can write into.
+        # Workers search the working directory for modules, so it must not be a folder that users can write to.
         with contextlib.chdir(INSTALLATION):
             ray.init(address=where.address, logging_level="error", log_to_driver=False, namespace="espalier")
     except ray.exceptions.AuthenticationError as error:
         raise RunError(
-            f"There is no token for the cluster {where.address}. Give its token in RAY_AUTH_TOKEN, or the file that holds it "
-            "in RAY_AUTH_TOKEN_PATH."
+            f"There is no token for the cluster {where.address}. Set RAY_AUTH_TOKEN to its token, or RAY_AUTH_TOKEN_PATH to "
+            "the file that contains it."
         ) from error
     except (ray.exceptions.RayError, ConnectionError, RuntimeError, ValueError, OSError) as error:
         raise RunError(
-            f"The cluster {where.address} cannot be joined from here ({_first_line(error)}). Either its token is another one "
-            "(RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH), or this machine is none of its nodes: `ray start --address=HOST:PORT "
-            "--num-cpus=0` makes it one on which no run works."
+            f"This machine cannot join the cluster {where.address} ({_first_line(error)}). Either the token is wrong "
+            "(RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH), or this machine is not one of its nodes: `ray start --address=HOST:PORT "
+            "--num-cpus=0` adds it as a node that executes no runs."
         ) from error
     finally:
         if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, handler)  # Ray puts its own in its place
+            signal.signal(signal.SIGTERM, handler)  # Ray replaces it with its own
     try:
         connection = Connection(ray, where)
         connection.refuse_when_too_small()
@@ -212,33 +214,33 @@ def connected(where: Cluster) -> Iterator[Connection]:
 
 def _ray() -> Any:
     os.environ["RAY_AUTH_MODE"] = "token"  # read when Ray is imported
-    os.environ["RAY_task_oom_retries"] = str(RETRIES)  # its own default is without end
+    os.environ["RAY_task_oom_retries"] = str(RETRIES)  # Ray's default is unlimited
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     try:
         import ray
     except ImportError as error:
         raise RunError(
-            "Ray is not installed here, so no cluster can be used: pip install -r requirements-cluster.txt."
+            "Ray is not installed, so no cluster can be used: pip install -r requirements-cluster.txt."
         ) from error
     return ray
 
 
-def _refuse_unless_heard(address: str) -> None:
-    """Ray itself would try for a minute, and then end this process."""
+def _refuse_unless_reachable(address: str) -> None:
+    """Checks the connection first, because Ray would retry for a minute and then exit this process."""
     host, _, port = address.rpartition(":")
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_S).close()
     except (OSError, OverflowError) as error:
         raise RunError(
-            f"Nothing answers at {address} ({error}). Give the address of the cluster's head, as `ray start --head` printed it."
+            f"Nothing answers at {address} ({error}). Use the address of the cluster's head that `ray start --head` printed."
         ) from error
 
 
 def _with_absolute_paths(request: Request) -> Request:
-    """Files that the user named relative to this process's folder: on the node that is another one."""
-    given = {field: getattr(request, field) for field in folders.UPLOAD_FIELDS}
+    """The request with absolute file paths, because the working directory differs on the node."""
+    paths = {field: getattr(request, field) for field in folders.UPLOAD_FIELDS}
     return request.model_copy(
-        update={field: str(Path(path).resolve()) for field, path in given.items() if path and _is_relative_file(path)}
+        update={field: str(Path(path).resolve()) for field, path in paths.items() if path and _is_relative_file(path)}
     )
 
 
@@ -259,7 +261,7 @@ def _refuse_unless_done(ended: Ended, folder: Path) -> None:
     raise RunError(folders.interrupted(ended.returncode))
 
 
-def _room(cpus: float, gpus: float) -> str:
+def _resources(cpus: float, gpus: float) -> str:
     return f"{cpus:g} CPU{'s' * (cpus != 1)} and {gpus:g} GPU{'s' * (gpus != 1)}"
 
 
@@ -268,7 +270,7 @@ def _first_line(error: BaseException) -> str:
 
 
 class _Events:
-    """The lines that a run adds to its events.jsonl from now on."""
+    """Appends to a run's events.jsonl, and follows the lines added since it was opened."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -282,7 +284,7 @@ class _Events:
         except OSError as error:
             raise storage_error(self._path, error) from error
 
-    def pass_on(self, notify: Callable[[dict[str, Any]], None]) -> None:
+    def forward(self, notify: Callable[[dict[str, Any]], None]) -> None:
         """Raises `StorageError` when the file cannot be read."""
         try:
             with self._path.open("rb") as file:

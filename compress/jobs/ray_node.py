@@ -1,6 +1,6 @@
-"""The part of a run on a cluster that happens on the node: it is checked that the node fits, then the run's process starts.
+"""The Ray task that executes a run on a node: checks that the node is suitable, then starts the run's process.
 
-Nothing in an order is code: the node starts its own installation of Espalier, with an argument list, on the run's folder.
+An order contains no code: the node starts its own installation of Espalier, with an argument list, on the run's folder.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ from compress.jobs import folders
 from compress.jobs.executor import Command, child_environment
 
 CONSOLE_BYTES = 16_384
-"""Of what the run's process printed, that is sent back."""
+"""Console output of the run's process that is sent back: the last bytes of it."""
 
 
 @dataclass(frozen=True)
 class Order:
-    """A run to carry out in a folder that the nodes share with whoever submits it."""
+    """A run to execute in a folder that the nodes share with the submitting machine."""
 
     folder: str
     request: str
     """The request's JSON, as request.json in the folder holds it."""
     version: str
-    """Of Espalier."""
+    """Version of Espalier."""
     key: str | None
-    """`compress.signing.fingerprint` of whoever submits it."""
+    """`compress.signing.fingerprint` of the submitting machine."""
     command: Command
-    """A function of a module, which travels by its name."""
+    """A module-level function, which is pickled by name."""
 
 
 @dataclass(frozen=True)
@@ -43,19 +43,19 @@ class Ended:
     returncode: int
     """Negative for the signal that ended it."""
     console: str
-    """The end of what it printed."""
+    """The end of its output."""
 
 
-def carry_out(order: Order) -> Ended:
-    """Carries out a run, or goes on with it where an earlier attempt stopped; returns when its process has ended."""
-    if refusal := unfit(order):
+def execute(order: Order) -> Ended:
+    """Executes a run, or resumes it where an earlier attempt stopped; returns when its process has ended."""
+    if refusal := why_unfit(order):
         return Ended(1, f"{folders.REFUSAL}{refusal}")
     folder = Path(order.folder)
-    words = order.command(folder, folders.has_begun(folder))
-    leash = [sys.executable, "-P", "-m", "compress.jobs.supervisor", str(folder / "events.jsonl"), *words]
-    with open(os.memfd_create("console"), "w+b") as console:  # needs no disk, and goes with this process
-        process = subprocess.Popen(  # noqa: S603  (a list of our own words, no shell)
-            leash,
+    command = order.command(folder, folders.has_begun(folder))
+    supervisor = [sys.executable, "-P", "-m", "compress.jobs.supervisor", str(folder / "events.jsonl"), *command]
+    with open(os.memfd_create("console"), "w+b") as console:  # in memory, freed with this process
+        process = subprocess.Popen(  # noqa: S603  (an argument list, no shell)
+            supervisor,
             cwd=folder,
             env=child_environment(),
             stdin=subprocess.PIPE,
@@ -68,12 +68,13 @@ def carry_out(order: Order) -> Ended:
         return Ended(returncode, console.read().decode("utf-8", errors="replace"))
 
 
-def unfit(order: Order) -> str | None:
-    """The sentence why this node cannot carry out the order; None when it can."""
+def why_unfit(order: Order) -> str | None:
+    """The error message why this node cannot execute the order; None when it can."""
     node, saved = platform.node(), Path(order.folder) / "request.json"
     if os.environ.get("RAY_AUTH_MODE") != "token":
         return (
-            f"The node {node} lets everybody in: start Ray with RAY_AUTH_MODE=token on every node, see docs/cluster.md."
+            f"The node {node} accepts unauthenticated connections: start Ray with RAY_AUTH_MODE=token on every node, see "
+            "docs/cluster.md."
         )
     if order.version != __version__:
         return (
@@ -84,13 +85,11 @@ def unfit(order: Order) -> str | None:
     except OSError:
         same = False
     if not same:
-        return f"The node {node} does not see the run in {order.folder}: give a folder that all nodes share."
+        return f"The node {node} cannot see the run in {order.folder}: use a folder that all nodes share."
     try:
         key = signing.fingerprint()
     except StorageError as error:
         return f"On the node {node}: {error}"
     if key != order.key:
-        return (
-            f"The node {node} signs results with another key: give every node the same file in {signing.KEY_VARIABLE}."
-        )
+        return f"The node {node} signs results with a different key: set {signing.KEY_VARIABLE} to the same file on every node."
     return None

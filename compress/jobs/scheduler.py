@@ -1,6 +1,6 @@
-"""Carrying runs out: the thread that starts the run whose turn it is, watches those at work, and makes room.
+"""The scheduler: a thread that starts the next queued run, supervises active ones, and applies the retention limits.
 
-One process at a time does this for a queue; see `compress.jobs.database.Record.leadership`.
+One process at a time does this for a queue; see `compress.jobs.database.JobStore.leadership`.
 """
 
 from __future__ import annotations
@@ -15,47 +15,45 @@ from compress import signing
 from compress.errors import CompressError, RunError
 from compress.jobs import folders as job_folders
 from compress.jobs import retention
-from compress.jobs.database import ACTIVE, QUEUED, Record, Row
+from compress.jobs.database import ACTIVE, QUEUED, JobRow, JobStore
 from compress.jobs.executor import Executor
 from compress.jobs.folders import Folders
-from compress.jobs.recovery import ReadOnly
-from compress.jobs.stall import Watch
+from compress.jobs.recovery import RecoveryStore
+from compress.jobs.stall import StallDetector
 from compress.processes import Child
 
 log = logging.getLogger("compress.jobs")
 
 GRACE_S = 3.0
 """From SIGTERM to SIGKILL; with the second that the kernel needs, the device is free again within 5 s."""
-OVERDUE = (
-    "The run was ended because it worked for more than the {:g} minutes that this server allows. Resume it, which repeats no "
-    "finished stage, or ask for fewer epochs."
+TIMED_OUT = (
+    "The run was stopped because it exceeded the time limit of {:g} minutes of this server. Resume it (finished stages are not "
+    "repeated), or request fewer epochs."
 )
-UNENDING = (
+UNKILLABLE = (
     "The run's process does not end, even when killed: it waits for the device or the disk. Try again in a minute."
 )
-DEAD = "Runs are not carried out any more because of a fault in Espalier, which the server's log shows: restart the server."
+CRASHED = "The scheduler stopped because of a bug in Espalier, which the server's log shows: restart the server."
 SHORTAGES = (errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.ENOSPC, errno.EDQUOT)
-"""Of the machine, not of the run: every run that waits would fail of it."""
-SHORT = (
-    "No run can be started now ({}): free memory, disk space or processes; the runs that wait start by themselves then."
-)
+"""Errors of the machine, not of the run: every queued run would fail with them."""
+SHORTAGE = "No run can be started now ({}): free memory, disk space or processes; queued runs then start by themselves."
 TICK_S = 0.2
 
 
-class Carrier:
-    """Carries out the runs of a record.
+class Scheduler:
+    """Executes the runs of a store.
 
     Args:
-        at_once: runs that work at the same time.
-        max_seconds: after which an attempt is ended; None is never.
-        stall_s: a run that neither computes nor reports anything for so long is ended.
-        keeping: which runs that are over are removed again.
+        at_once: runs executed concurrently.
+        max_seconds: time limit of an attempt; None is unlimited.
+        stall_s: seconds without computation or progress after which a run is stopped.
+        keeping: retention limits of finished runs.
     """
 
     def __init__(
         self,
         folders: Folders,
-        record: Record | ReadOnly,
+        store: JobStore | RecoveryStore,
         executor: Executor,
         *,
         at_once: int,
@@ -63,168 +61,168 @@ class Carrier:
         stall_s: float,
         keeping: retention.Limits,
     ) -> None:
-        self._folders, self._record, self._executor = folders, record, executor
+        self._folders, self._store, self._executor = folders, store, executor
         self._at_once, self._max_seconds = at_once, max_seconds
-        self._watch, self._sweeper = Watch(stall_s), retention.Sweeper(keeping)
-        self._trouble = record.reason if isinstance(record, ReadOnly) else None
+        self._stalls, self._sweeper = StallDetector(stall_s), retention.Sweeper(keeping)
+        self._trouble = store.reason if isinstance(store, RecoveryStore) else None
         self.over_quota = False
-        """The runs take more room than they may, even after all that may go has gone."""
+        """The runs exceed their disk quota even after every removable one was deleted."""
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
 
     @property
     def trouble(self) -> str | None:
-        """Why runs cannot be carried out at the moment; None when all is well."""
+        """Why no run can be executed at the moment; None when the scheduler works."""
         if self._thread is not None and not self._thread.is_alive() and not self._stopping.is_set():
-            return DEAD
+            return CRASHED
         return self._trouble
 
     def start(self) -> None:
-        """Starts the thread, unless another process carries the runs out; then it waits for its turn.
+        """Starts the thread, which stands by while another process executes the runs.
 
         Raises:
-            StorageError: the key that results are signed with cannot be read or made.
+            StorageError: the signing key cannot be read or created.
         """
-        if self._thread is None and isinstance(self._record, Record):
+        if self._thread is None and isinstance(self._store, JobStore):
             signing.prepare()
             self._stopping.clear()
-            self._thread = threading.Thread(target=self._tend, name="compress-queue", daemon=True)
+            self._thread = threading.Thread(target=self._loop, name="compress-queue", daemon=True)
             self._thread.start()
 
     def close(self) -> None:
-        """Stops the thread. Children go on; the next process that calls `start` watches them."""
+        """Stops the thread. Child processes continue; the next process that calls `start` watches them."""
         self._stopping.set()
         if self._thread is not None:
             self._thread.join(timeout=10)
             self._thread = None
 
-    def end(self, row: Row) -> None:
-        """Ends all processes of a run that was cancelled just now. Raises `RunError` when one does not end."""
-        if row.state == "cancelled":  # it waited
-            self._end_unrecorded(row)
+    def end(self, row: JobRow) -> None:
+        """Ends all processes of a run that was just cancelled. Raises `RunError` when one does not end."""
+        if row.state == "cancelled":  # it was queued
+            self._end_orphans(row)
         elif row.state == "cancelling":
-            assert row.child is not None, "a run is recorded as working together with its child"
+            assert row.child is not None, "a run becomes active in one transaction with its child"
             self._end(row.child)
             self._settle(row)
 
     def make_room(self) -> None:
-        """Removes the runs that have expired; see `compress.jobs.retention`."""
-        rows = self._record.newest(1_000_000)
-        found = self._sweeper.look(
+        """Deletes expired runs; see `compress.jobs.retention`."""
+        rows = self._store.newest(1_000_000)
+        sweep = self._sweeper.sweep(
             rows,
             lambda job_id: retention.folder_bytes(self._folders.run(job_id)),
             lambda job_id: self._folders.kept(job_id).exists(),
         )
-        for job_id in found.expired:
+        for job_id in sweep.expired:
             with contextlib.suppress(_Kept):
-                if self._record.delete(job_id, lambda job_id=job_id: self._put_away_unless_kept(job_id)):
-                    log.info("run %s has expired and was removed", job_id[:8])
-        self._folders.empty_deleted(self._record.while_listed)
-        self.over_quota = found.over
+                if self._store.delete(job_id, lambda job_id=job_id: self._move_to_trash_unless_kept(job_id)):
+                    log.info("run %s has expired and was deleted", job_id[:8])
+        self._folders.empty_trash(self._store.if_listed)
+        self.over_quota = sweep.over_quota
 
-    def _put_away_unless_kept(self, job_id: str) -> None:
+    def _move_to_trash_unless_kept(self, job_id: str) -> None:
         if self._folders.kept(job_id).exists():
             raise _Kept
-        self._folders.put_away(job_id)
+        self._folders.move_to_trash(job_id)
 
-    def _tend(self) -> None:
-        with contextlib.ExitStack() as lock:  # held through every trouble: whoever got it might not see our children
+    def _loop(self) -> None:
+        with contextlib.ExitStack() as lock:  # held through every error: another leader might not see our children
             leads, is_clean = None, False
             while not self._stopping.wait(TICK_S):
                 try:
-                    leads = leads or lock.enter_context(self._record.leadership())
+                    leads = leads or lock.enter_context(self._store.leadership())
                     if leads():
                         if not is_clean:
                             self._clean_up()
                         is_clean = True
                         self._tick()
                     self._trouble = None
-                except (CompressError, OSError) as error:  # told by /healthz; tried again, as after a start
+                except (CompressError, OSError) as error:  # /healthz reports it; retried, as after a start
                     is_clean = False
                     if str(error) != self._trouble:
-                        log.error("runs cannot be carried out: %s", error)
+                        log.error("runs cannot be executed: %s", error)
                     self._trouble = str(error)
 
     def _clean_up(self) -> None:
-        """Ends and removes what a server left that was killed, or could not write the record."""
-        for row in self._record.in_states(QUEUED):
-            self._end_unrecorded(row)
-        self._folders.empty_deleted(self._record.while_listed)
+        """Ends processes and removes files left by a server that was killed or could not write the database."""
+        for row in self._store.in_states(QUEUED):
+            self._end_orphans(row)
+        self._folders.empty_trash(self._store.if_listed)
 
     def _tick(self) -> None:
-        self._part_with_cancelled()
+        self._reap_cancelled()
         if self._sweeper.is_due():
             self.make_room()
-        for row in self._record.in_states(*ACTIVE):
-            assert row.child is not None, "a run is recorded as working together with its child"
-            self._look_after(row, row.child)
-        while len(self._record.in_states(*ACTIVE)) < self._at_once:
-            if not self._record.start_next(self._start_child, self._folders.events_bytes):
+        for row in self._store.in_states(*ACTIVE):
+            assert row.child is not None, "a run becomes active in one transaction with its child"
+            self._supervise(row, row.child)
+        while len(self._store.in_states(*ACTIVE)) < self._at_once:
+            if not self._store.start_next(self._start_child, self._folders.events_bytes):
                 return
 
-    def _look_after(self, row: Row, child: Child) -> None:
-        """Settles a run that has ended, and ends one that hangs, takes too long, or whose canceller is gone."""
+    def _supervise(self, row: JobRow, child: Child) -> None:
+        """Settles a run that has ended; ends one that stalls, exceeds the time limit, or whose canceller died."""
         end = self._executor.end
         if not self._executor.alive(child):
-            if end(child):  # what the child left behind
+            if end(child):  # its remaining descendants
                 self._settle(row)
         elif row.state == "cancelling" and not 0 <= time.time() - (row.cancel_asked or 0.0) <= GRACE_S:
-            end(child)  # whoever asked is gone; also when the clock was put back
-        elif self._watch.idle(child, self._folders.events_bytes(row.job_id)) and end(child, GRACE_S):
-            self._settle(row, why=self._watch.sentence)
-        elif self._is_overdue(row, child) and end(child, GRACE_S):
-            self._settle(row, why=OVERDUE.format((self._max_seconds or 0) / 60))
+            end(child)  # the process that cancelled it died, or the clock was set back
+        elif self._stalls.is_stalled(child, self._folders.events_bytes(row.job_id)) and end(child, GRACE_S):
+            self._settle(row, reason=self._stalls.message)
+        elif self._has_timed_out(row, child) and end(child, GRACE_S):
+            self._settle(row, reason=TIMED_OUT.format((self._max_seconds or 0) / 60))
 
-    def _start_child(self, row: Row) -> Child | str:
-        """The started child, or the sentence why it could not be started. Raises `RunError` when none can start now."""
+    def _start_child(self, row: JobRow) -> Child | str:
+        """The started child, or the error message of the run. Raises `RunError` when no run can start now."""
         folder = self._folders.run(row.job_id)
         try:
             resume = row.attempt > 1 or job_folders.has_begun(folder)
             return self._executor.start(folder, self._folders.console(row.job_id), resume=resume)
         except OSError as error:
-            why = error.strerror or error
+            cause = error.strerror or error
             if error.errno in SHORTAGES:
-                raise RunError(SHORT.format(why)) from error
-            return f"The run's process could not be started ({why}). Check the installation, then resume the run."
+                raise RunError(SHORTAGE.format(cause)) from error
+            return f"The run's process could not be started ({cause}). Check the installation, then resume the run."
 
-    def _is_overdue(self, row: Row, child: Child) -> bool:
+    def _has_timed_out(self, row: JobRow, child: Child) -> bool:
         if self._max_seconds is None or row.state != "running":
             return False
         events = self._folders.run(row.job_id) / "events.jsonl"
         return self._executor.worked_s(child, events, row.events_offset) > self._max_seconds
 
-    def _settle(self, row: Row, why: str | None = None) -> None:
-        """Writes down how a run ended whose process is gone; `why` when it was ended from here."""
-        assert row.child is not None, "a run is recorded as working together with its child"
+    def _settle(self, row: JobRow, reason: str | None = None) -> None:
+        """Stores how a run ended whose process is gone; `reason` if the scheduler ended it."""
+        assert row.child is not None, "a run becomes active in one transaction with its child"
         returncode = self._executor.exit_code(row.child)
         console = job_folders.tail(self._folders.console(row.job_id), 4096)
 
-        def ended(now: Row) -> tuple[str, str | None]:
-            state, error = job_folders.outcome(self._folders.run(row.job_id), now, returncode, console)
-            return state, why if why and state == "failed" else error
+        def ended(current: JobRow) -> tuple[str, str | None]:
+            state, error = job_folders.outcome(self._folders.run(row.job_id), current, returncode, console)
+            return state, reason if reason and state == "failed" else error
 
-        self._record.settle(row, ended)
-        self._executor.part(row.child)  # not before: when the record fails, the exit code is asked for again
-        self._watch.forget(row.child)
+        self._store.settle(row, ended)
+        self._executor.reap(row.child)  # last: if the database cannot be written, the exit code is needed again
+        self._stalls.forget(row.child)
 
-    def _part_with_cancelled(self) -> None:
-        """Takes leave of children whose run another process cancelled, `compress jobs cancel` for example."""
-        working = {row.child for row in self._record.in_states(*ACTIVE)}
+    def _reap_cancelled(self) -> None:
+        """Reaps children whose run another process cancelled, `compress jobs cancel` for example."""
+        active = {row.child for row in self._store.in_states(*ACTIVE)}
         for child in self._executor.ended():
-            if child not in working:
-                self._executor.part(child)
-                self._watch.forget(child)
+            if child not in active:
+                self._executor.reap(child)
+                self._stalls.forget(child)
 
-    def _end_unrecorded(self, row: Row) -> None:
-        """Ends children that were started for a run and not written down: the server was killed in that moment, or the
-        record could not be written. Raises `RunError` when one does not end."""
-        for child in self._executor.strays(self._folders.run(row.job_id)):
+    def _end_orphans(self, row: JobRow) -> None:
+        """Ends children that were started for the run but never stored, because the server was killed in between or the
+        database could not be written. Raises `RunError` when one does not end."""
+        for child in self._executor.orphans(self._folders.run(row.job_id)):
             self._end(child)
 
     def _end(self, child: Child) -> None:
         if not self._executor.end(child, GRACE_S):
-            raise RunError(UNENDING)
+            raise RunError(UNKILLABLE)
 
 
 class _Kept(Exception):
-    """The run is kept since a moment ago."""
+    """Another process kept the run a moment ago."""

@@ -1,4 +1,4 @@
-"""What is told of a run: from its row in the record, and from what its process reported last."""
+"""The status of a run, from its row in the run database and the last event of its process."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from compress.jobs.database import Row
+from compress.jobs.database import JobRow
 from compress.jobs.folders import last_event
 from compress.request import Request
 from compress.runs import STAGES
@@ -14,23 +14,23 @@ from compress.runs import STAGES
 
 @dataclass(frozen=True)
 class Status:
-    """What is known of a run now. Times are seconds since 1970, UTC; fractions are 0..1."""
+    """The current status of a run. Times are seconds since 1970, UTC; fractions are 0..1."""
 
     job_id: str
     title: str
     state: str
     """queued, running, cancelling, done, failed or cancelled."""
     position: int | None
-    """Runs that come before it while it is queued, those running included."""
+    """Active runs and runs queued before it, while it is queued."""
     stage: str | None
     stage_index: int
     """1 for the first stage; 0 before it."""
     stage_count: int
     stage_fraction: float
     fraction: float
-    """Of the whole run, every stage counted alike."""
+    """Of the whole run; every stage counts the same."""
     seconds_left: float | None
-    """Of this stage; null until it can be told."""
+    """Estimate for the current stage; None until there is one."""
     message: str
     error: str | None
     resumable: bool
@@ -42,8 +42,8 @@ class Status:
         return asdict(self)
 
 
-def status_of(row: Row, folder: Path, position: int | None) -> Status:
-    """What is known of the run in `folder`; see `Status` for its position."""
+def status_of(row: JobRow, folder: Path, position: int | None) -> Status:
+    """The status of the run in `folder`; `position` as in `Status`."""
     event = last_event(folder / "events.jsonl", row.events_offset, "stage") if row.attempt else {}
     index, of = int(event.get("index", 0)), int(event.get("of", len(STAGES)))
     within = float(event.get("fraction", 0.0))
@@ -69,13 +69,13 @@ def status_of(row: Row, folder: Path, position: int | None) -> Status:
 
 
 def title_of(request: Request) -> str:
-    """A short name: the model, the data, and what is done to them."""
+    """A short title: the model, the data, and the compression."""
     data = request.data if request.data in ("none", "fashion-mnist") else Path(request.data).name
-    done = []
+    steps = []
     if request.prunes:
-        done.append(f"{100 * request.sparsity:.0f} % pruned")
+        steps.append(f"{100 * request.sparsity:.0f} % pruned")
     if request.quantizes:
-        done.append(f"{request.weight_bits} bits")
+        steps.append(f"{request.weight_bits} bits")
     elif request.half_precision:
-        done.append("16 bits")
-    return f"{request.model} on {'no data' if data == 'none' else data}, {', '.join(done)}"
+        steps.append("16 bits")
+    return f"{request.model} on {'no data' if data == 'none' else data}, {', '.join(steps)}"

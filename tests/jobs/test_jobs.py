@@ -1,4 +1,4 @@
-"""The queue of runs: order, progress, files, and what it refuses; test_jobs_carrier.py kills and cancels."""
+"""The queue of runs: order, progress, files, and what it refuses; test_scheduler.py kills and cancels."""
 
 from __future__ import annotations
 
@@ -94,9 +94,9 @@ def test_uploads_are_kept_with_the_run_under_a_harmless_name(queue: Queue, tmp_p
     kept = queue.folder(job_id) / "uploads/checkpoint/my__weights_.pth"
     assert kept.read_bytes() == b"weights"
     assert queue.request(job_id).checkpoint == str(kept)
-    with pytest.raises(RunError, match="The file for data \\(gone.zip\\) is not there any more: upload it again"):
+    with pytest.raises(RunError, match="The file for data \\(gone.zip\\) no longer exists: upload it again"):
         queue.submit(Request(**QUICK), files={"data": tmp_path / "gone.zip"})
-    with pytest.raises(RunError, match="No file can be given for 'model'"):
+    with pytest.raises(RunError, match="'model' accepts no file"):
         queue.submit(Request(**QUICK), files={"model": kept})
     assert len(list((queue.data_dir / "runs").glob(RUN_ID))) == 1, "a refused submit left files behind"
 
@@ -113,7 +113,7 @@ def test_a_full_queue_and_a_full_disk_are_refused(data_dir: Path, monkeypatch: p
     with pytest.raises(RunError, match="The queue is full"):
         queue.resume(first[0])
     monkeypatch.setattr("compress.jobs.MIN_FREE_BYTES", 1 << 60)
-    with pytest.raises(StorageError, match="GB of disk space is left and a run needs"):
+    with pytest.raises(StorageError, match="GB of disk space is free and a run needs"):
         Queue(data_dir / "other").submit(Request(**QUICK))
 
 
@@ -136,11 +136,11 @@ def test_a_changed_file_is_not_given_out(queue: Queue) -> None:
     data = bytearray(path.read_bytes())
     data[100] ^= 1
     path.write_bytes(data)
-    with pytest.raises(StorageError, match="was changed or removed after the run: its sha256 differs"):
+    with pytest.raises(StorageError, match="was changed or removed after the run \\(its sha256 differs"):
         queue.artifact(job_id, name)
     (queue.folder(job_id) / "manifest.json").write_text("{")
     with pytest.raises(
-        StorageError, match="The manifest of this run is damaged or was not signed by this server: its files"
+        StorageError, match="The manifest of this run is damaged or was not signed by this server, so its files"
     ):
         queue.artifact(job_id, name)
 
@@ -156,7 +156,7 @@ def test_a_manifest_cannot_lead_out_of_the_folder(queue: Queue) -> None:
     with pytest.raises(StorageError, match="was not signed by this server"):
         queue.artifact(job_id, "../../secret")
     manifest.write_text(signing.sealed("manifest.json", listed))
-    with pytest.raises(StorageError, match="not given out"):
+    with pytest.raises(StorageError, match="cannot be downloaded"):
         queue.artifact(job_id, "../../secret")
 
 
@@ -192,7 +192,7 @@ def test_only_a_run_that_is_over_can_be_deleted(queue: Queue, data_dir: Path) ->
     working, waiting = queue.submit(Request(**ENDLESS)), queue.submit(Request(**QUICK))
     wait(queue, working, "running")
     for job_id, state in ((working, "running"), (waiting, "queued")):
-        with pytest.raises(RunError, match=f"This run is {state}: only a run that is over can be deleted"):
+        with pytest.raises(RunError, match=f"This run is {state}: only a run that has ended can be deleted"):
             queue.delete(job_id)
         assert (data_dir / "runs" / job_id / "request.json").is_file()
 
@@ -215,8 +215,8 @@ def test_a_run_that_could_not_be_forgotten_stays_whole(queue: Queue, monkeypatch
     job_id = queue.submit(Request(**QUICK))
     wait(queue, job_id, "done")
     queue.keep(job_id)
-    put_away = queue._folders.deleted / job_id
-    fail_commits(monkeypatch, put_away.exists)
+    trash = queue._folders.trash / job_id
+    fail_commits(monkeypatch, trash.exists)
     with pytest.raises(StorageError, match="cannot be used now .database or disk is full."):
         queue.delete(job_id)
     assert queue.status(job_id).state == "done" and queue.artifact(job_id, "report.json").is_file()
@@ -231,7 +231,7 @@ def test_a_run_that_is_deleted_while_it_is_cancelled_is_told_to_be_gone(
     waiting = queue._row(job_id)
     queue.cancel(job_id)
     queue.delete(job_id)
-    monkeypatch.setattr(queue._record, "get", lambda _: waiting)
+    monkeypatch.setattr(queue._store, "get", lambda _: waiting)
     with pytest.raises(RunError, match="There is no run with the id .* Check the link, or choose a run from the list."):
         queue.cancel(job_id)
 
@@ -247,12 +247,12 @@ def test_a_run_whose_folder_was_removed_can_be_deleted(queue: Queue, data_dir: P
 def test_one_visitor_cannot_fill_the_queue(data_dir: Path) -> None:
     queue = Queue(data_dir, max_per_owner=2)
     mine = [queue.submit(Request(seed=seed), owner="10.0.0.1") for seed in range(2)]
-    with pytest.raises(RunError, match="You have 2 runs waiting or working and this server allows 2 for each visitor"):
+    with pytest.raises(RunError, match="You have 2 queued or active runs and this server allows 2 for each user"):
         queue.submit(Request(seed=3), owner="10.0.0.1")
     queue.submit(Request(), owner="10.0.0.2")
     queue.cancel(mine[0])
     queue.submit(Request(seed=4), owner="10.0.0.1")
-    with pytest.raises(RunError, match="for each visitor"):
+    with pytest.raises(RunError, match="for each user"):
         queue.resume(mine[0])
     for seed in range(3):
         queue.submit(Request(seed=seed))  # nobody told whose they are: the shell of the server itself

@@ -10,13 +10,13 @@ from queues import ENDLESS, QUICK, fake_command, wait, wait_for_stage
 
 from compress.errors import RunError, StorageError
 from compress.jobs import Queue
-from compress.jobs.database import RUN_ID, Row
+from compress.jobs.database import RUN_ID, JobRow
 from compress.jobs.retention import (
     AFTER_JUMP_S,
     AFTER_START_S,
     DAY_S,
     KEPT_SHARE,
-    LOOK_S,
+    SWEEP_INTERVAL_S,
     Limits,
     Sweeper,
     folder_bytes,
@@ -39,9 +39,9 @@ class Clocks:
         return Sweeper(Limits(**limits), clock=lambda: self.wall, steady=lambda: self.steady)  # type: ignore[arg-type]
 
 
-def row(job_id: str, state: str, days_ago: float) -> Row:
+def row(job_id: str, state: str, days_ago: float) -> JobRow:
     moment = NOW - days_ago * DAY_S
-    return Row(job_id, job_id, state, 0, 1, 0, None, None, None, moment, moment, moment, "")
+    return JobRow(job_id, job_id, state, 0, 1, 0, None, None, None, moment, moment, moment, "")
 
 
 ROWS = [row("running", "running", 90), row("queued", "queued", 90), row("cancelling", "cancelling", 90)] + [
@@ -54,17 +54,17 @@ def test_what_is_over_and_old_expires_and_nothing_else() -> None:
     clocks = Clocks()
     sweeper = clocks.sweeper(keep_days=30)
     clocks.pass_(AFTER_START_S)
-    assert set(sweeper.look(ROWS, lambda job: 1, lambda job: False).expired) == {"done-40", "cancelled-31"}
-    assert sweeper.look(ROWS, lambda job: 1, lambda job: job == "done-40").expired == ("cancelled-31",)
+    assert set(sweeper.sweep(ROWS, lambda job: 1, lambda job: False).expired) == {"done-40", "cancelled-31"}
+    assert sweeper.sweep(ROWS, lambda job: 1, lambda job: job == "done-40").expired == ("cancelled-31",)
 
 
 def test_the_oldest_make_room_and_what_works_or_is_kept_never_does() -> None:
     sweeper = Clocks().sweeper(max_bytes=50)
-    found = sweeper.look(ROWS, lambda job: 10, lambda job: job == "done-40")
-    assert (found.expired, found.over) == (("cancelled-31", "failed-20"), False)
-    full = sweeper.look(ROWS, lambda job: 100, lambda job: job == "done-40")
-    assert set(full.expired) == {"cancelled-31", "failed-20", "done-1"} and full.over
-    assert Clocks().sweeper(keep_days=1).look(ROWS, lambda job: 1 / 0, lambda job: True).expired == ()
+    found = sweeper.sweep(ROWS, lambda job: 10, lambda job: job == "done-40")
+    assert (found.expired, found.over_quota) == (("cancelled-31", "failed-20"), False)
+    full = sweeper.sweep(ROWS, lambda job: 100, lambda job: job == "done-40")
+    assert set(full.expired) == {"cancelled-31", "failed-20", "done-1"} and full.over_quota
+    assert Clocks().sweeper(keep_days=1).sweep(ROWS, lambda job: 1 / 0, lambda job: True).expired == ()
 
 
 @pytest.mark.parametrize("jump", [365 * DAY_S, -365 * DAY_S])
@@ -75,19 +75,19 @@ def test_a_clock_that_jumps_removes_nothing_for_a_day(jump: float) -> None:
     clocks.pass_(AFTER_START_S)
     clocks.wall += jump
     for _ in range(100):
-        assert sweeper.look(fresh, lambda job: 1, lambda job: False).expired == ()
-        clocks.pass_(LOOK_S)
+        assert sweeper.sweep(fresh, lambda job: 1, lambda job: False).expired == ()
+        clocks.pass_(SWEEP_INTERVAL_S)
     clocks.wall -= jump
-    assert sweeper.look(ROWS, lambda job: 1, lambda job: False).expired == ()
+    assert sweeper.sweep(ROWS, lambda job: 1, lambda job: False).expired == ()
     clocks.pass_(AFTER_JUMP_S)
-    assert "done-40" in sweeper.look(ROWS, lambda job: 1, lambda job: False).expired
+    assert "done-40" in sweeper.sweep(ROWS, lambda job: 1, lambda job: False).expired
 
 
 def test_a_wrong_clock_at_the_start_removes_nothing() -> None:
     clocks = Clocks()
     clocks.wall += 365 * DAY_S  # until it is set right
     sweeper = clocks.sweeper(keep_days=30)
-    assert sweeper.look(ROWS, lambda job: 1, lambda job: False).expired == ()
+    assert sweeper.sweep(ROWS, lambda job: 1, lambda job: False).expired == ()
 
 
 def test_without_limits_nothing_is_looked_at() -> None:
@@ -95,7 +95,7 @@ def test_without_limits_nothing_is_looked_at() -> None:
     assert not clocks.sweeper().is_due()
     limited = clocks.sweeper(keep_days=1)
     assert limited.is_due() and not limited.is_due()
-    clocks.pass_(LOOK_S)
+    clocks.pass_(SWEEP_INTERVAL_S)
     assert limited.is_due()
 
 
@@ -112,7 +112,7 @@ def test_a_queue_over_its_room_keeps_what_is_shared_and_refuses_the_rest(data_di
     assert {status.job_id: status.state for status in tight.list()} == {shared: "done", working: "running"}
     assert tight.artifact(shared, "report.json").is_file() and not (data_dir / "runs" / old).exists()
     assert list((data_dir / "runs" / ".deleted").iterdir()) == []
-    with pytest.raises(StorageError, match="take all the room that this server gives to runs"):
+    with pytest.raises(StorageError, match="use all the disk space that this server reserves for runs"):
         tight.submit(Request(**QUICK))
     with pytest.raises(RunError, match="There is no run with the id"):
         tight.keep(old)
@@ -128,7 +128,7 @@ def test_a_run_that_is_kept_while_it_is_removed_stays(data_dir: Path) -> None:
         wait(queue, job_id, "done")
     queue.keep(job_id)
     with pytest.raises(_Kept):
-        queue._record.delete(job_id, lambda: queue._carrier._put_away_unless_kept(job_id))
+        queue._store.delete(job_id, lambda: queue._scheduler._move_to_trash_unless_kept(job_id))
     assert queue.artifact(job_id, "report.json").is_file()
 
 
@@ -174,7 +174,7 @@ def test_visitors_keep_half_of_the_room_at_most_and_the_shell_any(data_dir: Path
     roomy.keep(jobs[0], share=KEPT_SHARE)
     roomy.keep(jobs[0], share=KEPT_SHARE)
     with pytest.raises(
-        RunError, match="with it the runs that are kept would take 0.0 GB, and this server gives them 0.0 GB. Let go"
+        RunError, match="kept runs would then use 0.0 GB, and this server allows 0.0 GB. Stop keeping"
     ):
         roomy.keep(jobs[1], share=KEPT_SHARE)
     assert (roomy.is_kept(jobs[0]), roomy.is_kept(jobs[1])) == (True, False)

@@ -19,7 +19,7 @@ def start(page: Page, url: str) -> None:
 def everything_unfolded(page: Page, url: str) -> None:
     open_start(page, url)
     page.get_by_role("button", name="All other settings").click()
-    page.get_by_role("button", name="Show the plan first").click()
+    page.get_by_role("button", name="Preview the plan").click()
     expect(page.locator(".checked")).to_be_visible(timeout=15_000)
 
 

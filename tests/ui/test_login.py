@@ -124,8 +124,8 @@ def test_the_api_is_used_with_a_login_and_runs_belong_to_names(server: AppServer
     for account in (ADA, BOB):
         client = Client(server.url, verbose=False, httpx_kwargs={"auth": account})
         first = client.predict(model="resnet34", checkpoint_file=handle_file(tmp_path / "w.pth"), api_name="/submit")
-        assert Queue(server.data)._record.get(first["job_id"]).owner == account[0]
-        with pytest.raises(Exception, match="this server allows 1 for each visitor"):
+        assert Queue(server.data)._store.get(first["job_id"]).owner == account[0]
+        with pytest.raises(Exception, match="this server allows 1 for each user"):
             client.predict(**QUICK, api_name="/submit")
     for status in Queue(server.data).list():
         if status.state in ("queued", "running"):
@@ -237,7 +237,7 @@ def test_the_named_endpoints_are_tools_with_their_docs(tmp_path: Path) -> None:
         assert "How a run is doing." in tools["status"]["description"]
         job_id = tools["status"]["inputSchema"]["properties"]["job_id"]
         assert (job_id["type"], job_id["description"]) == ("string", "The id that submit returned.")
-        assert "fraction of output channels" in tools["submit"]["inputSchema"]["properties"]["sparsity"]["description"]
+        assert "Fraction of output channels" in tools["submit"]["inputSchema"]["properties"]["sparsity"]["description"]
     finally:
         server.close()
 

@@ -128,7 +128,7 @@ def test_a_missing_text_is_english_in_markup_and_an_unknown_key_is_an_error(
     (tmp_path / "fr.json").write_text('{"try_title": "Essayer"}', encoding="utf-8")
     monkeypatch.setattr(words, "FOLDER", tmp_path)
     french = words.texts.__wrapped__()["fr"]
-    assert french["try_head"].startswith('<h2>Essayer</h2><p class="soft">An image of yours')
+    assert french["try_head"].startswith('<h2>Essayer</h2><p class="soft">Classify an image')
     assert "hero_title" not in french
     with pytest.raises(KeyError, match="no_such_key"):
         words.word("no_such_key")

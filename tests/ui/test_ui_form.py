@@ -214,7 +214,7 @@ def test_a_visitor_is_a_login_name_or_an_address(tmp_path: Path) -> None:
     queue = Queue(tmp_path, max_per_owner=1)
     app = App(queue, dict, Settings(data=tmp_path), (), no_images, no_count)
     assert "job" in app.submit(VISIT, form_values(), "", "")
-    assert "this server allows 1 for each visitor" in app.submit(VISIT, form_values(), "", "")["notice"]
+    assert "this server allows 1 for each user" in app.submit(VISIT, form_values(), "", "")["notice"]
     assert "job" in app.submit(Visit("somebody else", "http://here/"), form_values(), "", "")
 
 

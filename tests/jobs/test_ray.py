@@ -89,7 +89,7 @@ def test_without_ray_the_remedy_is_told(tmp_path: Path, monkeypatch: pytest.Monk
     result = CliRunner().invoke(cli, ["run", "--cluster", ADDRESS, "--out", str(tmp_path / "run")])
     assert isinstance(result.exception, RunError)
     assert str(result.exception) == (
-        "Ray is not installed here, so no cluster can be used: pip install -r requirements-cluster.txt."
+        "Ray is not installed, so no cluster can be used: pip install -r requirements-cluster.txt."
     )
 
 
@@ -115,31 +115,32 @@ def order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Order:
 
 
 def test_a_node_that_fits_has_no_objection(order: Order) -> None:
-    assert ray_node.unfit(order) is None
+    assert ray_node.why_unfit(order) is None
 
 
 def test_a_node_refuses_what_it_would_do_wrongly(order: Order, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refusal(**changed: str) -> str | None:
-        return ray_node.unfit(dataclasses.replace(order, **changed))
+        return ray_node.why_unfit(dataclasses.replace(order, **changed))
 
     assert refusal(version="9.9") == (
         f"The node {NODE} has Espalier {__version__}, not 9.9: install the same version on every node."
     )
     assert refusal(folder="/nowhere") == (
-        f"The node {NODE} does not see the run in /nowhere: give a folder that all nodes share."
+        f"The node {NODE} cannot see the run in /nowhere: use a folder that all nodes share."
     )
-    assert "does not see the run" in str(refusal(request="{}")), "another folder of the same name"
+    assert "cannot see the run" in str(refusal(request="{}")), "another folder of the same name"
     assert refusal(key="0" * 16) == (
-        f"The node {NODE} signs results with another key: give every node the same file in ESPALIER_SIGNING_KEY."
+        f"The node {NODE} signs results with a different key: set ESPALIER_SIGNING_KEY to the same file on every node."
     )
     monkeypatch.setenv("ESPALIER_SIGNING_KEY", str(tmp_path / "none.key"))
-    assert "signs results with another key" in str(refusal())
+    assert "signs results with a different key" in str(refusal())
     assert not (tmp_path / "none.key").exists(), "a node makes no key of its own"
     monkeypatch.delenv("RAY_AUTH_MODE")
     assert refusal() == (
-        f"The node {NODE} lets everybody in: start Ray with RAY_AUTH_MODE=token on every node, see docs/cluster.md."
+        f"The node {NODE} accepts unauthenticated connections: start Ray with RAY_AUTH_MODE=token on every node, see "
+        "docs/cluster.md."
     )
-    assert ray_node.carry_out(order).console.startswith("Error: The node"), "and starts nothing"
+    assert ray_node.execute(order).console.startswith("Error: The node"), "and starts nothing"
 
 
 def test_a_node_carries_the_order_out_and_tells_how_it_ended(order: Order, tmp_path: Path) -> None:
@@ -147,14 +148,14 @@ def test_a_node_carries_the_order_out_and_tells_how_it_ended(order: Order, tmp_p
     folder.mkdir(parents=True)
     text = Request(model="resnet152").to_json()
     (folder / "request.json").write_text(text)
-    ended = ray_node.carry_out(dataclasses.replace(order, folder=str(folder), request=text))
+    ended = ray_node.execute(dataclasses.replace(order, folder=str(folder), request=text))
     assert ended.returncode == 1
     assert ended.console.endswith("Error: The runtime tensorrt is not installed here: choose another.\n")
 
 
 def test_a_node_needs_no_temporary_folder(order: Order, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", "/nowhere")
-    ended = ray_node.carry_out(dataclasses.replace(order, command=lambda folder, resume: ["echo", "hello"]))
+    ended = ray_node.execute(dataclasses.replace(order, command=lambda folder, resume: ["echo", "hello"]))
     assert ended == Ended(0, "hello\n")
 
 

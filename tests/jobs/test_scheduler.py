@@ -1,4 +1,4 @@
-"""How runs are carried out: cancel, death of child and server, runs that hang or take too long."""
+"""How the scheduler executes runs: cancel, death of child and server, runs that stall or time out."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from queues import ENDLESS, QUICK, child_of, fake_command, wait, wait_for_stage
 from compress import processes
 from compress.errors import RunError
 from compress.jobs import Queue, compress_command
-from compress.jobs.stall import Watch
+from compress.jobs.stall import StallDetector
 from compress.request import Request
 
 
@@ -161,14 +161,14 @@ def test_the_next_start_ends_what_a_killed_server_was_deleting_and_touches_nothi
     with Queue(data_dir, command=fake_command) as queue:
         listed = queue.submit(Request(**QUICK))
         wait(queue, listed, "done")
-    put_away, formerly = data_dir / "runs" / ".deleted", data_dir / "deleted"
-    (data_dir / "runs" / listed).rename(put_away / listed)  # the server was killed before it could write that down
-    for folder in (put_away / ("0" * 32), formerly / ("1" * 32), put_away / "not ours"):
+    trash, formerly = data_dir / "runs" / ".deleted", data_dir / "deleted"
+    (data_dir / "runs" / listed).rename(trash / listed)  # the server was killed before it could write that down
+    for folder in (trash / ("0" * 32), formerly / ("1" * 32), trash / "not ours"):
         (folder / "artifacts").mkdir(parents=True)
     with Queue(data_dir, command=fake_command) as queue:
         wait(queue, queue.submit(Request(**QUICK)), "done")
         assert queue.artifact(listed, "report.json").is_file()
-    assert [folder.name for folder in put_away.iterdir()] == ["not ours"] and not formerly.exists()
+    assert [folder.name for folder in trash.iterdir()] == ["not ours"] and not formerly.exists()
 
 
 def test_a_run_that_works_too_long_is_ended_and_can_be_resumed(data_dir: Path) -> None:
@@ -176,8 +176,8 @@ def test_a_run_that_works_too_long_is_ended_and_can_be_resumed(data_dir: Path) -
         job_id = queue.submit(Request(**ENDLESS))
         failed = wait(queue, job_id, "failed")
         assert failed.error == (
-            "The run was ended because it worked for more than the 0.025 minutes that this server allows. "
-            "Resume it, which repeats no finished stage, or ask for fewer epochs."
+            "The run was stopped because it exceeded the time limit of 0.025 minutes of this server. "
+            "Resume it (finished stages are not repeated), or request fewer epochs."
         )
         assert failed.resumable
         for pid in processes._pids():
@@ -213,7 +213,7 @@ def test_a_run_that_stands_still_is_ended_and_one_that_computes_is_not(data_dir:
         assert queue.status(job_id).state == "running", "it reports every 0.2 s"
         os.kill(child.pid, signal.SIGSTOP)
         assert wait(queue, job_id, "failed").error == (
-            "The run neither computed nor reported anything for 0.025 minutes and was ended. "
+            "The run was stopped because it neither computed nor reported progress for 0.025 minutes. "
             "Resume it: finished stages are not repeated."
         )
         assert processes.living(child) == []
@@ -224,11 +224,11 @@ def test_a_run_that_stands_still_is_ended_and_one_that_computes_is_not(data_dir:
 def test_what_a_run_does_is_told_from_standing_still(monkeypatch: pytest.MonkeyPatch) -> None:
     now, ticks = [0.0], [100]
     monkeypatch.setattr(processes, "cpu_ticks", lambda child: ticks[0])
-    watch, child = Watch(300.0, clock=lambda: now[0]), processes.Child(1, "x")
+    watch, child = StallDetector(300.0, clock=lambda: now[0]), processes.Child(1, "x")
 
     def look(at: float, events: int, used: int) -> bool:
         now[0], ticks[0] = at, used
-        return watch.idle(child, events)
+        return watch.is_stalled(child, events)
 
     assert not look(0, 10, 100)
     assert not look(290, 10, 101)
@@ -247,7 +247,7 @@ def test_a_clock_that_is_put_back_does_not_keep_a_cancelled_run_alive(
 ) -> None:
     job_id = queue.submit(Request(model="mobilenet_v2", learning_rate=0.001))
     wait_for_stage(queue, job_id, "finetune")
-    queue._record.ask_to_cancel(job_id)  # by a server that was killed right after it
+    queue._store.request_cancel(job_id)  # by a server that was killed right after it
     real = time.time
     monkeypatch.setattr("compress.jobs.scheduler.time.time", lambda: real() - 3600)
     wait(queue, job_id, "cancelled", seconds=5)
@@ -257,13 +257,13 @@ def test_a_clock_that_is_put_back_does_not_keep_a_cancelled_run_alive(
 def test_a_run_that_is_cancelled_while_it_ends_is_cancelled(data_dir: Path, why: str | None) -> None:
     queue = Queue(data_dir, command=fake_command)
     job_id = queue.submit(Request(**ENDLESS))
-    queue._carrier._tick()
+    queue._scheduler._tick()
     wait_for_stage(queue, job_id, "finetune")
     before = queue._row(job_id)
     assert before.state == "running" and before.child is not None
-    queue._record.ask_to_cancel(job_id)
+    queue._store.request_cancel(job_id)
     processes.stop(before.child, grace_s=3.0)
-    queue._carrier._settle(before, why)
+    queue._scheduler._settle(before, why)
     status = queue.status(job_id)
     assert (status.state, status.error) == ("cancelled", None)
 

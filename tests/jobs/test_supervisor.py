@@ -1,4 +1,4 @@
-"""A run on a leash: it ends when whoever holds the other end dies, and no second attempt works beside it."""
+"""The supervisor ends a run when the other end of its pipe closes, and no second attempt runs beside it."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def lives(pid: int) -> bool:
 
 
 def is_free(folder: Path) -> bool:
-    lock = supervisor.hold(folder / "events.jsonl")
+    lock = supervisor.try_lock(folder / "events.jsonl")
     if lock is None:
         return False
     lock.close()
@@ -109,7 +109,7 @@ def test_a_run_ends_with_all_that_it_started_when_its_holder_dies(folder: Path) 
     assert process.wait(timeout=5) == supervisor.STOPPED and is_free(folder)
 
 
-def test_the_leash_itself_may_be_told_to_stop(folder: Path) -> None:
+def test_the_supervisor_itself_may_be_told_to_stop(folder: Path) -> None:
     process = start(folder, STUBBORN)
     pids = pids_of(folder)
     process.terminate()
@@ -117,7 +117,7 @@ def test_the_leash_itself_may_be_told_to_stop(folder: Path) -> None:
     assert not any(map(lives, pids)) and is_free(folder)
 
 
-def test_the_leash_itself_may_be_told_to_stop_while_it_ends_the_run(folder: Path) -> None:
+def test_the_supervisor_itself_may_be_told_to_stop_while_it_ends_the_run(folder: Path) -> None:
     process = start(folder, STUBBORN)
     pids = pids_of(folder)
 
@@ -133,9 +133,9 @@ def test_the_leash_itself_may_be_told_to_stop_while_it_ends_the_run(folder: Path
 def test_no_second_attempt_works_beside_one_that_was_cut_off(folder: Path) -> None:
     first = start(folder, STUBBORN)
     pids = pids_of(folder)
-    for leash_pid in [pid for pid in processes._pids() if b"compress.jobs.supervisor" in processes._arguments(pid)]:
-        if str(folder / "events.jsonl").encode() in processes._arguments(leash_pid):
-            os.kill(leash_pid, signal.SIGKILL)  # nobody is left who could end the run, but it keeps its lock
+    for supervisor_pid in [pid for pid in processes._pids() if b"compress.jobs.supervisor" in processes._arguments(pid)]:
+        if str(folder / "events.jsonl").encode() in processes._arguments(supervisor_pid):
+            os.kill(supervisor_pid, signal.SIGKILL)  # nobody is left who could end the run, but it keeps its lock
     first.wait()
     second = start(folder, "open('second', 'w')")
     time.sleep(1.0)
@@ -147,8 +147,8 @@ def test_no_second_attempt_works_beside_one_that_was_cut_off(folder: Path) -> No
 def test_an_attempt_that_waits_too_long_for_the_other_says_so(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(supervisor, "PATIENCE_S", 0.3)
-    other = supervisor.hold(folder / "events.jsonl")
+    monkeypatch.setattr(supervisor, "LOCK_TIMEOUT_S", 0.3)
+    other = supervisor.try_lock(folder / "events.jsonl")
     assert other is not None
     read, write = os.pipe()
     with os.fdopen(read, "rb") as held:
@@ -157,7 +157,7 @@ def test_an_attempt_that_waits_too_long_for_the_other_says_so(
     os.close(write)
     other.close()
     assert capfd.readouterr().out == (
-        f"Error: Another process still works on this run in {folder}. Resume the run when it has ended.\n"
+        f"Error: Another process still executes this run in {folder}. Resume the run when it has ended.\n"
     )
 
 
@@ -166,7 +166,7 @@ def test_a_full_disk_is_told_by_name(folder: Path) -> None:
     process = start(folder, "open('started', 'w')")
     assert process.wait(timeout=15) == 1 and not (folder / "started").exists()
     assert process.stdout is not None and process.stdout.read() == (
-        f"Error: The node {platform.node()} could not start the run in {folder} (No space left on device). Put that right, then "
+        f"Error: The node {platform.node()} could not start the run in {folder} (No space left on device). Correct that, then "
         "resume the run.\n"
     )
 
@@ -183,13 +183,13 @@ def test_a_run_that_stands_still_is_ended(
 ) -> None:
     monkeypatch.chdir(folder)
     read, write = os.pipe()
-    lock = supervisor.hold(folder / "events.jsonl")
+    lock = supervisor.try_lock(folder / "events.jsonl")
     assert lock is not None
     with lock, os.fdopen(read, "rb") as held:
         words = [sys.executable, "-S", "-c", "import time; time.sleep(600)", str(folder)]
-        assert supervisor.carry_out(words, lock, held, stall_s=1.5) == 1
+        assert supervisor.execute(words, lock, held, stall_s=1.5) == 1
     os.close(write)
     assert capfd.readouterr().out == (
-        "Error: The run neither computed nor reported anything for 0.025 minutes and was ended. "
+        "Error: The run was stopped because it neither computed nor reported progress for 0.025 minutes. "
         "Resume it: finished stages are not repeated.\n"
     )

@@ -41,7 +41,7 @@ class Local:
     def options(self, command: Command) -> dict[str, Any]:
         return {"command": command}
 
-    def carrier_of(self, queue: Queue, job_id: str) -> int:
+    def executor_of(self, queue: Queue, job_id: str) -> int:
         """The process whose death takes the run along."""
         return child_of(queue, job_id).pid
 
@@ -59,10 +59,10 @@ class OnRay:
 
         return {"command": child, "passes": (*ray.ENVIRONMENT, "PYTHONPATH", LOOPBACK)}
 
-    def carrier_of(self, queue: Queue, job_id: str) -> int:
-        """The worker of Ray above the leash."""
-        leashes = [pid for pid in pids_of(queue.folder(job_id)) if b"compress.jobs.supervisor" in processes._arguments(pid)]
-        holders = {parent_of(pid) for pid in leashes} - set(leashes)
+    def executor_of(self, queue: Queue, job_id: str) -> int:
+        """The worker of Ray above the supervisor."""
+        supervisors = [pid for pid in pids_of(queue.folder(job_id)) if b"compress.jobs.supervisor" in processes._arguments(pid)]
+        holders = {parent_of(pid) for pid in supervisors} - set(supervisors)
         assert len(holders) == 1, "one attempt at a time"
         return holders.pop()
 
@@ -154,7 +154,7 @@ def test_a_run_is_carried_out_and_gives_out_its_files(contract: Contract) -> Non
         until(lambda: contract.nothing_lives_of(queue, job_id), "its processes end", 10)
 
 
-def test_progress_reaches_the_record(contract: Contract) -> None:
+def test_progress_reaches_the_run_database(contract: Contract) -> None:
     with contract.queue() as queue:
         job_id = queue.submit(Request(**ENDLESS))
         status = works(queue, job_id)
@@ -215,7 +215,7 @@ def test_a_killed_worker_costs_one_stage_at_most(contract: Contract) -> None:
         job_id = queue.submit(Request(seed=seed_of("quantize", "middle")))
         reached = contract.data_dir / "points" / f"{job_id}.reached"
         until(reached.exists, "the run is in the middle of a stage")
-        os.kill(contract.where.carrier_of(queue, job_id), signal.SIGKILL)
+        os.kill(contract.where.executor_of(queue, job_id), signal.SIGKILL)
         if wait(queue, job_id, "done", "failed", seconds=PATIENCE_S).state == "failed":
             assert isinstance(contract.where, Local), queue.status(job_id).error
             queue.resume(job_id)
@@ -231,7 +231,7 @@ def test_a_node_that_dies_costs_one_stage_at_most(on_ray: OnRay, data_dir: Path)
     with Queue(data_dir, **on_ray.options(staged_command)) as queue:
         job_id = queue.submit(Request(seed=seed_of("export", "middle")))
         until((data_dir / "points" / f"{job_id}.reached").exists, "the run is in the middle of a stage")
-        on_ray.kill_node(parent_of(on_ray.carrier_of(queue, job_id)))
+        on_ray.kill_node(parent_of(on_ray.executor_of(queue, job_id)))
         assert wait(queue, job_id, "done", "failed", seconds=120).error is None
         carried_out = (data_dir / "points" / f"{job_id}.done").read_text().split()
         assert sorted(carried_out) == sorted([*STAGES, "export"])
@@ -263,16 +263,16 @@ def test_waiting_for_a_node_is_not_working(on_ray: OnRay, data_dir: Path, tmp_pa
         other.cancel(first)
         works(queue, job_id)
         assert str(wait(queue, job_id, "failed", seconds=PATIENCE_S).error).startswith(
-            "The run was ended because it worked for more than the 0.0833333 minutes that this server allows."
+            "The run was stopped because it exceeded the time limit of 0.0833333 minutes of this server."
         )
 
 
-def test_a_run_that_no_node_could_carry_out_is_refused(on_ray: OnRay, data_dir: Path) -> None:
+def test_a_run_that_no_node_could_execute_is_refused(on_ray: OnRay, data_dir: Path) -> None:
     with Queue(data_dir, **on_ray.options(fake_command, gpus=1)) as queue:
         status = wait(queue, queue.submit(Request(**QUICK)), "failed", "done", seconds=PATIENCE_S)
     assert status.error == (
-        f"No node of the cluster {on_ray.ray_cluster.address} has 1 CPU and 1 GPU for a run (its nodes have: "
-        "0 CPUs and 0 GPUs; 1 CPU and 0 GPUs). Ask for less, or add such a node."
+        f"No node of the cluster {on_ray.ray_cluster.address} has the 1 CPU and 1 GPU of a run (its nodes have: "
+        "0 CPUs and 0 GPUs; 1 CPU and 0 GPUs). Request less, or add such a node."
     )
 
 
@@ -280,9 +280,9 @@ def test_nobody_gets_in_without_the_token(on_ray: OnRay, data_dir: Path, monkeyp
     monkeypatch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
     with Queue(data_dir, **on_ray.options(fake_command)) as queue:
         status = wait(queue, queue.submit(Request(**QUICK)), "failed", "done", seconds=PATIENCE_S)
-    told = str(status.error)
-    assert told.startswith(f"The cluster {on_ray.ray_cluster.address} cannot be joined from here (ConnectionError: ")
-    assert "Either its token is another one (RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH), or this machine" in told
+    error = str(status.error)
+    assert error.startswith(f"This machine cannot join the cluster {on_ray.ray_cluster.address} (ConnectionError: ")
+    assert "Either the token is wrong (RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH), or this machine" in error
 
 
 def test_a_run_whose_node_has_no_memory_left_is_not_begun_for_ever(on_ray: OnRay, data_dir: Path) -> None:
@@ -292,6 +292,6 @@ def test_a_run_whose_node_has_no_memory_left_is_not_begun_for_ever(on_ray: OnRay
     with Queue(data_dir, **on_ray.options(fake_command, cpus=2)) as queue:
         status = wait(queue, queue.submit(Request(**ENDLESS)), "failed", "done", seconds=120)
     assert status.error == (
-        "The run was ended 3 times because its node ran out of memory. Ask for more CPUs for a run (cluster-cpus), so that fewer "
-        "share a node, then resume it: finished stages are not repeated."
+        "The run was ended 3 times because its node ran out of memory. Reserve more CPUs for a run (cluster-cpus), so that "
+        "fewer runs share a node, then resume it: finished stages are not repeated."
     )

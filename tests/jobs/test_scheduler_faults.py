@@ -1,4 +1,4 @@
-"""What keeps runs from being carried out: it is told, starts nothing twice, and passes."""
+"""Faults that stop the scheduler: reported, nothing started twice, and recovered from."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_a_child_that_could_not_be_recorded_is_ended_before_its_run_starts_again
         wait(queue, job_id, "running")
         assert len(started) == 2
         assert processes.find(str(queue.folder(job_id) / "request.json")) == [child_of(queue, job_id).pid]
-        assert [child.pid for child in queue._carrier._executor._own] == [child_of(queue, job_id).pid], "a zombie"
+        assert [child.pid for child in queue._scheduler._executor._own] == [child_of(queue, job_id).pid], "a zombie"
         queue.cancel(job_id)
 
 
@@ -70,8 +70,8 @@ def test_nothing_starts_while_a_child_that_was_not_recorded_does_not_end(
 ) -> None:
     queue = Queue(data_dir, command=fake_command)
     job_id = queue.submit(Request(**QUICK))
-    executor = queue._carrier._executor
-    monkeypatch.setattr(executor, "strays", lambda folder: [processes.Child(1, "waits for the disk")])
+    executor = queue._scheduler._executor
+    monkeypatch.setattr(executor, "orphans", lambda folder: [processes.Child(1, "waits for the disk")])
     monkeypatch.setattr(executor, "end", lambda child, grace_s: False)
     with queue:
         assert "does not end, even when killed: it waits for the device or the disk" in wait_for_trouble(queue)
@@ -93,7 +93,7 @@ def test_a_machine_that_is_short_of_something_fails_no_run(data_dir: Path) -> No
         jobs = [queue.submit(Request(**QUICK)) for _ in range(2)]
         assert wait_for_trouble(queue) == (
             "No run can be started now (Resource temporarily unavailable): free memory, disk space or processes; "
-            "the runs that wait start by themselves then."
+            "queued runs then start by themselves."
         )
         assert {queue.status(job_id).state for job_id in jobs} == {"queued"}
         short.clear()
@@ -122,9 +122,9 @@ def test_trouble_is_told_and_passes(queue: Queue, monkeypatch: pytest.MonkeyPatc
     def full(*_: object) -> None:
         raise StorageError("The disk is full.")
 
-    monkeypatch.setattr(queue._carrier, "_tick", full)
+    monkeypatch.setattr(queue._scheduler, "_tick", full)
     assert wait_for_trouble(queue) == "The disk is full."
-    with queue._record.leadership() as leads:
+    with queue._store.leadership() as leads:
         assert not leads(), "a server that does not see our children would call them dead"
     monkeypatch.undo()
     wait(queue, queue.submit(Request(**QUICK)), "done")
@@ -147,10 +147,9 @@ def test_a_lock_that_cannot_be_opened_is_told_and_tried_again(data_dir: Path) ->
 def test_a_fault_that_ends_the_thread_is_told_and_leaves_the_queue_to_another_server(
     data_dir: Path, queue: Queue, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(queue._carrier, "_tick", lambda: 1 / 0)
+    monkeypatch.setattr(queue._scheduler, "_tick", lambda: 1 / 0)
     assert wait_for_trouble(queue) == (
-        "Runs are not carried out any more because of a fault in Espalier, which the server's log shows: "
-        "restart the server."
+        "The scheduler stopped because of a bug in Espalier, which the server's log shows: restart the server."
     )
     with Queue(data_dir, command=fake_command) as other:
         wait(other, other.submit(Request(**QUICK)), "done")

@@ -1,4 +1,4 @@
-"""A damaged record of runs: told, read-only, never made anew in silence, and recovered on request."""
+"""A damaged run database: reported, read-only, never recreated silently, and rebuilt on request."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from compress.jobs.recovery import UNKNOWN
 from compress.request import Request
 
 JUNK = b"not a database, but as long as one" * 500
-ADVICE = "put back a copy of it, or make a new one from the folders of the runs: python -m compress jobs recover"
+ADVICE = "restore a backup of it, or rebuild it from the folders of the runs: python -m compress jobs recover"
 
 
 def damaged(data_dir: Path) -> tuple[str, str]:
@@ -45,7 +45,7 @@ def overwrite(data_dir: Path) -> None:
 
 def test_a_damaged_record_is_told_and_left_alone(data_dir: Path) -> None:
     damaged(data_dir)
-    with pytest.raises(StorageError, match=f"The record of runs .* is damaged .*{ADVICE}"):
+    with pytest.raises(StorageError, match=f"The run database .* is damaged .*{ADVICE}"):
         Queue(data_dir)
     assert (data_dir / "queue.sqlite").read_bytes() == JUNK
 
@@ -53,12 +53,12 @@ def test_a_damaged_record_is_told_and_left_alone(data_dir: Path) -> None:
 def test_read_only_shows_finished_runs_and_refuses_every_change(data_dir: Path) -> None:
     good, bad = damaged(data_dir)
     with Queue(data_dir, command=fake_command, read_only_when_damaged=True) as queue:
-        assert "is damaged" in str(queue.trouble) and "nothing can be started" in str(queue.trouble)
+        assert "is damaged" in str(queue.trouble) and "no run can be started" in str(queue.trouble)
         assert {status.job_id: status.state for status in queue.list()} == {good: "done", bad: "failed"}
         assert queue.status(good).title == "resnet18 on fashion-mnist, 50 % pruned, 8 bits"
         assert queue.status(bad).error == UNKNOWN
         assert queue.artifact(good, "report.json").is_file()
-        with pytest.raises(StorageError, match="is damaged.*nothing can be started"):
+        with pytest.raises(StorageError, match="is damaged.*no run can be started"):
             queue.submit(Request(**QUICK))
         with pytest.raises(StorageError, match="is damaged"):
             queue.resume(bad)
@@ -74,7 +74,7 @@ def test_a_record_that_is_gone_is_not_made_anew_beside_runs(data_dir: Path) -> N
         (data_dir / "queue.sqlite").unlink()
         if empty:
             (data_dir / "queue.sqlite").touch()
-        with pytest.raises(StorageError, match="is gone, but there are folders of runs beside it"):
+        with pytest.raises(StorageError, match="is missing, but there are folders of runs beside it"):
             Queue(data_dir)
         (data_dir / "queue.sqlite").write_bytes(JUNK)
 
@@ -97,7 +97,7 @@ def test_recover_keeps_the_damaged_record_and_lists_every_run(data_dir: Path, mo
     good, bad = damaged(data_dir)
     monkeypatch.setenv("ESPALIER_DATA", str(data_dir))
     told = CliRunner().invoke(cli, ["jobs", "recover"])
-    assert told.exit_code == 0 and "A new record lists 2 runs. The damaged one is kept as" in told.output
+    assert told.exit_code == 0 and "The rebuilt database lists 2 runs. The damaged one is kept as" in told.output
     (aside,) = data_dir.glob("queue.sqlite.damaged-*")
     assert aside.read_bytes() == JUNK
     with Queue(data_dir, command=fake_command) as queue:
@@ -117,7 +117,7 @@ def test_recover_waits_until_nothing_works(data_dir: Path, monkeypatch: pytest.M
     overwrite(data_dir)
     monkeypatch.setenv("ESPALIER_DATA", str(data_dir))
     refused = CliRunner().invoke(cli, ["jobs", "recover"])
-    assert "still works. End them first" in str(refused.exception)
+    assert "is still active. Stop it first" in str(refused.exception)
     assert Queue(data_dir, read_only_when_damaged=True).status(job_id).state == "running"
     os.killpg(child.pid, signal.SIGKILL)
 
@@ -137,7 +137,7 @@ def test_the_app_starts_read_only_with_a_banner(server: AppServer) -> None:
     assert httpx.get(f"{server.url}/runs/{good}/files/report.json").status_code == 200
     client = Client(server.url, verbose=False)
     assert client.predict(good, api_name="/status")["state"] == "done"
-    with pytest.raises(AppError, match="is damaged.*nothing can be started"):
+    with pytest.raises(AppError, match="is damaged.*no run can be started"):
         client.predict(**QUICK, api_name="/submit")
     config = httpx.get(f"{server.url}/config").json()
     (banner,) = [part["id"] for part in config["components"] if part["props"].get("elem_id") == "banner"]
