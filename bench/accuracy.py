@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 import compress
 from compress import training
 from compress.data import dataset
+from compress.data.batches import iter_batches
 from compress.models import architectures
 from compress.preprocessing import Preprocessing
 
@@ -43,7 +44,7 @@ def dense_checkpoint(
         model = architectures.build(architectures.fresh(name, 10, preprocessing.input_size))
         training.fit(
             model,
-            lambda epoch: dataset.batches(images, 64, shuffle=True, seed=epoch, preprocessing=preprocessing),
+            lambda epoch: iter_batches(images, 64, shuffle=True, seed=epoch, preprocessing=preprocessing),
             len(images) // 64,
             training.TrainingConfig(epochs, 0.05, 0.0, 1.0, optimizer="sgd"),
             progress=lambda done, text: print(f"\r{name}: {text}   ", end=""),

@@ -22,6 +22,7 @@ import compress
 from bench import made_on
 from compress import pruning, training
 from compress.data import dataset
+from compress.data.batches import split_held_out
 from compress.equality.differences import share
 from compress.errors import CompressError
 from compress.stages import steps
@@ -133,7 +134,7 @@ def main() -> None:
     except CompressError as error:
         parser.error(str(error))
     workload = open_workload(request)
-    held_out, rest = dataset.split_held_out(workload.dataset.train, HELD_OUT, request.seed)
+    held_out, rest = split_held_out(workload.dataset.train, HELD_OUT, request.seed)
     trained = rest.subset(torch.arange(len(rest))[: options.images])
     workload = replace(workload, dataset=replace(workload.dataset, train=trained))
     dense = steps.scorer(held_out, workload)(workload.model.to(training.device()).eval())

@@ -22,7 +22,7 @@ from torch import nn
 import compress
 from bench import made_on
 from compress import onnx_export, quantization, training
-from compress.data import dataset
+from compress.data.batches import calibration_images, iter_batches
 from compress.engines import RUNTIMES, BuildSpec
 from compress.equality import differences
 from compress.files import write_text
@@ -76,7 +76,7 @@ def measure(request: compress.Request, workload: Workload, train: bool) -> Row:
 
 
 def _quantized(request: compress.Request, workload: Workload, train: bool) -> quantization.Quantized:
-    images = dataset.calibration_images(workload.dataset, request.calibration_images, workload.preprocessing, request.seed)
+    images = calibration_images(workload.dataset, request.calibration_images, workload.preprocessing, request.seed)
     prepared, plan = steps.prepared_with_bits(request, workload.model, images)
 
     def fit(model: nn.Module) -> None:
@@ -112,7 +112,7 @@ def _deployed(quantized: quantization.Quantized, workload: Workload) -> Deployed
         with runtime.load(path, spec) as session:
             kernels = session.kernels()
             answers, expected, labels = [], [], []
-            for images, truth in dataset.batches(
+            for images, truth in iter_batches(
                 workload.dataset.test, steps.TEST_BATCH, shuffle=False, seed=0, preprocessing=workload.preprocessing
             ):
                 answers.append(session.run(images.numpy()))

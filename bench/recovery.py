@@ -22,6 +22,7 @@ from bench.accuracy import RECIPE, dense_checkpoint
 from compress import pruning, training
 from compress.checkpoints.reader import read
 from compress.data import dataset
+from compress.data.batches import iter_batches, normalise, split_held_out
 from compress.models import architectures
 from compress.pruning.reconstruction import reconstruct
 
@@ -52,19 +53,19 @@ TRIALS = (
 def accuracy(model: nn.Module, split: dataset.Split) -> float:
     right = 0
     with torch.no_grad():
-        for images, labels in dataset.batches(split, 500, shuffle=False, seed=0, preprocessing=RECIPE):
+        for images, labels in iter_batches(split, 500, shuffle=False, seed=0, preprocessing=RECIPE):
             right += int((model(images).argmax(1) == labels).sum())
     return right / len(split)
 
 
 def recovered(trial: Trial, dense: nn.Module, shrunk: pruning.PrunedModel, images: dataset.Split, count: int) -> nn.Module:
     model = copy.deepcopy(shrunk.model)
-    shown = dataset.normalise(images.take(torch.arange(1024), RECIPE), RECIPE)
+    shown = normalise(images.take(torch.arange(1024), RECIPE), RECIPE)
     reconstruct(model, dense, shrunk.kept_channels, shown, weights=trial.refit)
     if trial.train:
         training.fit(
             model,
-            lambda epoch: dataset.batches(
+            lambda epoch: iter_batches(
                 images, 64, shuffle=True, seed=epoch, augment=trial.augment, preprocessing=RECIPE
             ),
             len(images) // 64,
@@ -80,7 +81,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=18_000)
     parser.add_argument("--out", type=Path, default=Path("runs/bench-recovery"))
     options = parser.parse_args()
-    held_out, images = dataset.split_held_out(
+    held_out, images = split_held_out(
         dataset.open_data(str(options.folder), RECIPE, num_classes=10).train, HELD_OUT, seed=0
     )
     path = dense_checkpoint("resnet18", images, options.out, epochs=3.0)

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from compress.data import dataset
+from compress.data.batches import iter_batches
 from compress.engines import RUNTIMES, BuildSpec, Precision, Session, benchmark
 from compress.equality import differences
 from compress.errors import CompressError, EngineError
@@ -54,7 +55,7 @@ class Deployed:
 
 def accuracy(deployed: Deployed, test: dataset.Split, threads: int) -> Facts:
     """Of the test images, through the file. Raises what the runtime raises: the file is not one of Espalier's."""
-    batches = list(dataset.batches(test, ANSWERED, shuffle=False, seed=0, preprocessing=test.preprocessing))
+    batches = list(iter_batches(test, ANSWERED, shuffle=False, seed=0, preprocessing=test.preprocessing))
     with deployed.load(test.preprocessing.input_size, ANSWERED, threads) as session:
         answers = differences.logits(partial(padded, session, ANSWERED), [images for images, _ in batches])
     found = differences.accuracy(answers, test.labels.numpy())

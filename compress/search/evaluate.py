@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from compress import pruning, quantization
-from compress.data import dataset
+from compress.data.batches import calibration_images, iter_batches, split_held_out
 from compress.engines import Runtime
 from compress.equality import differences
 from compress.errors import DataError, PruningError, RequestError
@@ -76,7 +76,7 @@ class OneShot:
             raise DataError(
                 f"{workload.dataset.source} has fewer than 5 training images, too few to hold one out: add some."
             )
-        held_out, rest = dataset.split_held_out(workload.dataset.train, count, base.seed)
+        held_out, rest = split_held_out(workload.dataset.train, count, base.seed)
         self._workload = replace(workload, dataset=replace(workload.dataset, train=rest))
         self._held_out = held_out
         self._labels: list[torch.Tensor] | None = None
@@ -84,7 +84,7 @@ class OneShot:
             answer = differences.torch_answer(workload.model)
             self._labels = [torch.from_numpy(answer(x.numpy()).argmax(1)) for x, _ in self._scored()]
         most = max(1, steps.MOST_PIXELS // workload.preprocessing.input_size**2)
-        self._calibration = dataset.calibration_images(
+        self._calibration = calibration_images(
             self._workload.dataset, min(base.calibration_images, REFIT_IMAGES, most), workload.preprocessing, base.seed
         )
         self.groups = variable_groups(base, workload)
@@ -197,7 +197,7 @@ class OneShot:
     def _scored(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Batches of images and labels, read anew each time: 1,000 images of 1024 pixels are 12 GB."""
         preprocessing = self._workload.preprocessing
-        return dataset.batches(self._held_out, steps.TEST_BATCH, shuffle=False, seed=0, preprocessing=preprocessing)
+        return iter_batches(self._held_out, steps.TEST_BATCH, shuffle=False, seed=0, preprocessing=preprocessing)
 
 
 def require_searchable(base: Request) -> None:

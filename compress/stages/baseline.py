@@ -19,7 +19,8 @@ from scipy.stats import binom
 from torch import nn
 
 from compress import memory
-from compress.data.dataset import Dataset, Split, normalise
+from compress.data.batches import normalise
+from compress.data.dataset import Dataset, Split
 from compress.data.images import to_pixels
 from compress.errors import BaselineError
 from compress.models.counting import count_macs

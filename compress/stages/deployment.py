@@ -53,7 +53,9 @@ def export(work: Run, workload: Workload, *, dry: bool = False) -> Facts:
             proof = onnx_export.export(model, partial_path, input_size=size, precision=precision, images=images[0])
         rows += [proof | {"source": f"{variant}, torch", "target": f"{variant}, BatchNorm folded"}] if proof else []
         expected = differences.logits(differences.torch_answer(model), images)
-        rows.append(equality.checked(equality.judge(variant, path.name, expected, _compare_file(path, workload, images))))
+        rows.append(
+            equality.checked(equality.judge(variant, path.name, expected, _compare_file(path, workload, images)))
+        )
         variants[variant] = [path.name]
     if work.request.quantizes:
         work.progress("export", 0.6, "quantized, both flavours")
@@ -233,7 +235,9 @@ def _quantized_logits(
     return differences.logits(differences.torch_answer(quantization.fake_quantized(quantized, flavour)), images)
 
 
-def _export_quantized(work: Run, workload: Workload, quantized: quantization.Quantized) -> dict[quantization.Flavour, Path]:
+def _export_quantized(
+    work: Run, workload: Workload, quantized: quantization.Quantized
+) -> dict[quantization.Flavour, Path]:
     paths = {flavour: work.artifacts / f"quantized.{flavour}.onnx" for flavour in quantized.grids.flavours}
     with ExitStack() as stack:
         partials = {flavour: stack.enter_context(atomic(path)) for flavour, path in paths.items()}

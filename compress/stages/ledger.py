@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from compress import equality
-from compress.data import dataset
+from compress.data.batches import calibration_images, iter_batches
 from compress.equality import differences
 from compress.quantization import LayerSqnr, noisiest, sqnr_by_layer
 from compress.report import CrossCheck, Hop, Loss
@@ -44,10 +44,12 @@ CHANCE = 0.05
 def test_batches(workload: Workload, size: int = TEST_BATCH) -> Iterator[tuple[Tensor, Tensor]]:
     """(images, labels) of the test part in order; synthetic images with label -1 when there are none."""
     if workload.dataset.kind == "none":
-        images = dataset.calibration_images(workload.dataset, workload.dataset.synthetic, workload.preprocessing, seed=1)
+        images = calibration_images(workload.dataset, workload.dataset.synthetic, workload.preprocessing, seed=1)
         yield from ((chunk, torch.full((len(chunk),), -1)) for chunk in images.split(size))
     else:
-        yield from dataset.batches(workload.dataset.test, size, shuffle=False, seed=0, preprocessing=workload.preprocessing)
+        yield from iter_batches(
+            workload.dataset.test, size, shuffle=False, seed=0, preprocessing=workload.preprocessing
+        )
 
 
 def hop(

@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 
 from compress import pruning, quantization, training
 from compress.data import dataset
+from compress.data.batches import calibration_images, iter_batches, iter_numbered_batches, split_held_out
 from compress.equality import differences
 from compress.errors import TrainingError
 from compress.models import counting
@@ -125,10 +126,12 @@ def mixed_precision(
     )
 
 
-def _scored_pairs(request: Request, workload: Workload, model: nn.Module, images: Tensor) -> list[tuple[Tensor, Tensor]]:
+def _scored_pairs(
+    request: Request, workload: Workload, model: nn.Module, images: Tensor
+) -> list[tuple[Tensor, Tensor]]:
     """Held-out training images and their labels; the model's own answers where there are no labels or no such images."""
     if workload.dataset.kind != "none" and len(held_out := training_images(request, workload).held_out):
-        pairs = list(dataset.batches(held_out, TEST_BATCH, shuffle=False, seed=0, preprocessing=workload.preprocessing))
+        pairs = list(iter_batches(held_out, TEST_BATCH, shuffle=False, seed=0, preprocessing=workload.preprocessing))
         if workload.dataset.kind == "labelled":
             return pairs
         batches = [batch for batch, _ in pairs]
@@ -257,10 +260,10 @@ class TrainingImages:
 def training_images(request: Request, workload: Workload, part: slice = slice(None)) -> TrainingImages:
     """`part` is what this process takes of each batch."""
     train = workload.dataset.train
-    held_out, trained = dataset.split_held_out(train, min(HELD_OUT, len(train) // 20), request.seed)
+    held_out, trained = split_held_out(train, min(HELD_OUT, len(train) // 20), request.seed)
 
     def batches(epoch: int) -> Iterator[training.Batch]:
-        pick = dataset.batches if request.augment else dataset.numbered_batches
+        pick = iter_batches if request.augment else iter_numbered_batches
         return pick(
             trained,
             request.train_batch_size,
@@ -279,7 +282,7 @@ def scorer(images: dataset.Split, workload: Workload) -> Callable[[nn.Module], f
 
     def score(model: nn.Module) -> float:
         right = 0
-        for batch, labels in dataset.batches(
+        for batch, labels in iter_batches(
             images, TEST_BATCH, shuffle=False, seed=0, preprocessing=workload.preprocessing
         ):
             with torch.no_grad():
@@ -302,6 +305,6 @@ def recover(
     refits = request.shrinks and request.reconstruction_images > 0
     count = request.reconstruction_images if refits else BATCHNORM_IMAGES
     count = min(count, max(1, MOST_PIXELS // workload.preprocessing.input_size**2))
-    images = dataset.calibration_images(workload.dataset, count, workload.preprocessing, request.seed)
+    images = calibration_images(workload.dataset, count, workload.preprocessing, request.seed)
     bits = request.activation_bits if request.quantizes else FLOAT_BITS
     return reconstruct(model, dense, kept, images, bits=bits, weights=refits)

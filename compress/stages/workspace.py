@@ -19,7 +19,7 @@ from typing import Any
 from torch import nn
 
 from compress import equality, memory, models, pruning, quantization, training
-from compress.data import dataset
+from compress.data.batches import calibration_images
 from compress.equality import differences
 from compress.files import write_text
 from compress.models import counting
@@ -168,7 +168,7 @@ def quantize(work: Run, workload: Workload) -> Facts:
         }
     model = load_model(work, workload, "artifacts")
     rebuilt = ledger.rebuilt(work, workload, "finetune", model)
-    images = dataset.calibration_images(workload.dataset, request.calibration_images, workload.preprocessing, request.seed)
+    images = calibration_images(workload.dataset, request.calibration_images, workload.preprocessing, request.seed)
     prepared, plan = steps.prepared_with_bits(request, model, images)
     mixed = None
     if request.max_quantization_loss is not None:
@@ -258,7 +258,7 @@ def _train(
 
 def load_quantized(work: Run, workload: Workload) -> quantization.Quantized:
     """What the quantize stage left, on the graph that the pruned model is prepared to again."""
-    images = dataset.calibration_images(workload.dataset, 2, workload.preprocessing, work.request.seed)
+    images = calibration_images(workload.dataset, 2, workload.preprocessing, work.request.seed)
     return quantization.restore(load_model(work, workload, "artifacts"), work.folder / "stages" / "quantized", images)
 
 

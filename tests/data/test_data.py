@@ -13,6 +13,7 @@ from PIL import Image
 
 from compress.data import dataset as data_dataset
 from compress.data import fashion_mnist, images
+from compress.data.batches import calibration_images, iter_batches, normalise, shift_and_flip, split_held_out
 from compress.errors import DataError
 from compress.preprocessing import Preprocessing
 
@@ -185,12 +186,12 @@ def test_data_that_does_not_exist_is_named(tmp_path):
 def test_batches_are_normalised_complete_and_repeatable(tmp_path):
     fill(tmp_path, {"cat": 12, "dog": 12})
     train = open_at(tmp_path).train
-    together = list(data_dataset.batches(train, 8, shuffle=False, seed=0, preprocessing=RECIPE))
+    together = list(iter_batches(train, 8, shuffle=False, seed=0, preprocessing=RECIPE))
     assert [len(batch) for batch, _ in together] == [8, 8, 4]
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (RECIPE.mean, RECIPE.std))
     assert torch.allclose(together[0][0][3], (train[3][0] / 255 - mean) / std, atol=1e-6)
     shuffled = [
-        torch.cat([found for _, found in data_dataset.batches(train, 8, shuffle=True, seed=seed, preprocessing=RECIPE)])
+        torch.cat([found for _, found in iter_batches(train, 8, shuffle=True, seed=seed, preprocessing=RECIPE)])
         for seed in (1, 1, 2)
     ]
     assert torch.equal(shuffled[0], shuffled[1]) and not torch.equal(shuffled[0], shuffled[2])
@@ -204,14 +205,14 @@ def test_decoding_batch_by_batch_gives_the_same_numbers(tmp_path, monkeypatch):
     lazy = open_at(tmp_path).train
     assert kept.pixels is not None and lazy.pixels is None
     for (one, first), (other, second) in zip(
-        *(data_dataset.batches(part, 7, shuffle=True, seed=3, augment=True, preprocessing=RECIPE) for part in (kept, lazy)),
+        *(iter_batches(part, 7, shuffle=True, seed=3, augment=True, preprocessing=RECIPE) for part in (kept, lazy)),
         strict=True,
     ):
         assert torch.equal(one, other) and torch.equal(first, second)
     (tmp_path / "cat" / "000.png").unlink()
     with pytest.raises(DataError, match="cat/000.png could be read before, but not any more"):
         list(
-            data_dataset.batches(
+            iter_batches(
                 data_dataset.Split(lazy.origin, np.array([0]), torch.zeros(1), RECIPE, None),
                 1,
                 shuffle=False,
@@ -231,7 +232,7 @@ def test_another_size_is_decoded_from_the_original_image(tmp_path):
 
 def test_augmentation_shifts_and_flips_each_image_on_its_own():
     ramp = torch.arange(32, dtype=torch.uint8).view(1, 1, 1, 32).expand(64, 3, 32, 32)
-    moved = data_dataset.shift_and_flip(ramp, torch.Generator().manual_seed(0))
+    moved = shift_and_flip(ramp, torch.Generator().manual_seed(0))
     rising = moved[:, 0, 0, 20].int() > moved[:, 0, 0, 10].int()
     centres = torch.where(rising, moved[:, 0, 5, 16], moved[:, 0, 5, 15]).int() - 16
     assert 20 < rising.sum() < 44 and set(centres.tolist()) <= {-2, -1, 0, 1, 2} and len(set(centres.tolist())) == 5
@@ -243,7 +244,7 @@ def test_batches_are_fast_enough_for_the_training_loop():
     started = time.perf_counter()
     count = sum(
         len(found)
-        for _, found in data_dataset.batches(split, 128, shuffle=True, seed=0, augment=True, preprocessing=split.preprocessing)
+        for _, found in iter_batches(split, 128, shuffle=True, seed=0, augment=True, preprocessing=split.preprocessing)
     )
     assert count / (time.perf_counter() - started) > 1500
 
@@ -251,7 +252,7 @@ def test_batches_are_fast_enough_for_the_training_loop():
 def test_held_out_images_are_not_trained_on(tmp_path):
     fill(tmp_path, {"cat": 12, "dog": 12})
     train = open_at(tmp_path).train
-    held_out, rest = data_dataset.split_held_out(train, 5, seed=0)
+    held_out, rest = split_held_out(train, 5, seed=0)
     assert (len(held_out), len(rest)) == (5, 15)
     assert sorted([*held_out.positions, *rest.positions]) == sorted(train.positions)
     assert torch.equal(held_out.pixels[0], train.pixels[list(train.positions).index(held_out.positions[0])])
@@ -260,16 +261,16 @@ def test_held_out_images_are_not_trained_on(tmp_path):
 def test_calibration_never_sees_test_images_and_is_synthetic_without_data(tmp_path):
     fill(tmp_path, {"cat": 12, "dog": 12})
     dataset = open_at(tmp_path)
-    chosen = data_dataset.calibration_images(dataset, 100, RECIPE, seed=0)
-    trained = {bytes(image.numpy()) for image in data_dataset.normalise(dataset.train.pixels, RECIPE)}
+    chosen = calibration_images(dataset, 100, RECIPE, seed=0)
+    trained = {bytes(image.numpy()) for image in normalise(dataset.train.pixels, RECIPE)}
     assert len(chosen) == 20 and {bytes(image.numpy()) for image in chosen} == trained
     nothing = open_at("none")
-    made = data_dataset.calibration_images(nothing, 6, RECIPE, seed=0)
+    made = calibration_images(nothing, 6, RECIPE, seed=0)
     assert nothing.kind == "none" and len(nothing.train) == len(nothing.test) == 0
     assert made.shape == (6, 3, 24, 24) and made.std() > 0.3
-    low, high = (data_dataset.normalise(torch.full((1, 3, 1, 1), value, dtype=torch.uint8), RECIPE) for value in (0, 255))
+    low, high = (normalise(torch.full((1, 3, 1, 1), value, dtype=torch.uint8), RECIPE) for value in (0, 255))
     assert (
         (made >= low).all()
         and (made <= high).all()
-        and torch.equal(made, data_dataset.calibration_images(nothing, 6, RECIPE, seed=0))
+        and torch.equal(made, calibration_images(nothing, 6, RECIPE, seed=0))
     )

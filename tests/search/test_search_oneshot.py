@@ -113,8 +113,8 @@ def test_a_candidate_is_as_small_as_it_asks(oneshot):
 
 
 def test_images_that_score_are_neither_refitted_nor_calibrated_on(oneshot, monkeypatch):
-    refitted, recover = [], oneshots.recipes.recover
-    monkeypatch.setattr(oneshots.recipes, "recover", lambda *given: refitted.append(given[1]) or recover(*given))
+    refitted, recover = [], oneshots.steps.recover
+    monkeypatch.setattr(oneshots.steps, "recover", lambda *given: refitted.append(given[1]) or recover(*given))
     oneshot.evaluate(candidate(0.5, 0.5, 0.75))
     (source,) = refitted
     pixels, scored = (part.take(torch.arange(len(part))) for part in (source.dataset.train, oneshot._held_out))
@@ -125,7 +125,7 @@ def test_images_that_score_are_neither_refitted_nor_calibrated_on(oneshot, monke
 
 
 def test_scoring_holds_one_batch_of_images_at_a_time(oneshot, source, monkeypatch):
-    alive, batches = [], oneshots.data.batches
+    alive, batches = [], oneshots.iter_batches
 
     def watched(*given, **options):
         for images, labels in batches(*given, **options):
@@ -133,13 +133,13 @@ def test_scoring_holds_one_batch_of_images_at_a_time(oneshot, source, monkeypatc
             alive.append(weakref.ref(images))
             yield images, labels
 
-    monkeypatch.setattr(oneshots.data, "batches", watched)
-    monkeypatch.setattr(oneshots.recipes, "TEST_BATCH", 4)
+    monkeypatch.setattr(oneshots, "iter_batches", watched)
+    monkeypatch.setattr(oneshots.steps, "TEST_BATCH", 4)
     assert oneshot._score(source.model)[1] == 19 and len(alive) == 5
 
 
 def test_fewer_images_calibrate_when_they_are_large(oneshot, source, monkeypatch):
-    monkeypatch.setattr(oneshots.recipes, "MOST_PIXELS", 5 * search_network.SIZE**2)
+    monkeypatch.setattr(oneshots.steps, "MOST_PIXELS", 5 * search_network.SIZE**2)
     with OneShot(oneshot.base, source, oneshot.folder) as later:
         assert len(later._calibration) == 5
 
@@ -167,7 +167,7 @@ def test_other_bits_are_another_structure(oneshot):
 
 
 def test_a_hopeless_candidate_is_not_scored(oneshot, monkeypatch):
-    monkeypatch.setattr(oneshots.recipes, "recover", lambda *_: pytest.fail("refitted"))
+    monkeypatch.setattr(oneshots.steps, "recover", lambda *_: pytest.fail("refitted"))
     asked = []
     found = oneshot.evaluate(candidate(0.5, 0.5, 0.0), lambda ms, size: asked.append((ms, size)) or "too slow")
     assert (found.stopped, found.accuracy, found.n_images) == ("too slow", 0.0, 0)

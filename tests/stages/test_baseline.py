@@ -15,6 +15,7 @@ from torch import nn
 from compress import models
 from compress.checkpoints import reader
 from compress.data import dataset as data_dataset
+from compress.data.batches import iter_batches, normalise
 from compress.errors import BaselineError
 from compress.preprocessing import Preprocessing
 from compress.stages import baseline
@@ -133,7 +134,7 @@ def test_a_model_with_a_fixed_input_size_is_told_so(dataset):
 
 def test_sizes_that_the_model_does_not_take_are_recorded_as_such(dataset):
     """A linear classifier on the pixels, fitted by least squares: works at 32, and at no other size."""
-    pixels = data_dataset.normalise(dataset.train.pixels, dataset.train.preprocessing)[:6000, :1]
+    pixels = normalise(dataset.train.pixels, dataset.train.preprocessing)[:6000, :1]
     targets = nn.functional.one_hot(dataset.train.labels[:6000], 10).float()
     inputs = nn.functional.avg_pool2d(pixels, 2).flatten(1)
     weights = torch.linalg.lstsq(inputs.T @ inputs + 10 * torch.eye(256), inputs.T @ targets).solution
@@ -192,7 +193,7 @@ def test_the_bundled_checkpoint_is_as_good_as_its_metadata_says_on_the_bundled_t
     with torch.inference_mode():
         right = sum(
             int((model(batch).argmax(1) == found).sum())
-            for batch, found in data_dataset.batches(
+            for batch, found in iter_batches(
                 dataset.test, 500, shuffle=False, seed=0, preprocessing=facts.preprocessing
             )
         )

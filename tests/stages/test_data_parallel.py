@@ -13,7 +13,7 @@ from torch.nn import functional
 
 import compress
 from compress import models, processes, training
-from compress.data import dataset
+from compress.data.batches import iter_numbered_batches
 from compress.errors import RequestError, TrainingError
 from compress.stages import data_parallel, steps
 from compress.workload import open_workload
@@ -70,9 +70,9 @@ def test_a_step_of_two_processes_is_the_step_of_one(tmp_path):
 def test_the_parts_of_a_batch_are_the_batch():
     source = open_workload(compress.Request())
     how = {"shuffle": True, "seed": 3, "preprocessing": source.preprocessing}
-    whole = next(dataset.numbered_batches(source.dataset.train, 64, **how))
+    whole = next(iter_numbered_batches(source.dataset.train, 64, **how))
     parts = [
-        next(dataset.numbered_batches(source.dataset.train, 64, part=slice(rank, None, 3), **how)) for rank in range(3)
+        next(iter_numbered_batches(source.dataset.train, 64, part=slice(rank, None, 3), **how)) for rank in range(3)
     ]
     assert sorted(torch.cat([part[2] for part in parts]).tolist()) == sorted(whole[2].tolist())
     assert torch.equal(parts[1][0], whole[0][1::3]) and torch.equal(parts[1][1], whole[1][1::3])
