@@ -1,4 +1,4 @@
-"""The web app: `python app.py`. Settings come from the environment; the README lists them."""
+"""The web app: `python app.py`. Settings come from the environment; docs/web-app.md lists them."""
 
 import os
 import sys

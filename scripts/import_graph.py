@@ -6,13 +6,30 @@ A node is a package directly below `compress`, with everything in it, or a modul
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "compress"
 VERSION = "compress.__version__"
 """Stands in the package's own file, which imports the rest when it is called. Whoever reads it imports nothing else of that file."""
+
+LAYERS: list[tuple[str, set[str]]] = [
+    (
+        "without torch",
+        {"errors", "files", "naming", "processes", "signing", "memory", "machine", "preprocessing", "runs"}
+        | {"quantizers", "request", "report"},
+    ),
+    (
+        "models, data and checkpoints",
+        {"models", "data", "checkpoints", "equality", "tracing", "own_modules", "nni_bridge", "hub", "workload"},
+    ),
+    ("methods", {"training", "pruning", "quantization", "onnx_export", "engines"}),
+    ("stages", {"stages"}),
+    ("runs", {"pipeline", "search", "classify"}),
+    ("interfaces", {"compress", "__main__", "jobs", "cli", "ui"}),
+]
+"""Nodes from the lowest: what is in a layer imports that layer and lower ones only. Held by tests/test_boundaries.py."""
 
 
 def module_names(root: Path = ROOT) -> dict[str, Path]:
@@ -80,15 +97,16 @@ def circles(edges: Mapping[str, set[str]]) -> list[list[str]]:
     return [list(circle) for circle in sorted(found)]
 
 
-def layers(edges: Mapping[str, set[str]]) -> list[list[str]]:
-    """The nodes by the length of the longest chain of imports below each; only for a graph without circles."""
-    depth: dict[str, int] = {}
+def upward(edges: Mapping[str, set[str]], layers: Sequence[tuple[str, set[str]]] = LAYERS) -> list[str]:
+    """The imports that lead from a layer into a higher one, as `low -> high`."""
+    level = {name: number for number, (_, names) in enumerate(layers) for name in names}
+    return [f"{a} -> {b}" for a in sorted(edges) for b in sorted(edges[a]) if level[b] > level[a]]
 
-    def of(name: str) -> int:
-        if name not in depth:
-            depth[name] = 1 + max((of(target) for target in edges[name]), default=-1)
-        return depth[name]
 
-    for name in edges:
-        of(name)
-    return [sorted(name for name, at in depth.items() if at == level) for level in range(max(depth.values()) + 1)]
+def reduced(edges: Mapping[str, set[str]]) -> dict[str, set[str]]:
+    """The same graph without the imports that follow from others (transitive reduction); it has no circles."""
+    reach = {name: reachable(edges, name) for name in edges}
+    return {
+        name: {b for b in targets if not any(b in reach[other] for other in targets - {b})}
+        for name, targets in edges.items()
+    }

@@ -37,22 +37,6 @@ ALLOWED = {
     "stable_baselines3": {"compress/search/strategies/amc.py"},
     "gymnasium": {"compress/search/strategies/amc.py"},
 }
-LAYERS: list[tuple[str, set[str]]] = [
-    (
-        "without torch",
-        {"errors", "files", "naming", "processes", "signing", "memory", "machine", "preprocessing", "runs"}
-        | {"quantizers", "request", "report"},
-    ),
-    (
-        "models, data and checkpoints",
-        {"models", "data", "checkpoints", "equality", "tracing", "own_modules", "nni_bridge", "hub", "sources"},
-    ),
-    ("methods", {"training", "pruning", "quantization", "onnx_export", "engines"}),
-    ("stages", {"stages"}),
-    ("runs", {"pipeline", "search", "classify"}),
-    ("interfaces", {"compress", "__main__", "jobs", "cli", "ui"}),
-]
-"""Packages and modules directly below `compress`, from the lowest. What is in a layer imports that layer and lower ones only."""
 
 
 @functools.cache
@@ -110,12 +94,6 @@ def test_checkpoints_are_only_ever_loaded_as_weights():
             ), f"{path.name}:{number}"
 
 
-def upward(edges: dict[str, set[str]], layers: list[tuple[str, set[str]]]) -> list[str]:
-    """The imports that lead from a layer into a higher one."""
-    level = {name: number for number, (_, names) in enumerate(layers) for name in names}
-    return [f"{a} -> {b}" for a in sorted(edges) for b in sorted(edges[a]) if level[b] > level[a]]
-
-
 @pytest.fixture(scope="module")
 def edges():
     return import_graph.graph()
@@ -126,12 +104,12 @@ def test_packages_import_each_other_in_no_circle(edges):
 
 
 def test_every_package_and_module_has_its_layer(edges):
-    nodes = [name for _, names in LAYERS for name in names]
-    assert sorted(nodes) == sorted(edges), "give it its place in LAYERS"
+    nodes = [name for _, names in import_graph.LAYERS for name in names]
+    assert sorted(nodes) == sorted(edges), "give it its place in scripts/import_graph.py"
 
 
 def test_no_package_imports_one_of_a_higher_layer(edges):
-    assert upward(edges, LAYERS) == []
+    assert import_graph.upward(edges) == []
 
 
 @pytest.mark.parametrize(
@@ -155,13 +133,13 @@ def test_the_graph_sees_every_way_to_import(tmp_path, text):
     edges = import_graph.graph(tmp_path)
     assert edges == {"compress": set(), "a": {"b"}, "b": {"a"}, "c": {"a"}}
     assert import_graph.circles(edges) == [["a", "b"]]
-    assert upward(edges, [("low", {"a"}), ("high", {"b", "c", "compress"})]) == ["a -> b"]
+    assert import_graph.upward(edges, [("low", {"a"}), ("high", {"b", "c", "compress"})]) == ["a -> b"]
 
 
 def test_the_lowest_layer_works_where_torch_is_not_installed():
     """Also what it imports by way of others; the server imports this layer, and nothing of torch."""
     known = import_graph.module_names()
-    lowest = [name for name in known if import_graph.node(name) in LAYERS[0][1] and ".templates." not in name]
+    lowest = [name for name in known if import_graph.node(name) in import_graph.LAYERS[0][1] and ".templates." not in name]
     script = f"import sys; sys.modules['torch'] = None\nimport {', '.join(lowest)}"
     done = subprocess.run([sys.executable, "-c", script], env=os.environ | {"PYTHONPATH": PYTHONPATH}, capture_output=True)
     assert done.returncode == 0, done.stderr.decode()

@@ -21,7 +21,7 @@ LEAST_PASSWORD = 8
 
 @dataclass(frozen=True)
 class Settings:
-    """One field for each ESPALIER_ variable of the README's table."""
+    """One field for each ESPALIER_ variable; docs/web-app.md lists them by these docstrings."""
 
     data: Path = DATA_DIR
     """ESPALIER_DATA: folder of the queue, the runs and the uploads."""

@@ -1,4 +1,4 @@
-"""The README's API examples as they stand there, against the real server: what is printed there has to work."""
+"""The examples of docs/http-api.md as they stand there, against the real server: what is printed there has to work."""
 
 from __future__ import annotations
 
@@ -15,14 +15,13 @@ from places import ROOT
 
 from compress.jobs import Queue
 
-README = ROOT / "README.md"
+PAGE = ROOT / "docs" / "http-api.md"
 ADDRESS = "http://127.0.0.1:7860"
 
 
 def example(language: str) -> str:
-    """The one code block in `language` of the README's chapter on programs."""
-    (chapter,) = re.findall(r"^## From a program\n(.*?)^## ", README.read_text(), re.MULTILINE | re.DOTALL)
-    (block,) = re.findall(rf"^```{language}\n(.*?)^```", chapter, re.MULTILINE | re.DOTALL)
+    """The one code block of the page in `language`."""
+    (block,) = re.findall(rf"^```{language}\n(.*?)^```", PAGE.read_text(), re.MULTILINE | re.DOTALL)
     assert block.count(ADDRESS) == 1
     return block
 
@@ -43,7 +42,7 @@ def latest(server: AppServer) -> tuple[str, str]:
 
 
 def test_the_python_example(server: AppServer, capsys: pytest.CaptureFixture[str]) -> None:
-    exec(compile(example("python").replace(ADDRESS, server.url), "README.md", "exec"), {})
+    exec(compile(example("python").replace(ADDRESS, server.url), PAGE.name, "exec"), {})
     job_id, digest = latest(server)
     assert capsys.readouterr().out.split() == ["done", f"runs/{job_id}/files/report.json", digest]
 
