@@ -7,7 +7,7 @@ COUNT ?= 1000000
 OUT ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help setup setup-dev browser demo app bench-app pictures test test-slow test-gpu lint bench pruners-table quantizers-table quantized-models-table strategies-table coverage torture mutants fuzz assets clean bench-peers
+.PHONY: help setup setup-dev browser demo app bench-app pictures test test-quick test-all test-gpu lint bench pruners-table quantizers-table quantized-models-table strategies-table coverage torture mutants fuzz assets clean bench-peers
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-23s %s\n", $$1, $$2}'
@@ -31,15 +31,21 @@ demo: setup  ## compress the bundled model on the bundled data and print the com
 app: setup  ## the web app on http://127.0.0.1:7860
 	$(PY) app.py
 
-test: setup-dev lint browser  ## all tests; those of the app need Chromium and are named in the end where there is none
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile
+# A file's tests share servers, models and runs, so each file stays on one worker; the longest files start first.
+PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+test: setup-dev lint browser  ## what CI runs, 15 minutes on two cores; tests of the app are skipped where Chromium is missing
+	$(PYTEST)
+
+test-quick: setup-dev  ## the unit tests alone, two minutes on two cores
+	$(PYTEST) -m "not integration and not browser and not slow and not gpu"
+
+test-all: setup-dev lint browser  ## every test, with the slowest repetitions and 200 random networks
+	ESPALIER_RANDOM_NETWORKS=200 $(PYTEST) -m ""
 
 browser: setup-dev
 	test -x "$${ESPALIER_CHROMIUM:-/usr/bin/chromium}" || $(PY) -m playwright install chromium \
 	  || echo "No Chromium could be installed: the tests of the app will be skipped."
-
-test-slow: setup-dev  ## 200 random networks, each compared with its masked form; the examples from end to end
-	ESPALIER_SLOW=1 ESPALIER_RANDOM_NETWORKS=200 $(PY) -m pytest tests/pruning/test_pruning_random.py tests/system/test_examples.py
 
 test-gpu: setup-dev  ## the tests that need an NVIDIA GPU
 	$(PY) -m pytest -m gpu

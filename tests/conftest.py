@@ -5,12 +5,19 @@ from collections.abc import Iterator
 
 import chromium
 import gpu_double
+import onnx_registry
 import pytest
 import torch
 from playwright.sync_api import Browser, Error, sync_playwright
 from queues import data_dir, queue  # noqa: F401  (fixtures)
 
 torch.set_num_threads(min(2, torch.get_num_threads()))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with integration tests come first: they take longest, and at the end one worker would wait for the other."""
+    long = {item.path for item in items if item.get_closest_marker("integration")}
+    items.sort(key=lambda item: item.path not in long)
 
 
 @pytest.fixture(scope="module")
@@ -31,6 +38,13 @@ def signing_key(tmp_path_factory):
     """Runs of the tests are signed with a key of their own, in child processes too."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ESPALIER_SIGNING_KEY", str(tmp_path_factory.mktemp("key") / "signing.key"))
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _quick_export() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        onnx_registry.read_once(patch)
         yield
 
 

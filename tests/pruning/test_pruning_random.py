@@ -1,4 +1,4 @@
-"""A property: whatever network is drawn, its shrunk form is equal to its masked one. `make test-slow` draws 200."""
+"""A property: whatever network is drawn, its shrunk form is equal to its masked one. `make test-all` draws 200."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from compress.data import fashion_mnist
 from compress.data.dataset import ASSETS
 from compress.report import Report
 
-pytestmark = pytest.mark.e2e
+pytestmark = pytest.mark.integration
 COMMAND = [
     "run",
     "--model",

@@ -1,7 +1,5 @@
 """The committed example requests are what they say, and run."""
 
-import os
-
 import pytest
 from image_files import encoded, photo
 from places import ROOT
@@ -16,7 +14,7 @@ def test_an_example_is_a_valid_request(path):
     assert compress.Request.from_file(path).model
 
 
-@pytest.mark.skipif("ESPALIER_SLOW" not in os.environ, reason="57 million parameters; `make test-slow` runs it")
+@pytest.mark.slow  # 57 million parameters
 def test_nnis_tutorial_runs_on_images_of_ones_own_at_a_size_that_ci_can_bear(tmp_path):
     asked = compress.Request.from_file(ROOT / "examples" / "alexnet-512.json")
     assert (asked.input_size, asked.batch_size, asked.optimizer, asked.finetune_epochs) == (512, 32, "sgd", 3)

@@ -291,7 +291,7 @@ def test_light_and_dark_and_phone(page: Page, server: AppServer, queue: Queue) -
     assert no_sideways_scroll(page)
 
 
-@pytest.mark.e2e
+@pytest.mark.integration
 def test_the_example_is_really_compressed(browser: Browser, tmp_path: Path) -> None:
     """The app as it is started by hand, the bundled data and checkpoint, and as little training as possible."""
     server = AppServer(tmp_path, real=True, OMP_NUM_THREADS="2")
