@@ -12,15 +12,16 @@ from torchvision.models.vision_transformer import VisionTransformer
 from bench import coverage, coverage_quantized, coverage_table, patterns
 from compress.models import catalog
 
-FAMILIES = (
-    "alexnet", "convnext_tiny", "efficientnet_b0", "googlenet+aux", "mnasnet0_5", "regnet_y_400mf", "resnet18",
-    "shufflenet_v2_x0_5",
-)  # fmt: skip
-"""The other families are shrunk at small size in test_pruning_exact.py, but for VGG, which is built like AlexNet, and
-MaxViT, which takes only 224 pixels: too slow here; transformers also lose heads and are rebuilt in test_attention.py."""
+FAMILIES = ("convnext_tiny", "efficientnet_b0", "googlenet+aux", "shufflenet_v2_x0_5")
+PLAINER_FAMILIES = ("alexnet", "mnasnet0_5", "regnet_y_400mf", "resnet18")
+"""Built of operations that the four above have as well. The other families are shrunk at small size in
+test_pruning_exact.py, but for VGG, which is built like AlexNet, and MaxViT, which takes only 224 pixels: too slow here;
+transformers also lose heads and are rebuilt in test_attention.py."""
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(
+    "name", [*FAMILIES, *(pytest.param(name, marks=pytest.mark.slow) for name in PLAINER_FAMILIES)]
+)
 def test_a_family_is_equal_reloads_without_nni_and_exports(name, tmp_path):
     row = coverage.measure(name, tmp_path)
     assert coverage_table.passes(row) == {"equal": True, "reloaded": True, "exported": True, "quantized": False}

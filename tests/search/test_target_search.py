@@ -1,18 +1,13 @@
 """The target search: what it trains, what it claims, and that it goes on after kill -9. Measuring is stood in for."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
+import multiprocessing
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import search_network
 from example_report import example_report
-from places import PYTHONPATH
 
 from compress.errors import (
     DataError,
@@ -40,6 +35,8 @@ GROUPS = tuple(Group((name,), 64, 32, "") for name in ("a", "b"))
 class Measured:
     """In place of OneShot: a model whose time goes with its channels."""
 
+    delay_s = 0.0
+
     def __init__(self, request, source, folder, *, notify):
         self.groups, self.dense, self.runtime = GROUPS, DENSE, type("R", (), {"name": "onnxruntime"})
         self.log = folder / "asked.txt"
@@ -56,7 +53,7 @@ class Measured:
     def evaluate(self, candidate, hopeless):
         with self.log.open("a") as file:
             file.write(f"{candidate}\n")
-        time.sleep(float(os.environ.get("SEARCH_DELAY", "0")))
+        time.sleep(self.delay_s)
         ratios = dict(candidate.ratios)
         if ratios["a"] > 0.85:
             raise PruningError("Too much of a.")
@@ -96,12 +93,8 @@ def request_of(tmp_path):
 
 @pytest.fixture(autouse=True)
 def measured(monkeypatch):
-    stand_in(monkeypatch.setattr)
-
-
-def stand_in(put):
-    put(target_search, "OneShot", Measured)
-    put(target_search, "open_workload", lambda *_: None)
+    monkeypatch.setattr(target_search, "OneShot", Measured)
+    monkeypatch.setattr(target_search, "open_workload", lambda *_: None)
 
 
 def search(request_of, folder, runs, monkeypatch, **options):
@@ -275,25 +268,35 @@ def test_nothing_new_ends_the_trials(tmp_path):
     assert target_search._stale(found) and len(found.all) == 11
 
 
+def in_a_process(request, strategy, folder, delay_s=0.0):
+    """A search of 14 trials, none of which keeps to the limits; each takes `delay_s` longer."""
+    settings = Settings(Target(1.0, min_speedup=50.0), strategy, trials=14)
+    process = multiprocessing.get_context("fork").Process(
+        target=lambda: [setattr(Measured, "delay_s", delay_s), target_search.search(request, settings, folder)]
+    )
+    process.start()
+    return process
+
+
 @pytest.mark.parametrize("strategy", ["tpe", "random", "uniform"])
 def test_a_killed_search_goes_on_without_repeating_finished_trials(strategy, request_of, tmp_path):
-    (tmp_path / "request.json").write_text(request_of.to_json())
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    command = [sys.executable, __file__, str(tmp_path / "request.json"), strategy]
-    here = {**os.environ, "PYTHONPATH": os.pathsep.join([PYTHONPATH, *sys.path])}
-    subprocess.run([*command, str(whole)], check=True, env=here, timeout=120)
-    victim = subprocess.Popen([*command, str(broken)], env=here | {"SEARCH_DELAY": "0.3"})
+    undisturbed = in_a_process(request_of, strategy, whole)
+    victim = in_a_process(request_of, strategy, broken, delay_s=0.3)
     try:
         deadline = time.monotonic() + 90
         while len(list(broken.glob("trials/[0-9]*.json"))) < 4 and time.monotonic() < deadline:
             time.sleep(0.02)
     finally:
-        victim.send_signal(signal.SIGKILL)
-        victim.wait()
+        victim.kill()
+        victim.join()
     finished = len(Trials(broken).all)
     assert 4 <= finished < 14
     before = (broken / "asked.txt").read_text().splitlines()
-    subprocess.run([*command, str(broken)], check=True, env=here, timeout=120)
+    resumed = in_a_process(request_of, strategy, broken)
+    for process in (undisturbed, resumed):
+        process.join(120)
+        assert process.exitcode == 0
     expected = [trial.candidate for trial in Trials(whole).all]
     assert [trial.candidate for trial in Trials(broken).all] == expected and len(expected) == 14
     again = (broken / "asked.txt").read_text().splitlines()[len(before) :]
@@ -372,9 +375,3 @@ def test_a_quantizer_that_does_not_exist_is_refused_before_anything_starts(reque
     assert not (tmp_path / "out").exists()
     bits = Request(**(request_of.model_dump() | {"layer_bits": {"fc": "4"}}))
     assert search(bits, tmp_path / "out", Runs((0.4, 1.6)), monkeypatch, quantizers=("none",))["winner"]
-
-
-if __name__ == "__main__":
-    stand_in(setattr)
-    problem = Settings(Target(1.0, min_speedup=50.0), sys.argv[2], trials=14)
-    target_search.search(Request.from_file(sys.argv[1]), problem, Path(sys.argv[3]))

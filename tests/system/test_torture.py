@@ -21,6 +21,7 @@ def test_the_stated_verdicts_are_documented():
     assert zips.verdict_table() in (ROOT / "docs" / "uploads.md").read_text(encoding="utf-8")
 
 
-def test_random_mutants_are_read_or_refused(tmp_path):
-    outcome = mutants.try_mutants(tmp_path, seed=0, first=0, count=mutants.COUNT, timed=False)
+@pytest.mark.parametrize("count", [2_000, pytest.param(mutants.COUNT, marks=pytest.mark.slow)])
+def test_random_mutants_are_read_or_refused(count, tmp_path):
+    outcome = mutants.try_mutants(tmp_path, seed=0, first=0, count=count, timed=False)
     assert outcome.failures == ()
