@@ -7,7 +7,7 @@ COUNT ?= 1000000
 OUT ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help setup setup-dev browser demo app bench-app pictures test test-quick test-all test-gpu lint bench pruners-table quantizers-table quantized-models-table strategies-table coverage torture mutants fuzz assets clean bench-peers
+.PHONY: help docs setup setup-dev browser demo app bench-app pictures test test-quick test-all test-gpu lint bench pruners-table quantizers-table quantized-models-table strategies-table coverage torture mutants fuzz assets clean bench-peers
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-23s %s\n", $$1, $$2}'
@@ -90,6 +90,10 @@ mutants: setup-dev  ## each protection taken out in turn: does a test miss it? a
 
 fuzz: setup-dev  ## a million random mutants of checkpoints and zips, hours; SEED=7 and COUNT=1000 for others
 	PYTHONPATH=tests:tests/helpers:tests/networks $(PY) -W ignore -m torture.mutants --seed $(SEED) --count $(COUNT) --folder build/fuzz
+
+docs: setup  ## the generated tables and pictures of the documentation, and the figures of docs/architecture.md
+	$(PY) -m scripts.docs_tables
+	$(PY) -m scripts.structure --write
 
 clean:  ## removes the environment and all runs
 	rm -rf $(VENV) runs

@@ -12,6 +12,7 @@ from places import ROOT
 
 from compress.cli.main import cli
 from compress.runs import STAGES
+from compress.search.strategies import STRATEGIES
 from scripts import docs_tables
 
 PAGES = [*docs_tables.pages(), ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md"]
@@ -117,3 +118,8 @@ def test_every_setting_of_the_environment_is_documented() -> None:
         for name in re.findall(r"ESPALIER_[A-Z_]+[A-Z]", path.read_text(encoding="utf-8"))
     }
     assert {name for name in named if f"`{name}`" not in text_of(ROOT / "docs/web-app.md")} == set()
+
+
+def test_every_search_strategy_is_described() -> None:
+    described = set(re.findall(r"^\| `([a-z][\w-]*)` \|", text_of(ROOT / "docs/search.md"), re.MULTILINE))
+    assert described == set(STRATEGIES)
