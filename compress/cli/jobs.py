@@ -10,8 +10,8 @@ from typing import Annotated, Any
 import typer
 
 from compress.cli import text
+from compress.cli.options import Json
 
-Json = Annotated[bool, typer.Option("--json", help="Print the machine-readable form.")]
 JobId = Annotated[str, typer.Argument(help="Id of a run, as `jobs list` prints it.", show_default=False)]
 ClusterAddress = Annotated[
     str | None,

@@ -6,7 +6,6 @@ The options of `run` and `check` are the fields of `Request`; their help is the 
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import json
 import logging
 import signal
@@ -20,10 +19,10 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from compress.cli import text
-from compress.cli.jobs import FAILED, ClusterAddress, ClusterCpus, ClusterGpus, Json, engine_cli, jobs_cli
+from compress.cli.jobs import FAILED, ClusterAddress, ClusterCpus, ClusterGpus, engine_cli, jobs_cli
+from compress.cli.options import Json, RequestFile, request_from, with_request_options
 from compress.cli.search import register as register_search
 from compress.errors import CompressError, RequestError
-from compress.request import Request
 
 cli = typer.Typer(
     no_args_is_help=True,
@@ -37,45 +36,10 @@ cli.add_typer(engine_cli, name="engine")
 
 RunFolder = Annotated[Path, typer.Argument(help="Folder of a run.", show_default=False)]
 CANCELLED, MISUSED = 143, 2
-REPEATABLE = ("exclude", "layer_sparsity", "layer_bits", "engine_targets")
-"""Options that may be given several times."""
 
 
 class Cancelled(BaseException):
     """SIGTERM or Ctrl-C; not an error, so nothing that handles errors may swallow it."""
-
-
-def _with_request_options(command: Any) -> Any:
-    """Replaces the parameter `values` of a command by one option for each field of `Request`."""
-    signature = inspect.signature(command, eval_str=True)
-    options = []
-    for name, field in Request.model_fields.items():
-        kind: Any = bool if isinstance(field.default, bool) else list[str] if name in REPEATABLE else str
-        flag = "--" + name.replace("_", "-")
-        declared = f"{flag}/--no-{flag[2:]}" if kind is bool else flag
-        shown = False if field.default in (None, (), {}) else str(field.default)
-        option = typer.Option(declared, help=field.description, show_default=shown)
-        options.append(
-            inspect.Parameter(
-                name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option]
-            )
-        )
-    own = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in signature.parameters.values() if p.name != "values"]
-
-    def wrapper(**given: Any) -> Any:
-        values = {name: given.pop(name) for name in Request.model_fields}
-        return command(values=values, **given)
-
-    wrapper.__signature__ = signature.replace(parameters=[*options, *own])  # type: ignore[attr-defined]
-    wrapper.__annotations__ = {p.name: p.annotation for p in (*options, *own)}
-    wrapper.__name__, wrapper.__doc__ = command.__name__, command.__doc__
-    return wrapper
-
-
-RequestFile = Annotated[
-    Path | None,
-    typer.Option("--request", help="Read the request from a JSON file, as request.json of a run.", show_default=False),
-]
 
 
 def run(
@@ -100,7 +64,7 @@ def run(
     as_json: Json = False,
 ) -> None:
     """Compress a model: prune, shrink, fine-tune, quantize, export, build engines, measure, report."""
-    asked = _request(values, request)
+    asked = request_from(values, request)
     folder = out or Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{asked.model}"
     if cluster is None:
         from compress import pipeline
@@ -134,14 +98,14 @@ def check(values: dict[str, Any], request: RequestFile = None, as_json: Json = F
     """Before anything is spent: what would be pruned, quantized and built, and what stands in the way."""
     from compress import pipeline
 
-    found = pipeline.check(_request(values, request))
+    found = pipeline.check(request_from(values, request))
     typer.echo(json.dumps(found, indent=1) if as_json else text.check(found))
     if not found["possible"]:
         raise typer.Exit(FAILED)
 
 
-cli.command()(_with_request_options(run))
-cli.command()(_with_request_options(check))
+cli.command()(with_request_options(run))
+cli.command()(with_request_options(check))
 
 
 @cli.command()
@@ -300,31 +264,7 @@ def adopt(folder: RunFolder) -> None:
     typer.echo(f"{folder} is adopted: its hashes hold, and its files count as made here.")
 
 
-def _request(values: dict[str, Any], file: Path | None) -> Request:
-    given = {name: value for name, value in values.items() if value is not None and value != []}
-    for name in ("mean", "std"):
-        if name in given:
-            given[name] = given[name].replace(",", " ").split()
-    for name in ("config_list", "quantization_config_list"):
-        if not given.get(name, "[").lstrip().startswith("["):
-            given[name] = _config_list(name, Path(given[name]))
-    if file is None:
-        return Request(**given)
-    if given:
-        raise RequestError(
-            next(iter(given)), next(iter(given.values())), "nothing beside --request: the file holds the whole request"
-        )
-    return Request.from_file(file)
-
-
-register_search(cli, _with_request_options, _request)
-
-
-def _config_list(name: str, path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise RequestError(name, str(path), f"a readable JSON file, or JSON itself ({error})") from None
+register_search(cli)
 
 
 def _show_progress(event: dict[str, Any]) -> None:
@@ -373,4 +313,3 @@ def main() -> None:
 def _end(text: str, code: int) -> NoReturn:
     print(text, file=sys.stderr)
     sys.exit(code)
-

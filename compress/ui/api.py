@@ -19,12 +19,12 @@ from compress.hub import SCHEME as HUB_SCHEME
 from compress.jobs import Queue, Status
 from compress.jobs.folders import UPLOAD_FIELDS
 from compress.request import Request
+from compress.ui.errors import public, without_traceback
 from compress.ui.form import CHECKPOINT_SOURCES, DATA_SOURCES
 from compress.ui.handlers import App
-from compress.ui.told import public, without_traceback
 from compress.ui.views.results import file_url
-from compress.ui.web.rights import run_key
-from compress.ui.web.visitors import Visit
+from compress.ui.web.permissions import run_key
+from compress.ui.web.visitors import Visitor
 
 NAMED_SOURCES = {"checkpoint": CHECKPOINT_SOURCES, "data": DATA_SOURCES, "class_map": ()}
 """What a visitor may give as text where a shell takes a path: never a path of the server."""
@@ -45,7 +45,7 @@ def add_endpoints(app: App) -> None:
     """Adds the endpoints to the page that is being built."""
     endpoints = Endpoints(app)
     for function in (endpoints.status, endpoints.cancel, endpoints.resume, endpoints.list, endpoints.artifact):
-        gr.api(_told(function), api_name=function.__name__, queue=False)
+        gr.api(_with_client_errors(function), api_name=function.__name__, queue=False)
     for function, description in ((endpoints.submit, _SUBMIT), (endpoints.check, _CHECK)):
         named = _with_request_parameters(function, description)
         gr.api(
@@ -63,16 +63,16 @@ class Endpoints:
         self._queue: Queue = app.queue
 
     def submit(self, visitor: gr.Request | None, **values: Any) -> dict[str, Any]:
-        owner = "" if visitor is None else Visit.of(visitor).who
+        owner = "" if visitor is None else Visitor.of(visitor).id
         request, files = self._request(values, owner)
         job_id = self._queue.submit(request, files=files, owner=owner)
         return public(self._queue.status(job_id)).as_dict() | {"key": run_key(job_id)}
 
     async def check(self, visitor: gr.Request | None, **values: Any) -> dict[str, Any]:
-        who = "" if visitor is None else Visit.of(visitor).who
+        who = "" if visitor is None else Visitor.of(visitor).id
         request, files = self._request(values, who)
         request = request.model_copy(update={field: str(path) for field, path in files.items()})
-        return await self._app.turns.take(who, partial(self._app.check, request))
+        return await self._app.check_queue.run(who, partial(self._app.check, request))
 
     def status(self, job_id: str) -> dict[str, Any]:
         """How a run is doing.
@@ -97,7 +97,7 @@ class Endpoints:
         Returns:
             The run's status.
         """
-        self._refuse_strangers(job_id, key, visitor)
+        self._refuse_unauthorized(job_id, key, visitor)
         return public(self._queue.cancel(job_id)).as_dict()
 
     def resume(self, job_id: str, key: str = "", visitor: gr.Request | None = None) -> dict[str, Any]:
@@ -110,7 +110,7 @@ class Endpoints:
         Returns:
             The run's status.
         """
-        self._refuse_strangers(job_id, key, visitor)
+        self._refuse_unauthorized(job_id, key, visitor)
         return public(self._queue.resume(job_id)).as_dict()
 
     def list(self, limit: int = 50) -> list[dict[str, Any]]:
@@ -144,8 +144,8 @@ class Endpoints:
         self._queue.artifact(job_id, name)
         return next(file for file in self._files(self._queue.status(job_id)) if file["name"] == name)
 
-    def _refuse_strangers(self, job_id: str, key: str, visitor: gr.Request | None) -> None:
-        self._app.rights.refuse(job_id, key, "" if visitor is None else Visit.of(visitor).login)
+    def _refuse_unauthorized(self, job_id: str, key: str, visitor: gr.Request | None) -> None:
+        self._app.permissions.refuse(job_id, key, "" if visitor is None else Visitor.of(visitor).login)
 
     def _files(self, status: Status) -> list[File]:  # type: ignore[valid-type]  # `list` is an endpoint in this class
         if status.state != "done":
@@ -212,7 +212,7 @@ def _with_request_parameters(function: Callable[..., Any], description: str) -> 
         parameters.append((f"{name}_file", str | None, None))  # the id of an upload, see compress.ui.web.bodies
         lines.append(f"    {name}_file: {text}")
 
-    told = _told(function)
+    guarded = _with_client_errors(function)
     takes_visitor = "visitor" in inspect.signature(function).parameters
     if takes_visitor:
         parameters.insert(0, ("visitor", gr.Request, None))  # filled in by Gradio, and no parameter of the endpoint
@@ -221,10 +221,10 @@ def _with_request_parameters(function: Callable[..., Any], description: str) -> 
         return dict(zip((name for name, _, _ in parameters), positional, strict=False))
 
     def call(*positional: Any, **values: Any) -> Any:
-        return told(**named(positional) | values)
+        return guarded(**named(positional) | values)
 
     async def wait(*positional: Any, **values: Any) -> Any:
-        return await told(**named(positional) | values)
+        return await guarded(**named(positional) | values)
 
     endpoint = wait if inspect.iscoroutinefunction(function) else call
     endpoint.__name__ = function.__name__
@@ -240,7 +240,7 @@ def _with_request_parameters(function: Callable[..., Any], description: str) -> 
     return endpoint
 
 
-def _told(function: Callable[..., Any]) -> Callable[..., Any]:
+def _with_client_errors(function: Callable[..., Any]) -> Callable[..., Any]:
     """`function` with refusals turned into the error that reaches the client word for word.
 
     Texts and numbers are held to their types here, for all endpoints alike; fields of a request are by `Request`.

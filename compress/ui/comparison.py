@@ -15,7 +15,7 @@ from compress.report import Report
 from compress.report.comparison import Entry, entry_of
 from compress.report.comparison_charts import accuracy_against_latency
 from compress.ui import views
-from compress.ui.phone import narrowed
+from compress.ui.narrow import fit_narrow
 from compress.ui.views import compare
 from compress.ui.views import runs as view_runs
 
@@ -42,7 +42,7 @@ class Comparison:
         self._queue = queue
         self._entries: dict[str, Entry] = {}
 
-    def updates(self, runs: Sequence[Status], chosen: Sequence[str], look: str) -> dict[str, Any]:
+    def updates(self, runs: Sequence[Status], chosen: Sequence[str], viewport: str) -> dict[str, Any]:
         """What the view shows.
 
         Args:
@@ -50,34 +50,34 @@ class Comparison:
             chosen: ids of the runs to be set side by side.
         """
         finished = [run for run in runs if run.state == "done"]
-        found = {run.job_id: self._entry(run) for run in finished}
-        refused = [
-            views.alert(f"{run.title}: {found[run.job_id]}")
+        entries = {run.job_id: self._entry(run) for run in finished}
+        alerts = [
+            views.alert(f"{run.title}: {entries[run.job_id]}")
             for run in finished
-            if run.job_id in chosen and isinstance(found[run.job_id], str)
+            if run.job_id in chosen and isinstance(entries[run.job_id], str)
         ]
-        entries = [entry for entry in found.values() if isinstance(entry, Entry)]
-        columns = [entry for entry in entries if entry.job_id in chosen]
+        readable = [entry for entry in entries.values() if isinstance(entry, Entry)]
+        columns = [entry for entry in readable if entry.job_id in chosen]
         if len(columns) > MOST_COLUMNS:
-            refused.append(views.alert(f"{len(columns)} runs are ticked; the table shows the latest {MOST_COLUMNS}."))
-        figure = self._figure(entries, look)
+            alerts.append(views.alert(f"{len(columns)} runs are ticked; the table shows the latest {MOST_COLUMNS}."))
+        figure = self._figure(readable, viewport)
         return {
-            "compare_table": "".join(refused) + compare.side_by_side(columns[:MOST_COLUMNS]),
+            "compare_table": "".join(alerts) + compare.side_by_side(columns[:MOST_COLUMNS]),
             "compare_chart": gr.update(visible=figure is not None),
             "plot_compare": figure if figure is not None else gr.skip(),
-            "numbers_compare": compare.points(entries) if entries else "",
+            "numbers_compare": compare.points(readable) if readable else "",
             "compare_runs": view_runs.run_list(finished, set(chosen), button="Show the ticked side by side"),
         }
 
-    def chart(self, runs: Sequence[Status], look: str) -> dict[str, Any]:
+    def chart(self, runs: Sequence[Status], viewport: str) -> dict[str, Any]:
         """The chart alone, for the page in its other colours."""
-        entries = [entry for run in runs if run.state == "done" if isinstance(entry := self._entry(run), Entry)]
-        figure = self._figure(entries, look)
+        readable = [entry for run in runs if run.state == "done" if isinstance(entry := self._entry(run), Entry)]
+        figure = self._figure(readable, viewport)
         return {} if figure is None else {"plot_compare": figure}
 
-    def _figure(self, entries: Sequence[Entry], look: str) -> Any:
-        figure = accuracy_against_latency(entries, _links(entries), dark="dark" in look)
-        return narrowed(figure) if figure is not None and "narrow" in look else figure
+    def _figure(self, entries: Sequence[Entry], viewport: str) -> Any:
+        figure = accuracy_against_latency(entries, _links(entries), dark="dark" in viewport)
+        return fit_narrow(figure) if figure is not None and "narrow" in viewport else figure
 
     def _entry(self, run: Status) -> Entry | str:
         """The figures of a finished run under its present name, or the sentence why there are none."""

@@ -42,7 +42,7 @@ class Structure:
 
 
 @dataclass(frozen=True)
-class Outlook:
+class Estimate:
     """A model before and after pruning, counted from its plan."""
 
     structure: Structure
@@ -54,7 +54,7 @@ class Outlook:
     """Layer, why it stays whole."""
     uncounted: tuple[str, ...]
     """Fields of the request that change the plan and are not counted."""
-    short: str | None = None
+    shortfall: str | None = None
     """What to tell where the plan removes far less than asked for."""
 
 
@@ -78,21 +78,21 @@ class Estimates:
             write_text(self._file(structure), json.dumps(counted))
             self._profiles[structure] = counted
 
-    def outlook(self, request: Request, structure: Structure) -> Outlook | None:
+    def estimate(self, request: Request, structure: Structure) -> Estimate | None:
         """None until `count` was called for this structure, and where nothing shrinks."""
         profile = self._profile(structure)
         if profile is None or not request.shrinks:
             return None
-        row, words = profile["rows"][str(min(99, max(1, round(100 * request.sparsity))))], profile["words"]
+        row, strings = profile["rows"][str(min(99, max(1, round(100 * request.sparsity))))], profile["words"]
         others = ("exclude", "layer_sparsity", "ranking", "config_list")
-        return Outlook(
+        return Estimate(
             structure,
             (profile["parameters"], row["parameters"]),
             (profile["macs"], row["macs"]),
-            tuple((words[layers], before, after, words[why]) for layers, before, after, why in row["groups"]),
-            tuple((words[layer], words[why]) for layer, why in row["left_out"]),
+            tuple((strings[layers], before, after, strings[why]) for layers, before, after, why in row["groups"]),
+            tuple((strings[layer], strings[why]) for layer, why in row["left_out"]),
             tuple(name for name in others if getattr(request, name) != Request.model_fields[name].default),
-            None if row.get("short") is None else words[row["short"]],
+            None if row.get("short") is None else strings[row["short"]],
         )
 
     def _profile(self, structure: Structure) -> Mapping[str, Any] | None:

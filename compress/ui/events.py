@@ -1,4 +1,4 @@
-"""Events of the page: how a control calls a handler, which answers with updates by component name."""
+"""Connects an event of the page with a handler, which returns updates by component name."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import gradio as gr
 
 from compress.errors import CompressError
 from compress.ui import views
-from compress.ui.told import without_traceback
-from compress.ui.web.turns import Turns
-from compress.ui.web.visitors import Visit
+from compress.ui.errors import without_traceback
+from compress.ui.web.fair_queue import FairQueue
+from compress.ui.web.visitors import Visitor
 
 
 def connect(
@@ -23,41 +23,44 @@ def connect(
     parts: Mapping[str, Any],
     *,
     visited: bool = False,
-    turns: Turns | None = None,
+    fair_queue: FairQueue | None = None,
     refused: str = "",
     **options: Any,
 ) -> Any:
-    """Connects a handler with an event of the page, which is no part of the API and waits in no queue of Gradio's.
+    """Connects a handler with an event of the page. The event is private to the page and bypasses Gradio's queue.
 
     Args:
         outputs: names of the components that the handler may update.
         parts: all components by name.
-        visited: the handler is told first whose request it answers.
-        turns: visitors take turns at it.
-        refused: where the sentence goes when the visitor gets no turn; nowhere is told.
+        visited: pass the `Visitor` to the handler as its first argument.
+        fair_queue: run the handler in this queue.
+        refused: name of the component that shows why the queue refused the visitor; empty shows nothing.
+        options: of Gradio's event listener.
     """
 
-    def found(updates: Mapping[str, Any]) -> Any:
-        listed = [updates.get(name, gr.skip()) for name in outputs]
-        return listed if len(listed) > 1 else listed[0]
+    def values_of(updates: Mapping[str, Any]) -> Any:
+        values = [updates.get(name, gr.skip()) for name in outputs]
+        return values if len(values) > 1 else values[0]
 
     @without_traceback
-    def call(visitor: gr.Request, *given: Any) -> Any:
-        return found(handler(Visit.of(visitor), *given) if visited else handler(*given))
+    def call(request: gr.Request, *inputs: Any) -> Any:
+        return values_of(handler(Visitor.of(request), *inputs) if visited else handler(*inputs))
 
     @without_traceback
-    async def call_in_turn(visitor: gr.Request, *given: Any) -> Any:
-        assert turns is not None, "it is connected for turns"
-        visit = Visit.of(visitor)
+    async def call_in_turn(request: gr.Request, *inputs: Any) -> Any:
+        assert fair_queue is not None, "only connected with a queue"
+        visitor = Visitor.of(request)
         try:
-            return found(await turns.take(visit.who, partial(handler, *([visit] if visited else []), *given)))
+            return values_of(
+                await fair_queue.run(visitor.id, partial(handler, *([visitor] if visited else []), *inputs))
+            )
         except CompressError as error:
-            return found({refused: views.alert(str(error))} if refused else {})
+            return values_of({refused: views.alert(str(error))} if refused else {})
 
-    for function in (call, call_in_turn):  # Gradio reads the type itself, not its name
-        function.__annotations__["visitor"] = gr.Request
+    for function in (call, call_in_turn):  # Gradio compares the annotation with the class, not with its name
+        function.__annotations__["request"] = gr.Request
     return event(
-        call if turns is None else call_in_turn,
+        call if fair_queue is None else call_in_turn,
         inputs,
         [parts[name] for name in outputs],
         api_visibility="private",

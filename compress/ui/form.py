@@ -21,7 +21,7 @@ from compress.hub import SCHEME as HUB_SCHEME
 from compress.quantizers import QUANTIZERS
 from compress.request import CHECKPOINT_SOURCES, DATA_SOURCES, Request
 from compress.request.rules import FULL_PRECISION, HALF_PRECISION, QUANTIZED_BITS
-from compress.ui.words import word
+from compress.ui.texts import text
 
 INTEGERS, HALF, FULL = "integers", "half", "full"
 UPLOAD, HUB = "upload", "hub"
@@ -107,84 +107,71 @@ def folded_fields() -> dict[str, tuple[str, ...]]:
 
 
 def main_fields(models: tuple[str, ...]) -> dict[str, Component]:
-    """The fields of the first glance, by name. Built inside the page's layout."""
-    fields: dict[str, Component] = {}
+    """The fields shown first, by name. Built inside the page's layout."""
     with gr.Column(elem_classes="card"):
-        gr.HTML(word("model_head"))
-        fields["model"] = gr.Dropdown(
-            list(models),
-            value="resnet18",
-            label=word("architecture_label"),
-            info=word("architecture_help"),
-            filterable=True,
-        )
-        fields["weights"] = gr.Radio(
-            [
-                (word("weights_auto"), "auto"),
-                (word("weights_published"), "published"),
-                (word("weights_upload"), UPLOAD),
-                (word("weights_hub"), HUB),
-                (word("weights_random"), "random"),
-            ],
-            value="auto",
-            label=word("weights_label"),
-            info=word("weights_help"),
-        )
-        fields["checkpoint_file"] = UploadField(
-            label=word("checkpoint_label"),
-            file_types=CHECKPOINT_TYPES,
-            visible=False,
-            height=136,
-        )
-        fields["hub"] = gr.Textbox(
-            label=word("hub_label"),
-            info=word("hub_help"),
-            placeholder="owner/name",
-            max_lines=1,
-            visible=False,
-        )
+        fields = _model_fields(models)
     with gr.Column(elem_classes="card"):
-        gr.HTML(word("images_head"))
-        fields["images"] = gr.Radio(
-            [(word("images_bundled"), "fashion-mnist"), (word("images_upload"), UPLOAD), (word("images_none"), "none")],
-            value="fashion-mnist",
-            label=word("images_label"),
-        )
-        fields["data_file"] = UploadField(label=word("data_label"), file_types=[".zip"], visible=False, height=136)
-        fields["hint"] = gr.HTML("", elem_classes="hint")
+        fields |= _image_fields()
     with gr.Column(elem_classes="card"):
-        gr.HTML(word("small_head"))
-        fields["sparsity"] = gr.Slider(
-            1,
-            99,
-            value=50,
-            step=1,
-            label=word("sparsity_label"),
-            info=word("sparsity_help"),
-            buttons=[],
-        )
-        fields["arithmetic"] = gr.Radio(
-            [(word(f"numbers_{kind}"), kind) for kind in (INTEGERS, HALF, FULL)],
-            value=INTEGERS,
-            label=word("numbers_label"),
-        )
-        fields["bits"] = gr.Slider(
-            1,
-            max(QUANTIZED_BITS),
-            value=8,
-            step=1,
-            label=word("bits_label"),
-            info=word("bits_help"),
-            buttons=[],
-        )
+        fields |= _compression_fields()
     return fields
+
+
+def _model_fields(models: tuple[str, ...]) -> dict[str, Component]:
+    gr.HTML(text("model_head"))
+    label, info = text("architecture_label"), text("architecture_help")
+    sources = ("auto", "published", UPLOAD, HUB, "random")
+    return {
+        "model": gr.Dropdown(list(models), value="resnet18", label=label, info=info, filterable=True),
+        "weights": gr.Radio(
+            [(text(f"weights_{source}"), source) for source in sources],
+            value="auto",
+            label=text("weights_label"),
+            info=text("weights_help"),
+        ),
+        "checkpoint_file": UploadField(
+            label=text("checkpoint_label"), file_types=CHECKPOINT_TYPES, visible=False, height=136
+        ),
+        "hub": gr.Textbox(
+            label=text("hub_label"), info=text("hub_help"), placeholder="owner/name", max_lines=1, visible=False
+        ),
+    }
+
+
+def _image_fields() -> dict[str, Component]:
+    gr.HTML(text("images_head"))
+    return {
+        "images": gr.Radio(
+            [(text("images_bundled"), "fashion-mnist"), (text("images_upload"), UPLOAD), (text("images_none"), "none")],
+            value="fashion-mnist",
+            label=text("images_label"),
+        ),
+        "data_file": UploadField(label=text("data_label"), file_types=[".zip"], visible=False, height=136),
+        "hint": gr.HTML("", elem_classes="hint"),
+    }
+
+
+def _compression_fields() -> dict[str, Component]:
+    gr.HTML(text("small_head"))
+    label, info = text("sparsity_label"), text("sparsity_help")
+    return {
+        "sparsity": gr.Slider(1, 99, value=50, step=1, label=label, info=info, buttons=[]),
+        "arithmetic": gr.Radio(
+            [(text(f"numbers_{kind}"), kind) for kind in (INTEGERS, HALF, FULL)],
+            value=INTEGERS,
+            label=text("numbers_label"),
+        ),
+        "bits": gr.Slider(
+            1, max(QUANTIZED_BITS), value=8, step=1, label=text("bits_label"), info=text("bits_help"), buttons=[]
+        ),
+    }
 
 
 def more_fields() -> dict[str, Component]:
     """All other fields of `Request`, by name, each made from its type, default and description."""
     fields: dict[str, Component] = {}
     for heading, names in folded_fields().items():
-        gr.HTML(word(f"section_{heading.lower()}_head"))
+        gr.HTML(text(f"section_{heading.lower()}_head"))
         with gr.Row(elem_classes="fields"):
             for name in names:
                 fields[name] = _component(name)
@@ -202,30 +189,30 @@ def to_request(
     Raises:
         CompressError: a value or a combination that cannot work, or a file that is missing.
     """
-    given: dict[str, Any] = {"model": values["model"] or "", "sparsity": round(float(values["sparsity"]) / 100, 6)}
+    settings: dict[str, Any] = {"model": values["model"] or "", "sparsity": round(float(values["sparsity"]) / 100, 6)}
     files = {}
     for field, choice, upload, what in (
         ("checkpoint", "weights", "checkpoint_file", "checkpoint"),
         ("data", "images", "data_file", ".zip of images"),
     ):
-        given[field] = values[choice]
+        settings[field] = values[choice]
         if values[choice] == UPLOAD:
             if not values[upload] and field not in kept:
                 raise CompressError(
                     f"No {what} was chosen: upload one, or choose another source above the upload field."
                 )
             files[field] = Path(values[upload] or kept[field])
-            given[field] = files[field].name
+            settings[field] = files[field].name
     if values["weights"] == HUB:
-        given["checkpoint"] = _on_the_hub(values["hub"] or "")
-    given |= _bits(values)
+        settings["checkpoint"] = _on_the_hub(values["hub"] or "")
+    settings |= _bits(values)
     for names in folded_fields().values():
         for name in names:
-            if name not in given and values[name] not in (None, ""):
-                given[name] = _value(name, values[name])
+            if name not in settings and values[name] not in (None, ""):
+                settings[name] = _value(name, values[name])
     if values["class_map"] or "class_map" in kept:
         files["class_map"] = Path(values["class_map"] or kept["class_map"])
-    return Request(**given), files
+    return Request(**settings), files
 
 
 def _on_the_hub(text: str) -> str:
@@ -286,18 +273,18 @@ def _bits(values: Mapping[str, Any]) -> dict[str, Any]:
 def _component(name: str) -> Component:
     field = Request.model_fields[name]
     kind, optional = _unwrapped(field.annotation)
-    label, info = word(f"label_{name}"), word(f"help_{name}")
+    label, info = text(f"label_{name}"), text(f"help_{name}")
     if name == "class_map":
-        return UploadField(label=word("class_map_label"), file_types=[".json"], height=130)
+        return UploadField(label=text("class_map_label"), file_types=[".json"], height=130)
     if name == "quantizer":
         choices = [(quantizer.title, quantizer.name) for quantizer in QUANTIZERS.values()]
         return gr.Dropdown(choices, value=field.default, label=label, info=info)
     if name == "activation_bits":
         return gr.Dropdown(
-            [(word("same_as_weights"), SAME), *((str(bits), str(bits)) for bits in QUANTIZED_BITS)],
+            [(text("same_as_weights"), SAME), *((str(bits), str(bits)) for bits in QUANTIZED_BITS)],
             value=SAME,
             label=label,
-            info=word("activation_bits_help"),
+            info=text("activation_bits_help"),
         )
     if get_origin(kind) is Literal:
         return gr.Dropdown(list(get_args(kind)), value=field.default, label=label, info=info)
@@ -328,5 +315,5 @@ def _unwrapped(annotation: Any) -> tuple[Any, bool]:
 
 def _placeholder(name: str, kind: Any) -> str:
     if get_origin(kind) is tuple:
-        return word("placeholder_layers") if get_args(kind)[0] is str else "0.5, 0.5, 0.5"
-    return word("placeholder_no_limit" if name in NO_LIMIT else "placeholder_found")
+        return text("placeholder_layers") if get_args(kind)[0] is str else "0.5, 0.5, 0.5"
+    return text("placeholder_no_limit" if name in NO_LIMIT else "placeholder_found")

@@ -7,14 +7,14 @@ window.espalier = (() => {
   const mine = () => { try { const kept = JSON.parse(read(MINE) || "[]"); return Array.isArray(kept) ? kept : []; } catch { return []; } };
   const keys = () => { try { return new Map(Object.entries(JSON.parse(read(KEYS) || "{}"))); } catch { return new Map(); } };
   const job = () => new URLSearchParams(location.search).get("job") || "";
-  const look = () => [document.body.classList.contains("dark") ? "dark" : "light", innerWidth < 720 ? "narrow" : "wide"].join(" ");
+  const viewport = () => [document.body.classList.contains("dark") ? "dark" : "light", innerWidth < 720 ? "narrow" : "wide"].join(" ");
 
   function context() {
     const chosen = read(LOOK);
     if (chosen) document.body.classList.toggle("dark", chosen === "dark");
     const asked = new URLSearchParams(location.search);
     const ticked = [...document.querySelectorAll("#runs input:checked")].map((box) => box.value);
-    return JSON.stringify({ job: job(), key: keys().get(job()) || "", again: asked.get("again") || "", compare: asked.getAll("compare"), mine: mine(), ticked, look: look() });
+    return JSON.stringify({ job: job(), key: keys().get(job()) || "", again: asked.get("again") || "", compare: asked.getAll("compare"), mine: mine(), ticked, viewport: viewport() });
   }
 
   function opened(id, key) {
@@ -33,8 +33,8 @@ window.espalier = (() => {
   }
 
   const language = () => LANGUAGES.find((known) => known === navigator.language) || "en";
-  const word = (key) => window.gradio_config?.i18n_translations?.[language()]?.["espalier:" + key] || key;
-  const sure = () => confirm(word("delete_sure"));
+  const text = (key) => window.gradio_config?.i18n_translations?.[language()]?.["espalier:" + key] || key;
+  const sure = () => confirm(text("delete_sure"));
 
   function left(id) {
     if (!id) location.assign("./");
@@ -74,7 +74,7 @@ window.espalier = (() => {
   function toggle() {
     const dark = document.body.classList.toggle("dark");
     write(LOOK, dark ? "dark" : "light");
-    return look();
+    return viewport();
   }
 
   // Gradio names an upload field other than it reads; without that name its visible text counts

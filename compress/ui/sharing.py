@@ -17,8 +17,8 @@ from compress import hub
 from compress.errors import CompressError
 from compress.jobs import Queue
 from compress.ui import views
+from compress.ui.texts import text
 from compress.ui.web.settings import Settings
-from compress.ui.words import word
 
 Parts = dict[str, Any]
 Publish = Callable[..., str]
@@ -29,12 +29,12 @@ def card() -> Parts:
     """The controls, in the layout that is being built."""
     parts: Parts = {}
     with gr.Column(elem_classes="card", elem_id="share"):
-        gr.HTML(word("share_head"))
+        gr.HTML(text("share_head"))
         with gr.Row(elem_classes="manage"):
-            parts["repository"] = gr.Textbox(label=word("repository_label"), placeholder="owner/name", max_lines=1)
-            parts["publish"] = gr.Button(word("publish_button"), size="md", elem_id="publish", min_width=120, scale=0)
-        parts["public"] = gr.Checkbox(label=word("public_label"))
-        parts["pull_request"] = gr.Checkbox(label=word("pull_request_label"))
+            parts["repository"] = gr.Textbox(label=text("repository_label"), placeholder="owner/name", max_lines=1)
+            parts["publish"] = gr.Button(text("publish_button"), size="md", elem_id="publish", min_width=120, scale=0)
+        parts["public"] = gr.Checkbox(label=text("public_label"))
+        parts["pull_request"] = gr.Checkbox(label=text("pull_request_label"))
         if asks_to_log_in(os.environ):
             gr.LoginButton()
         parts["shared"] = gr.HTML(elem_id="shared")

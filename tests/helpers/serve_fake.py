@@ -11,8 +11,8 @@ sys.path[:0] = [str(Path(__file__).parent), str(ROOT)]
 from compress.errors import DataError  # noqa: E402
 from compress.jobs import Queue  # noqa: E402
 from compress.request import Request  # noqa: E402
+from compress.ui.backend import Offer  # noqa: E402
 from compress.ui.estimates import Structure  # noqa: E402
-from compress.ui.shell import Offer  # noqa: E402
 from compress.ui.web.settings import Settings, prepare_environment  # noqa: E402
 
 MODELS = ("mobilenet_v2", "resnet101", "resnet152", "resnet18", "resnet34", "resnet50")

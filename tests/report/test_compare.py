@@ -12,7 +12,7 @@ from compress.report import comparison
 from compress.report.comparison import Entry
 from compress.report.comparison_charts import accuracy_against_latency
 from compress.request import Request
-from compress.ui.phone import narrowed
+from compress.ui.narrow import fit_narrow
 from compress.ui.views import compare as view_compare
 
 
@@ -105,5 +105,5 @@ def test_the_chart_has_a_numbered_link_at_each_point_and_a_front_for_each_kind(e
     assert figure.layout.annotations[1].x == pytest.approx(math.log10(2.0))
     assert figure.layout.showlegend is True
     assert figure.data[1].error_y.array[0] == pytest.approx(100 * (0.919 - 0.90))
-    assert len(narrowed(figure).layout.annotations) == 3
+    assert len(fit_narrow(figure).layout.annotations) == 3
     assert accuracy_against_latency([runs[2]], {}) is None

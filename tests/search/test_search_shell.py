@@ -62,4 +62,4 @@ def test_sensitivity_prints_a_row_for_each_cell(tmp_path, monkeypatch):
 def test_numbers_that_are_none_are_refused(tmp_path):
     result = CliRunner().invoke(cli, ["sensitivity", "--out", str(tmp_path), "--bits", "four"])
     assert result.exit_code == 1
-    assert "bits: got 'four', expected numbers with commas between" in f"{result.exception}"
+    assert "bits: got 'four', expected numbers separated by commas" in f"{result.exception}"

@@ -208,7 +208,7 @@ def test_every_answer_carries_the_security_headers(server: AppServer) -> None:
 
 def test_other_names_and_other_sites_are_refused(server: AppServer) -> None:
     answer = httpx.get(server.url, headers={"host": "attacker.example"})
-    assert (answer.status_code, "does not answer to the name" in answer.text) == (403, True)
+    assert (answer.status_code, "does not accept the host name" in answer.text) == (403, True)
     for site, status in (("cross-site", 403), ("same-site", 403), ("same-origin", 200), ("none", 200)):
         answer = httpx.post(
             f"{server.url}/gradio_api/call/v2/status", json={"job_id": "x"}, headers={"sec-fetch-site": site}
@@ -246,7 +246,7 @@ def test_nothing_is_fetched_from_other_addresses(server: AppServer, path: str) -
     answer = httpx.get(f"{server.url}/gradio_api/{path}")
     assert (answer.status_code, answer.text) == (
         403,
-        "This server fetches nothing from other addresses: upload the file.",
+        "This server does not fetch files from other addresses: upload the file.",
     )
 
 

@@ -201,7 +201,7 @@ def test_an_image_goes_through_both_models(page: Page, server: AppServer, finish
     bad.write_bytes(b"no image <b>")
     open_run(page, server.url, finished[1])
     page.get_by_role("button", name="Classify").click()
-    expect(page.locator("#tried")).to_have_text("No image was chosen: upload one first.")
+    expect(page.locator("#tried")).to_have_text("No image was selected: upload one first.")
     field = page.locator('input[type=file][accept*=".webp"]')
     field.set_input_files(good)
     expect(page.locator(".file-preview", has_text="photo")).to_be_visible(timeout=15_000)

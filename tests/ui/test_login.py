@@ -23,7 +23,7 @@ from mcp.client.streamable_http import streamablehttp_client
 from playwright.sync_api import Browser, expect
 from test_api_client import ENDLESS, QUICK, wait
 from test_app_browser import watched
-from test_ui_form import no_count, no_images
+from test_form import no_count, no_images
 
 from compress.errors import RequestError
 from compress.jobs import Queue

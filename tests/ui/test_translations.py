@@ -12,18 +12,18 @@ import gradio as gr
 import pytest
 from playwright.sync_api import Browser, expect
 from test_app_browser import server, watched  # noqa: F401 - a fixture
-from test_ui_form import no_count, no_images
+from test_form import no_count, no_images
 
 from compress.jobs import Queue
 from compress.request import Request
-from compress.ui import words
+from compress.ui import texts
+from compress.ui.backend import Offer
 from compress.ui.handlers import App
 from compress.ui.page import build_page
-from compress.ui.shell import Offer
 from compress.ui.web.settings import Settings
 
 MARK = re.compile(r"__i18n__(\{[^}]*\})")
-OTHERS = sorted(path.stem for path in words.FOLDER.glob("*.json") if path.stem != words.ENGLISH)
+OTHERS = sorted(path.stem for path in texts.FOLDER.glob("*.json") if path.stem != texts.ENGLISH)
 NO_WORDS = re.compile(r"[\W\d]*|owner/name|0\.5, 0\.5, 0\.5")
 """Texts that are the same in every language."""
 
@@ -62,20 +62,20 @@ def strings(value: Any) -> Iterator[str]:
 def used(config: dict[str, Any]) -> set[str]:
     """Keys of the translations' files that the page, its markup or its script use."""
     marks = (mark for text in strings(config) for mark in MARK.findall(text))
-    marked = {json.loads(mark)["key"].removeprefix(words.PREFIX) for mark in marks}
-    fields = {key for name in marked & set(words.MARKUP) for key in re.findall(r"\{(\w+)\}", words.MARKUP[name])}
-    return (marked - set(words.MARKUP)) | fields | said_later()
+    marked = {json.loads(mark)["key"].removeprefix(texts.PREFIX) for mark in marks}
+    fields = {key for name in marked & set(texts.MARKUP) for key in re.findall(r"\{(\w+)\}", texts.MARKUP[name])}
+    return (marked - set(texts.MARKUP)) | fields | said_later()
 
 
 def said_later() -> set[str]:
     """Keys that page.js and the handlers use when something happens."""
-    folder = Path(words.__file__).parent
+    folder = Path(texts.__file__).parent
     sources = "".join((folder / name).read_text(encoding="utf-8") for name in ("page.js", "handlers.py"))
-    return {key for call in re.findall(r"\bword\(([^)]*)\)", sources) for key in re.findall(r'"(\w+)"', call)}
+    return {key for call in re.findall(r"\btext\(([^)]*)\)", sources) for key in re.findall(r'"(\w+)"', call)}
 
 
 def own(language: str) -> dict[str, str]:
-    return json.loads((words.FOLDER / f"{language}.json").read_text(encoding="utf-8"))
+    return json.loads((texts.FOLDER / f"{language}.json").read_text(encoding="utf-8"))
 
 
 def test_no_text_of_the_page_is_outside_of_the_translations(config: dict[str, Any]) -> None:
@@ -96,13 +96,13 @@ def test_a_text_holds_one_mark_because_gradio_replaces_one(config: dict[str, Any
 def test_every_key_is_in_each_language_and_in_use(config: dict[str, Any], language: str) -> None:
     needed = used(config) | {"section_more"}  # for a new field of Request
     assert set(own(language)) == needed
-    assert set(own(words.ENGLISH)) == needed - set(words.field_texts())
+    assert set(own(texts.ENGLISH)) == needed - set(texts.field_texts())
     assert all(text.strip() for text in own(language).values())
 
 
 @pytest.mark.parametrize("language", OTHERS)
 def test_placeholders_and_tags_agree(language: str) -> None:
-    english = own(words.ENGLISH) | words.field_texts()
+    english = own(texts.ENGLISH) | texts.field_texts()
     for key, text in own(language).items():
         for inner in (r"\{\w*\}", r"</?\w+>"):
             assert sorted(re.findall(inner, text)) == sorted(re.findall(inner, english[key])), key
@@ -117,21 +117,21 @@ def test_what_is_typed_is_called_the_same_in_every_language(language: str) -> No
 
 def test_every_language_is_one_that_gradio_chooses() -> None:
     assets = Path(gr.__file__).parent / "templates" / "frontend" / "assets"
-    for language in words.texts():
-        assert language == words.ENGLISH or [*assets.glob(f"{language}-*.js")], f"Gradio has no {language}"
+    for language in texts.all_texts():
+        assert language == texts.ENGLISH or [*assets.glob(f"{language}-*.js")], f"Gradio has no {language}"
 
 
 def test_a_missing_text_is_english_in_markup_and_an_unknown_key_is_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "en.json").write_text((words.FOLDER / "en.json").read_text(encoding="utf-8"), encoding="utf-8")
+    (tmp_path / "en.json").write_text((texts.FOLDER / "en.json").read_text(encoding="utf-8"), encoding="utf-8")
     (tmp_path / "fr.json").write_text('{"try_title": "Essayer"}', encoding="utf-8")
-    monkeypatch.setattr(words, "FOLDER", tmp_path)
-    french = words.texts.__wrapped__()["fr"]
+    monkeypatch.setattr(texts, "FOLDER", tmp_path)
+    french = texts.all_texts.__wrapped__()["fr"]
     assert french["try_head"].startswith('<h2>Essayer</h2><p class="soft">Classify an image')
     assert "hero_title" not in french
     with pytest.raises(KeyError, match="no_such_key"):
-        words.word("no_such_key")
+        texts.text("no_such_key")
 
 
 @pytest.mark.browser

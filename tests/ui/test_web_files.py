@@ -19,9 +19,9 @@ from gradio_client import Client, handle_file
 
 from compress.errors import RequestError
 from compress.jobs import Queue
-from compress.ui.shell import Offer
-from compress.ui.web.bodies import NOT_UPLOADED, BodyError, handed_on
-from compress.ui.web.routes import Door, open_routes
+from compress.ui.backend import Offer
+from compress.ui.web.bodies import NOT_UPLOADED, BodyError, sanitized
+from compress.ui.web.routes import RouteFilter, open_routes
 from compress.ui.web.server import build_app
 from compress.ui.web.settings import Settings
 from compress.ui.web.uploads import MOST_AT_ONCE, NoRoomError, Uploads
@@ -206,15 +206,15 @@ def test_a_body_that_names_a_file_is_refused_wherever_it_does(form: int) -> None
             [named],
         ):
             with pytest.raises(BodyError) as refused:
-                handed_on(json.dumps(body).encode(), is_own)
+                sanitized(json.dumps(body).encode(), is_own)
             assert str(refused.value) == NOT_UPLOADED
 
 
-def test_an_own_upload_is_handed_on_as_its_id() -> None:
+def test_an_own_upload_is_passed_on_as_its_id() -> None:
     page = f"http://127.0.0.1:7860/gradio_api/file={OWN}"
     sent = {"path": OWN, "orig_name": "../../x.pth", "url": page, "size": 7, "mime_type": "", "meta": MARK}
     for named in (sent, {"path": OWN}, {"path": OWN, "meta": MARK, "url": None}, {"path": OWN, "is_stream": False}):
-        assert json.loads(handed_on(json.dumps({"data": [named, 1]}).encode(), is_own)) == {"data": [OWN, 1]}
+        assert json.loads(sanitized(json.dumps({"data": [named, 1]}).encode(), is_own)) == {"data": [OWN, 1]}
 
 
 @pytest.mark.parametrize(
@@ -222,24 +222,24 @@ def test_an_own_upload_is_handed_on_as_its_id() -> None:
     [
         (b'{"data": [1], "data": [2]}', "has the same key twice"),
         (b'{"data": [{"path": "x", "path": "y"}]}', "has the same key twice"),
-        (b'{"data": [NaN]}', "holds NaN, which is no number"),
-        (b'{"data": [-Infinity]}', "holds -Infinity, which is no number"),
-        (b'{"data": [1e400]}', "holds 1e400, which is no number"),
+        (b'{"data": [NaN]}', "contains NaN, which is not a finite number"),
+        (b'{"data": [-Infinity]}', "contains -Infinity, which is not a finite number"),
+        (b'{"data": [1e400]}', "contains 1e400, which is not a finite number"),
         (b'{"data": [' + b"1" * 5000 + b"]}", "is not valid JSON"),
         (b'{"data": ["\xff"]}', "is not encoded in UTF-8"),
-        (b'{"data": ["\\ud800"]}', "is no Unicode"),
-        (b"[" * 30 + b"]" * 30, "more than 24 lists or objects within each other"),
-        (b"[" * 50_000 + b"]" * 50_000, "more than 24 lists or objects within each other"),
+        (b'{"data": ["\\ud800"]}', "invalid Unicode"),
+        (b"[" * 30 + b"]" * 30, "nests lists and objects more than 24 levels deep"),
+        (b"[" * 50_000 + b"]" * 50_000, "nests lists and objects more than 24 levels deep"),
         (json.dumps({"data": ["[" * 30 + "]" * 30]}).encode(), "more than 24 lists or objects"),
         (b"[" + b"1," * 60_000 + b"1]", "more than 50000 values"),
         (b'{"data": [}', r"is not valid JSON \(line 1, column 11\)"),
-        (b'{"data": [], "session_hash": "a/../b"}', "session_hash: expected a text of up to 64 letters"),
+        (b'{"data": [], "session_hash": "a/../b"}', "session_hash: expected a string of up to 64 letters"),
         (b'{"data": [], "session_hash": [1]}', "session_hash: expected a text"),
     ],
 )  # fmt: skip
 def test_what_two_readers_could_understand_differently_is_refused(raw: bytes, told: str) -> None:
     with pytest.raises(BodyError, match=told):
-        handed_on(raw, is_own)
+        sanitized(raw, is_own)
 
 
 def test_settings_pass_as_they_are() -> None:
@@ -251,8 +251,8 @@ def test_settings_pass_as_they_are() -> None:
         ],
         "session_hash": "abc", "fn_index": 3, "event_data": None,
     }  # fmt: skip
-    assert json.loads(handed_on(json.dumps(honest).encode(), is_own)) == honest
-    assert handed_on(b"", is_own) == b""
+    assert json.loads(sanitized(json.dumps(honest).encode(), is_own)) == honest
+    assert sanitized(b"", is_own) == b""
 
 
 # ---- over sockets ---------------------------------------------------------------------------------------------------
@@ -320,7 +320,7 @@ def test_the_server_makes_no_connection_for_a_path(server: AppServer) -> None:
 
 def test_without_the_door_gradio_itself_takes_no_path(app: FastAPI, secret: Path, tmp_path: Path) -> None:
     """The second wall: `has_launched`, and fields whose handlers look ids up instead of opening paths."""
-    app.user_middleware[:] = [item for item in app.user_middleware if item.cls is not Door]
+    app.user_middleware[:] = [item for item in app.user_middleware if item.cls is not RouteFilter]
     named = {"path": str(secret), "meta": MARK}
     with TestClient(app, base_url="http://127.0.0.1", raise_server_exceptions=False) as client:
         for event in blocks_of(app).fns.values():
@@ -411,10 +411,10 @@ def test_uploads_keep_nothing_of_a_name_but_its_end(uploads: Uploads, tmp_path: 
 def test_each_visitor_and_all_together_have_a_quota(uploads: Uploads, clock: list[float]) -> None:
     first = sent(uploads, "a")
     sent(uploads, "a")
-    with pytest.raises(NoRoomError, match="Your uploads would take more than"):
+    with pytest.raises(NoRoomError, match="Your uploads would exceed"):
         sent(uploads, "a")
     sent(uploads, "b", b"w" * 100)
-    with pytest.raises(NoRoomError, match="The uploads of all visitors take all the room"):
+    with pytest.raises(NoRoomError, match="The uploads of all visitors have reached the limit"):
         sent(uploads, "c", b"w" * 71)
     clock[0] += 1000
     uploads.refuse_announced("a", 40)
@@ -483,7 +483,7 @@ FORM = {"content-type": "multipart/form-data; boundary=b"}
 def test_what_is_no_form_of_files_is_refused_and_leaves_nothing(server: AppServer, headers: dict, body: bytes) -> None:
     before = {path for path in (server.data / "incoming").rglob("*") if path.is_file()}
     answer = httpx.post(f"{server.url}/gradio_api/upload", content=body, headers=headers)
-    assert (answer.status_code, "Uploads come as multipart/form-data" in answer.text) == (400, True), answer.text
+    assert (answer.status_code, "Send uploads as multipart/form-data" in answer.text) == (400, True), answer.text
     assert {path for path in (server.data / "incoming").rglob("*") if path.is_file()} == before
 
 

@@ -23,12 +23,12 @@ from compress.errors import RequestError, RunError
 from compress.jobs import Queue
 from compress.jobs.folders import Folders
 from compress.request import Request
-from compress.ui.told import MISTAKE, without_folders, without_traceback
+from compress.ui.errors import MISTAKE, without_folders, without_traceback
+from compress.ui.web.fair_queue import FairQueue
 from compress.ui.web.guard import Guard
-from compress.ui.web.sessions import _Nothing, skip_what_stays
+from compress.ui.web.sessions import _NoState, skip_unchanged_outputs
 from compress.ui.web.settings import Settings
 from compress.ui.web.streams import FULL, SENTENCE, Streams, StreamsError
-from compress.ui.web.turns import Turns
 
 
 @pytest.fixture(scope="module")
@@ -142,12 +142,12 @@ def test_a_start_on_every_address_says_which_names_are_answered(
 
     monkeypatch.setattr(module, "listen", lambda app, settings: None)
     monkeypatch.setattr(module, "build_app", lambda *given, **named: None)
-    monkeypatch.setattr(module.shell, "models", lambda cache: ())
+    monkeypatch.setattr(module.backend, "models", lambda cache: ())
     with caplog.at_level(logging.WARNING):
         module.serve(Settings(data=tmp_path / "a"))
         assert "ESPALIER_ALLOWED_HOSTS" not in caplog.text
         module.serve(Settings(data=tmp_path / "b", host="0.0.0.0"))
-    assert "The app listens on 0.0.0.0 and answers to numeric addresses and localhost only" in caplog.text
+    assert "The app listens on 0.0.0.0 and accepts only numeric addresses" in caplog.text
 
 
 def test_a_space_answers_to_its_own_name() -> None:
@@ -160,20 +160,20 @@ def test_a_space_answers_to_its_own_name() -> None:
 
 def test_visitors_take_turns_however_much_one_of_them_asks_for() -> None:
     async def scene() -> list[str]:
-        turns, order, first = Turns(most_waiting=3), [], threading.Event()
+        queue, order, first = FairQueue(most_waiting=3), [], threading.Event()
 
         async def ask(visitor: str, number: int) -> None:
-            await turns.take(visitor, lambda: (first.wait(5), order.append(f"{visitor}{number}")))
+            await queue.run(visitor, lambda: (first.wait(5), order.append(f"{visitor}{number}")))
 
         tasks = [asyncio.create_task(ask("greedy", number)) for number in range(4)]
         await asyncio.sleep(0.05)
-        with pytest.raises(RunError, match="3 checks of yours wait for their turn already"):
-            await turns.take("greedy", lambda: None)
+        with pytest.raises(RunError, match="3 checks of yours are waiting already"):
+            await queue.run("greedy", lambda: None)
         tasks += [asyncio.create_task(ask(visitor, 0)) for visitor in ("ada", "bob")]
         await asyncio.sleep(0.05)
         first.set()
         await asyncio.gather(*tasks)
-        await turns.take("greedy", lambda: order.append("later"))
+        await queue.run("greedy", lambda: order.append("later"))
         return order
 
     order = asyncio.run(scene())
@@ -182,22 +182,22 @@ def test_visitors_take_turns_however_much_one_of_them_asks_for() -> None:
 
 def test_who_leaves_gives_the_turn_away_and_all_together_are_limited() -> None:
     async def scene() -> None:
-        turns, first, done = Turns(most_waiting=5, most_in_all=2), threading.Event(), []
-        working = asyncio.create_task(turns.take("a", lambda: first.wait(5)))
+        queue, first, done = FairQueue(most_waiting=5, most_in_all=2), threading.Event(), []
+        working = asyncio.create_task(queue.run("a", lambda: first.wait(5)))
         await asyncio.sleep(0.02)
-        leaver = asyncio.create_task(turns.take("b", lambda: done.append("b")))
-        stayer = asyncio.create_task(turns.take("c", lambda: done.append("c")))
+        leaver = asyncio.create_task(queue.run("b", lambda: done.append("b")))
+        stayer = asyncio.create_task(queue.run("c", lambda: done.append("c")))
         await asyncio.sleep(0.02)
-        with pytest.raises(RunError, match="Too many checks wait for their turn on this server"):
-            await turns.take("d", lambda: None)
+        with pytest.raises(RunError, match="Too many checks are waiting on this server"):
+            await queue.run("d", lambda: None)
         leaver.cancel()
         await asyncio.sleep(0.02)
         first.set()
         await asyncio.gather(working, stayer)
-        assert done == ["c"] and not turns._busy and not turns._waiting
+        assert done == ["c"] and not queue._busy and not queue._waiting
         with pytest.raises(ZeroDivisionError):
-            await turns.take("a", lambda: 1 / 0)
-        assert not turns._busy, "the turn goes on after a failure"
+            await queue.run("a", lambda: 1 / 0)
+        assert not queue._busy, "the turn goes on after a failure"
 
     asyncio.run(scene())
 
@@ -269,9 +269,9 @@ def test_what_stays_on_the_page_is_not_built_anew(monkeypatch: pytest.MonkeyPatc
     with gr.Blocks() as page:
         parts = [gr.HTML(), gr.Textbox(), gr.Number()]
         parts[0].change(lambda: None, [], parts)
-    skip_what_stays(page)
+    skip_unchanged_outputs(page)
     (event,) = page.fns.values()
-    stays, state = gr.skip(), _Nothing(page)
+    stays, state = gr.skip(), _NoState(page)
 
     def built(*given: Any, **named: Any) -> None:
         raise AssertionError("a component was built")
@@ -302,7 +302,7 @@ def test_what_stays_on_the_page_is_not_built_anew(monkeypatch: pytest.MonkeyPatc
         ("submit", {"model": "m" * 100_000}, "expected the name of a torchvision classifier"),
         ("submit", {"model": 5}, "model: got 5, expected the name of a torchvision classifier"),
         ("submit", {"seed": "x" * 100_000}, "seed: got "),
-        ("submit", {"config_list": json.loads("[" * 40 + "]" * 40)}, "more than 24 lists or objects within each other"),
+        ("submit", {"config_list": json.loads("[" * 40 + "]" * 40)}, "nests lists and objects more than 24 levels deep"),
     ],
 )
 def test_every_parameter_is_held_to_its_type_and_size(

@@ -91,28 +91,28 @@ def _sentence(status: Status) -> str:
     name = STAGE_NAMES.get(status.stage or "", "")
     if status.state == "failed":
         return f"Stopped at {name}" if name else "Stopped before the first stage"
-    left = "" if status.seconds_left is None else f" · about {duration(status.seconds_left)} left in this stage"
+    remaining = "" if status.seconds_left is None else f" · about {duration(status.seconds_left)} left in this stage"
     doing = STAGE_SENTENCES.get(status.stage or "", "Starting")
-    told = "" if status.message in ("", "started") else f" · {escape(status.message)}"
-    return f'{doing}<span class="soft">{told}{left}</span>'
+    detail = "" if status.message in ("", "started") else f" · {escape(status.message)}"
+    return f'{doing}<span class="soft">{detail}{remaining}</span>'
 
 
 def _step(status: Status, number: int, stage: str) -> str:
     fraction = status.stage_fraction
     if number < status.stage_index or (number == status.stage_index and fraction == 1.0):
-        kind, share, word = "past", 1.0, "done"
+        kind, share, label = "past", 1.0, "done"
     elif number > status.stage_index:
-        kind, share, word = "ahead", 0.0, "to come"
+        kind, share, label = "ahead", 0.0, "to come"
     elif status.state in ("failed", "cancelled"):
-        kind, share, word = "broken", fraction, "stopped here"
+        kind, share, label = "broken", fraction, "stopped here"
     elif fraction == 0:
-        kind, share, word = "current begun", 0.0, "now"
+        kind, share, label = "current begun", 0.0, "now"
     else:
-        kind, share, word = "current", fraction, f"{100 * fraction:.0f} %"
+        kind, share, label = "current", fraction, f"{100 * fraction:.0f} %"
     mark = ' aria-current="step"' if kind.startswith("current") else ""
     return (
         f'<li class="{kind}"{mark}><i class="track" aria-hidden="true"><i style="width:{100 * share:.0f}%"></i></i>'
-        f"<span>{STAGE_NAMES[stage]}</span><small>{word}</small></li>"
+        f"<span>{STAGE_NAMES[stage]}</span><small>{label}</small></li>"
     )
 
 

@@ -36,7 +36,11 @@ def points(entries: Sequence[Entry]) -> str:
     rows = []
     for number, entry in enumerate(entries, start=1):
         link = f'<a href="?job={entry.job_id}">{escape(entry.title)}</a>'
-        figures = (comparison.accuracy_words(entry), comparison.latency_words(entry), entry.through or "not measured here")
+        figures = (
+            comparison.accuracy_words(entry),
+            comparison.latency_words(entry),
+            entry.through or "not measured here",
+        )
         on_front = "yes" if entry in front else "no"
         cells = "".join(f"<td>{escape(text)}</td>" for text in (*figures, entry.images, entry.machine, on_front))
         rows.append(f'<th scope="row">{number}</th><td>{link}</td>{cells}')

@@ -100,9 +100,9 @@ def folder_name(job_id: str) -> str:
     return f"espalier-{job_id[:8]}"
 
 
-def answers(found: Mapping[str, Any]) -> str:
+def classification(found: Mapping[str, Any]) -> str:
     """An image of the visitor's through the original and the compressed model, side by side."""
-    columns = "".join(_answer(*pair) for pair in zip(("Original", "Compressed"), found["models"], strict=True))
+    columns = "".join(_classification(*pair) for pair in zip(("Original", "Compressed"), found["models"], strict=True))
     same = found["models"][0]["top"][0]["class"] == found["models"][1]["top"][0]["class"]
     sentence = "Both give the same answer." if same else "They give different answers."
     seen = f'<img src="data:image/png;base64,{found["seen"]}" alt="The image as the models see it" width="160">'
@@ -114,7 +114,7 @@ def answers(found: Mapping[str, Any]) -> str:
     )
 
 
-def _answer(title: str, model: Mapping[str, Any]) -> str:
+def _classification(title: str, model: Mapping[str, Any]) -> str:
     rows = "".join(
         f'<li><span>{escape(str(row["class"]))}</span><span class="value">{100 * row["share"]:.1f} %</span>'
         f'<i class="track" aria-hidden="true"><i style="width:{100 * row["share"]:.1f}%"></i></i></li>'

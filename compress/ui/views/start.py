@@ -9,10 +9,10 @@ from typing import Any
 
 from compress.request import Request
 from compress.ui import views
-from compress.ui.estimates import Outlook
+from compress.ui.estimates import Estimate
 
 
-def meaning(request: Request, parameters: int | None, outlook: Outlook | None = None) -> str:
+def explain(request: Request, parameters: int | None, estimate: Estimate | None = None) -> str:
     """What the settings do, in words and as bars.
 
     Args:
@@ -21,21 +21,21 @@ def meaning(request: Request, parameters: int | None, outlook: Outlook | None = 
     """
     kept = (1 - request.sparsity) ** 2 if request.shrinks else 1.0
     before, after = parameters, None if parameters is None else round(parameters * kept)
-    if outlook is not None:
-        before, after = outlook.parameters
+    if estimate is not None:
+        before, after = estimate.parameters
         kept = after / before
     bits = 8 if request.quantizes else request.weight_bits if request.half_precision else 32
     size = kept * bits / 32
     bars = [_bar("Parameters", kept, *_pair(before, after, _millions))]
-    if outlook is not None:
+    if estimate is not None:
         bars.append(
-            _bar("Multiplications per image", outlook.macs[1] / outlook.macs[0], *_pair(*outlook.macs, _millions))
+            _bar("Multiplications per image", estimate.macs[1] / estimate.macs[0], *_pair(*estimate.macs, _millions))
         )
     weight = (None, None) if before is None else (4 * before, 4 * before * size)
     bars.append(_bar("File size", size, *_pair(*weight, views.file_size)))
-    words = f"{_pruning_meaning(request, kept)} {_bits_meaning(request)}"
-    told = _plan(outlook) if outlook is not None else _rough(request)
-    return f'<div class="meaning" role="status"><p>{words}</p>{"".join(bars)}</div>{told}'
+    summary = f"{_explain_pruning(request, kept)} {_explain_bits(request)}"
+    basis = _plan(estimate) if estimate is not None else _rough(request)
+    return f'<div class="meaning" role="status"><p>{summary}</p>{"".join(bars)}</div>{basis}'
 
 
 def _pair(
@@ -49,26 +49,26 @@ def _rough(request: Request) -> str:
     return f'<p class="soft">{text}</p>' if text else ""
 
 
-def _plan(outlook: Outlook) -> str:
+def _plan(estimate: Estimate) -> str:
     """What the figures are counted from."""
-    made = outlook.structure
+    made = estimate.structure
     what = f"{made.model} with {made.classes:,} classes at {made.input_size} × {made.input_size} pixels"
-    without = ", ".join(name.replace("_", " ") for name in outlook.uncounted)
+    without = ", ".join(name.replace("_", " ") for name in estimate.uncounted)
     left = f" {without.capitalize()} not counted." if without else ""
-    layers = sum(len(names.split()) for names, *_ in outlook.groups)
-    groups = [(names.replace(" ", ", "), str(before), str(after), why) for names, before, after, why in outlook.groups]
+    layers = sum(len(names.split()) for names, *_ in estimate.groups)
+    groups = [(names.replace(" ", ", "), str(before), str(after), why) for names, before, after, why in estimate.groups]
     parts = []
     for title, headers, rows, count in (
         ("Layers that shrink", ("Layers", "Channels", "Kept", "Why together"), groups, layers),
-        ("Layers that stay whole", ("Layer", "Why"), outlook.left_out, len(outlook.left_out)),
+        ("Layers that stay whole", ("Layer", "Why"), estimate.left_out, len(estimate.left_out)),
     ):
         if rows:
             parts.append(views.folded(f"{title} ({count})", views.table(headers, rows, title)))
-    short = f'<p class="soft">{escape(outlook.short)}</p>' if outlook.short and not without else ""
-    return f'<div class="plan">{short}<p class="soft">Counted from the plan for {escape(what)}.{escape(left)}</p>{"".join(parts)}</div>'
+    shortfall = f'<p class="soft">{escape(estimate.shortfall)}</p>' if estimate.shortfall and not without else ""
+    return f'<div class="plan">{shortfall}<p class="soft">Counted from the plan for {escape(what)}.{escape(left)}</p>{"".join(parts)}</div>'
 
 
-def _pruning_meaning(request: Request, kept: float) -> str:
+def _explain_pruning(request: Request, kept: float) -> str:
     if not request.prunes:
         return "No channels are removed."
     if not request.shrinks:
@@ -76,7 +76,7 @@ def _pruning_meaning(request: Request, kept: float) -> str:
     return f"{100 * request.sparsity:.0f} % of the channels go: about {_share(kept)} of the parameters stay."
 
 
-def _bits_meaning(request: Request) -> str:
+def _explain_bits(request: Request) -> str:
     if request.half_precision:
         return "16-bit numbers take half the space of 32-bit ones."
     if not request.quantizes:
@@ -110,7 +110,7 @@ def _millions(count: float) -> str:
     return f"{count / 1e6:.1f} million"
 
 
-def checked(found: Mapping[str, Any]) -> str:
+def check_result(found: Mapping[str, Any]) -> str:
     """What the pre-flight check found: the plan, what stays whole and why, the runtimes."""
     groups = [
         (

@@ -1,9 +1,9 @@
-"""The JSON that a request brings: read once, here, and handed on as it was understood.
+"""Sanitizes the JSON body of a request before Gradio reads it.
 
-Gradio takes whatever looks like a file of its own (an object with `path` and `meta`) for one, at any depth, and opens, copies
-or fetches what `path` names. So nothing of that kind reaches it: an object that names an upload of this visitor becomes the
-upload's id, a text, and a body with any other is refused. What is handed on is written anew from what was read, so that no
-second reader can understand it differently.
+Gradio treats every object with `path` and `meta`, at any depth, as a file of its own, and opens, copies or fetches what `path`
+names. So no such object reaches it: one that names an upload of the visitor is replaced with the upload's id (a string), and a
+body with any other is refused. The body is serialized again from the parsed values, so that no second parser can read it
+differently.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from typing import Any
 from compress.errors import CompressError
 
 MAX_DEPTH = 24
-"""Of lists and objects within each other; a config list needs 4."""
+"""Nesting depth of lists and objects; a config list needs 4."""
 MAX_ITEMS = 50_000
 FILE_KEYS = ("path", "url", "orig_name", "mime_type", "is_stream", "meta", "_type")
 FILE_MARK = "gradio.filedata"
 BITS = re.compile(r"\d{1,2}(/\d{1,2})?")
 SESSION = re.compile(r"[A-Za-z0-9_-]{1,64}")
 NOT_UPLOADED = (
-    "This request names a file that you did not upload here: upload it to gradio_api/upload first, and give the id "
-    "that comes back."
+    "This request names a file that you did not upload here: upload it to gradio_api/upload first, and use the id that it "
+    "returns."
 )
 
 
@@ -33,17 +33,17 @@ class BodyError(CompressError):
     """The body of a request is refused."""
 
 
-def handed_on(
+def sanitized(
     raw: bytes, is_upload: Callable[[str], bool], refuses_session: Callable[[str], bool] = lambda session: False
 ) -> bytes:
-    """The body as Gradio gets it.
+    """The body that Gradio receives.
 
     Args:
-        is_upload: whether the visitor whose request it is has uploaded a file with this id.
-        refuses_session: whether a session gets no more answers.
+        is_upload: upload id -> whether the visitor uploaded that file.
+        refuses_session: session -> whether it has too many pending answers.
 
     Raises:
-        BodyError: it is no JSON, holds something that JSON has no words for, or names a file that is no such upload.
+        BodyError: the body is not strict JSON, is too deep or too large, or names a file that is not an upload of the visitor.
     """
     if not raw.strip():
         return b""
@@ -53,16 +53,16 @@ def handed_on(
     try:
         return json.dumps(_Walk(is_upload).of(body), ensure_ascii=False, allow_nan=False).encode()
     except UnicodeEncodeError:
-        raise BodyError("The body of this request holds text that is no Unicode (half of a surrogate pair).") from None
+        raise BodyError("The body of this request contains invalid Unicode (half of a surrogate pair).") from None
 
 
 def _refuse_session(session: Any, refuses: Callable[[str], bool]) -> None:
     if session in (None, ""):
         return
     if not isinstance(session, str) or not SESSION.fullmatch(session):
-        raise BodyError("session_hash: expected a text of up to 64 letters, digits, - and _.")
+        raise BodyError("session_hash: expected a string of up to 64 letters, digits, - and _.")
     if refuses(session):
-        raise BodyError("Many answers wait in this session: fetch them before you ask for more.")
+        raise BodyError("This session has too many pending answers: fetch them before you send more requests.")
 
 
 def _read(raw: bytes) -> Any:
@@ -80,14 +80,14 @@ def _read(raw: bytes) -> Any:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise BodyError("An object in the body of this request has the same key twice: give each once.")
-    return found
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        raise BodyError("An object in the body of this request has the same key twice: use each key once.")
+    return values
 
 
 def _no_number(text: str) -> float:
-    raise BodyError(f"The body of this request holds {text}, which is no number: give a finite one.")
+    raise BodyError(f"The body of this request contains {text}, which is not a finite number.")
 
 
 def _number(text: str) -> float:
@@ -95,11 +95,11 @@ def _number(text: str) -> float:
 
 
 def _too_deep() -> str:
-    return f"The body of this request has more than {MAX_DEPTH} lists or objects within each other."
+    return f"The body of this request nests lists and objects more than {MAX_DEPTH} levels deep."
 
 
 class _Walk:
-    """Through one body; counts what it meets."""
+    """Traverses one body and counts its values."""
 
     def __init__(self, is_upload: Callable[[str], bool]) -> None:
         self._is_upload, self._items = is_upload, 0
@@ -109,7 +109,7 @@ class _Walk:
         if depth > MAX_DEPTH:
             raise BodyError(_too_deep())
         if self._items > MAX_ITEMS:
-            raise BodyError(f"The body of this request holds more than {MAX_ITEMS} values.")
+            raise BodyError(f"The body of this request contains more than {MAX_ITEMS} values.")
         if isinstance(value, str):
             self._refuse_hidden_file(value, depth)
         elif isinstance(value, dict):
@@ -120,15 +120,15 @@ class _Walk:
             return [self.of(item, depth + 1) for item in value]
         return value
 
-    def _upload(self, given: dict[str, Any]) -> str:
-        """The id of the upload that the object names, as a page or `gradio_client` does it."""
-        path, meta, url = given.get("path"), given.get("meta"), given.get("url")
+    def _upload(self, values: dict[str, Any]) -> str:
+        """The id of the upload that the object names, in the form that Gradio's page and `gradio_client` send."""
+        path, meta, url = values.get("path"), values.get("meta"), values.get("url")
         known = (
             isinstance(path, str)
-            and given.keys() <= {"size", *FILE_KEYS}
+            and values.keys() <= {"size", *FILE_KEYS}
             and meta in (None, {"_type": "gradio.FileData"})
-            and given.get("_type") is None
-            and not given.get("is_stream")
+            and values.get("_type") is None
+            and not values.get("is_stream")
             and (url in (None, "") or (isinstance(url, str) and url.endswith(f"/gradio_api/file={path}")))
             and self._is_upload(path)
         )
@@ -137,7 +137,7 @@ class _Walk:
         return str(path)
 
     def _refuse_hidden_file(self, text: str, depth: int) -> None:
-        """A text that is JSON itself is looked into, should anything ever read it as such."""
+        """Checks a string that is JSON itself, in case anything parses it."""
         if FILE_MARK in text.lower():
             raise BodyError(NOT_UPLOADED)
         if text.lstrip()[:1] not in ("{", "["):
@@ -145,14 +145,14 @@ class _Walk:
         try:
             inner = json.loads(text)
         except ValueError:
-            return  # a text that only begins like JSON
+            return  # not JSON
         except RecursionError:
             raise BodyError(_too_deep()) from None
         _Walk(lambda upload_id: False).of(inner, depth + 1)
 
 
 def _names_file(value: dict[str, Any]) -> bool:
-    """Whether the object could be taken for a file. Ratios and bits of layers that are called so are none."""
+    """Whether Gradio could treat the object as a file. Sparsities or bits of layers with such names are not files."""
     marks = [value[key] for key in FILE_KEYS if key in value]
     return any(not _is_setting(mark) for mark in marks)
 

@@ -1,4 +1,4 @@
-"""What a browser is told about every answer, and requests that are refused before anything looks at them."""
+"""Security headers on every answer, and checks of Host, Origin and proxy headers before anything else reads a request."""
 
 from __future__ import annotations
 
@@ -38,21 +38,21 @@ HEADERS = {
     "cross-origin-resource-policy": "same-origin",
 }
 ELSEWHERE = re.compile(r"/(proxy=|file[=/][a-z][a-z0-9+.-]*:)", re.IGNORECASE)
-"""Paths for which Gradio would fetch what lies at another address, whoever asks."""
+"""Paths for which Gradio would fetch a URL for anyone."""
 SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
 PROXIED = re.compile(r"(x-)?forwarded(-.*)?|via|x-real-ip|(true-)?client-ip|x-client-ip|cf-.*|x-original-.*|x-envoy-.*")
 """Names of headers that a proxy adds."""
 CROSS_ORIGIN = b"access-control-"
-"""Begins headers that let pages of other origins read an answer: there are none."""
+"""Prefix of the CORS headers, all of which are removed."""
 
 
 class Guard:
-    """Security headers on every answer; refuses foreign Host names, other sites' pages, and what reaches beyond the app.
+    """Middleware: adds security headers; refuses unknown Host names, cross-site requests, and paths that fetch URLs.
 
     Args:
-        hosts: names that are answered.
-        local: everybody who reaches this server may change every run, so nobody may come through a proxy.
-        addresses: numeric addresses are answered, too.
+        hosts: accepted Host names.
+        local: every visitor may change every run, so requests through a proxy are refused.
+        addresses: accept numeric addresses, too.
     """
 
     def __init__(self, app: Any, hosts: Sequence[str], local: bool, addresses: bool = False) -> None:
@@ -84,24 +84,24 @@ class Guard:
         host = headers.get("host", "")
         if sum(name.lower() == b"host" for name, _ in scope["headers"]) > 1 or not self._answers_to(_name(host)):
             name = json.dumps(_name(host)[:100])
-            return f"This server does not answer to the name {name}; ESPALIER_ALLOWED_HOSTS lists those it answers to."
+            return f"This server does not accept the host name {name}: add it to ESPALIER_ALLOWED_HOSTS."
         proxied = any(PROXIED.fullmatch(name) for name in headers) or scope.get("http_version") == "1.0"
         if self._local and (proxied or self._is_served_elsewhere(headers)):
             return (
-                "This request came through a proxy, and this server lets everybody who reaches it change every run: put the "
-                "name under which the proxy serves it into ESPALIER_ALLOWED_HOSTS."
+                "This request came through a proxy, and this server lets every visitor change every run: add the host name "
+                "that the proxy serves to ESPALIER_ALLOWED_HOSTS."
             )
         if scope["method"] not in SAFE_METHODS and self._is_of_another_site(headers, host):
-            return "Another site's page may not act on this server."
+            return "Pages of other sites may not send requests to this server."
         if ELSEWHERE.search(scope["path"]):
-            return "This server fetches nothing from other addresses: upload the file."
+            return "This server does not fetch files from other addresses: upload the file."
         return None
 
     def _answers_to(self, name: str) -> bool:
         return name in self._hosts or (self._addresses and _is_address(name))
 
     def _is_served_elsewhere(self, headers: dict[str, str]) -> bool:
-        """A browser tells which address it shows; a proxy that hides itself does not change that."""
+        """Whether the browser shows another address, which even a proxy that hides itself cannot change."""
         origin = headers.get("origin", "null")
         return (
             headers.get("sec-fetch-site") == "same-origin"
@@ -110,16 +110,16 @@ class Guard:
         )
 
     def _misleads(self, header: tuple[bytes, bytes]) -> bool:
-        """Gradio would call the server by the name in this header, whoever wrote it."""
+        """Whether Gradio would use the unverified name in this header for its own URLs."""
         name, value = header
         return name.lower() == b"x-forwarded-host" and not self._answers_to(_name(value.decode("latin-1")))
 
     def _is_of_another_site(self, headers: dict[str, str], host: str) -> bool:
-        """A browser tells where a page comes from: newer ones and by HTTPS as Sec-Fetch-Site, all of them as Origin."""
+        """Whether a cross-site page sent the request: by Sec-Fetch-Site (newer browsers, HTTPS), else by Origin."""
         if (site := headers.get("sec-fetch-site")) is not None:
             return site not in ("same-origin", "none")
         if (origin := headers.get("origin")) is None:
-            return False  # no page, but a program
+            return False  # a program, not a page
         came_from = _netloc(origin)
         return came_from != host.lower() and _name(came_from) not in self._behind_proxies
 
@@ -144,5 +144,5 @@ def _is_address(name: str) -> bool:
 
 
 def _name(host: str) -> str:
-    """Of `name:port`, `name` or `[address]:port`."""
+    """The host of `name:port`, `name` or `[address]:port`."""
     return re.sub(r":\d*$", "", host).strip("[]").lower()

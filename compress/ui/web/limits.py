@@ -1,4 +1,4 @@
-"""What one visitor may take of the server: requests per minute, uploads per hour, bytes and time of a request's body."""
+"""Rate limits per visitor (requests per minute, uploads per hour), and limits on the size and duration of a request's body."""
 
 from __future__ import annotations
 
@@ -18,30 +18,30 @@ Send = Callable[[Message], Awaitable[None]]
 
 UPLOAD = "/gradio_api/upload"
 MAX_BODY_BYTES = 1 << 17
-"""Of a request that is no upload."""
+"""Limit for a request that is not an upload."""
 SLACK_BYTES = 1 << 16
-"""Headers of the parts of an upload."""
+"""Allowance for the multipart headers of an upload."""
 SILENCE_S = 30.0
 """Longest pause within a body."""
 SLOWEST_BYTES_S = 16 * 1024
-"""After the first SILENCE_S, a body has to arrive at least so fast on average."""
+"""Minimum average rate of a body after the first SILENCE_S."""
 MOST_VISITORS = 10_000
 TOO_LARGE, TOO_SLOW, TOO_MANY = 413, 408, 429
 
 
 class Rate:
-    """So many events in so many seconds for each visitor: a bucket that empties at a steady rate."""
+    """A leaky bucket for each visitor: at most `events` per `seconds`."""
 
     def __init__(self, events: int, seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
         self._events, self._per_second, self._clock = events, events / seconds, clock
         self._fill: dict[str, tuple[float, float]] = {}
-        """Visitor -> how full the bucket was, and when."""
+        """Visitor -> fill level of the bucket, and time of it."""
 
     def wait_s(self, visitor: str) -> float:
-        """Counts an event; 0, or the seconds until there is room for it, and then it is not counted."""
+        """Counts an event and returns 0; returns the seconds to wait, without counting, if the bucket is full."""
         now = self._clock()
         if len(self._fill) >= MOST_VISITORS:
-            self._fill = {who: seen for who, seen in self._fill.items() if self._level(seen, now) > 0}
+            self._fill = {name: fill for name, fill in self._fill.items() if self._level(fill, now) > 0}
         level = self._level(self._fill.get(visitor, (0.0, now)), now)
         if level + 1 > self._events:
             return (level + 1 - self._events) / self._per_second
@@ -49,17 +49,18 @@ class Rate:
         return 0.0
 
     def full_for_s(self, visitor: str) -> float:
-        """What `wait_s` would answer, without counting."""
+        """What `wait_s` would return, without counting."""
         now = self._clock()
         level = self._level(self._fill.get(visitor, (0.0, now)), now)
         return max(0.0, level + 1 - self._events) / self._per_second
 
-    def _level(self, seen: tuple[float, float], now: float) -> float:
-        return max(0.0, seen[0] - (now - seen[1]) * self._per_second)
+    def _level(self, fill: tuple[float, float], now: float) -> float:
+        level, moment = fill
+        return max(0.0, level - (now - moment) * self._per_second)
 
 
 class Refused(CompressError):
-    """Ends the reading of a body."""
+    """Aborts the reading of a body; `status` is the HTTP status of the answer."""
 
     def __init__(self, status: int, sentence: str) -> None:
         super().__init__(sentence)
@@ -67,7 +68,7 @@ class Refused(CompressError):
 
 
 class Limits:
-    """Middleware; visitors are told apart by address, which behind a proxy needs FORWARDED_ALLOW_IPS."""
+    """Middleware; identifies visitors by address, which requires FORWARDED_ALLOW_IPS behind a proxy."""
 
     def __init__(
         self,
@@ -94,7 +95,7 @@ class Limits:
         body = _Body(receive, send, most, self._silence_s)
         try:
             await self.app(scope, body.receive, body.send)
-        except Exception:  # the app was told of the refusal by an exception, and the visitor is by an answer
+        except Exception:  # the exception ended the app's reading; the visitor gets an answer
             if body.refused is None:
                 raise
             await body.answer()
@@ -115,7 +116,7 @@ class Limits:
 
 
 class _Body:
-    """The body of one request on its way in, and the answer on its way out."""
+    """Limits the body of one request, and replaces the answer if the body was refused."""
 
     def __init__(self, receive: Receive, send: Send, most: int, silence_s: float) -> None:
         self._receive, self._send, self._most, self._silence_s = receive, send, most, silence_s
@@ -123,7 +124,7 @@ class _Body:
         self.refused: Refused | None = None
 
     async def receive(self) -> Message:
-        if self._whole:  # what is waited for now is that the visitor leaves
+        if self._whole:  # from here on only a disconnect can arrive
             return await self._receive()
         try:
             message = await asyncio.wait_for(self._receive(), self._silence_s)
@@ -150,7 +151,7 @@ class _Body:
             await self._send(message)
 
     async def answer(self) -> None:
-        """Tells the visitor why the body was refused, unless an answer has begun."""
+        """Sends the refusal, unless an answer has started."""
         if self.refused is not None and not self._answered:
             self._answered = True
             text = str(self.refused).encode()

@@ -1,7 +1,7 @@
-"""Which requests are answered at all: a list of routes, everything else is closed, and what a body may hold.
+"""The allowlist of routes; every other request is refused before it reaches Gradio.
 
-Gradio brings far more routes than this app needs; some of them give out files or fetch addresses. A route is open because
-it stands here with the reason, never because Gradio has it.
+Gradio has far more routes than this app needs, and some of them serve files or fetch URLs. A route is open only because it is
+listed here.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from urllib.parse import parse_qsl
 
 from fastapi.responses import JSONResponse, PlainTextResponse
 
-from compress.ui.web.bodies import BodyError, handed_on
+from compress.ui.web.bodies import BodyError, sanitized
 from compress.ui.web.limits import TOO_MANY, UPLOAD, Message, Receive, Scope, Send
 from compress.ui.web.login import HEALTH
-from compress.ui.web.receiving import PROGRESS
 from compress.ui.web.streams import Streams, StreamsError
+from compress.ui.web.upload_routes import PROGRESS
 from compress.ui.web.visitors import visitor_of
 
 READ = ("GET", "HEAD")
@@ -28,13 +28,13 @@ API = "/gradio_api"
 
 @dataclass(frozen=True)
 class Route:
-    """Of an open route: its methods, its path as a regular expression, and whether its body is JSON."""
+    """An open route: its methods, its path as a regular expression, and whether its body is JSON."""
 
     methods: tuple[str, ...]
     path: str
     json: bool = False
     stream: bool = False
-    """The answer lasts as long as the visitor listens."""
+    """The answer is an event stream that lasts while the visitor listens."""
 
 
 OWN = (
@@ -73,21 +73,22 @@ TOOLS = (  # the Model Context Protocol
 )
 LOGGING_IN = (Route(("GET",), r"/login/(huggingface|callback)"), Route(("GET",), "/logout"))  # on a Space
 CLOSED_QUERIES = ("deep_link",)
-"""Would open a copy of what somebody else's page held."""
+"""Query parameters of Gradio that would open a copy of another visitor's page."""
 
 
 def open_routes(*, mcp: bool = False, space: bool = False) -> tuple[Route, ...]:
-    """Every route that a server with these settings answers."""
+    """The routes that a server with these settings answers."""
     return (*OWN, *PAGE, *EVENTS, *PROGRAMS, *(TOOLS if mcp else ()), *(LOGGING_IN if space else ()))
 
 
-class Door:
-    """Middleware.
+class RouteFilter:
+    """Middleware that passes on requests to open routes only, with sanitized JSON bodies.
 
     Args:
-        routes: those that are open.
-        is_upload: (id, visitor) -> whether this visitor has uploaded a file with this id.
-        refuses_session: whether so many answers wait for a session that it gets no more.
+        routes: the open routes.
+        is_upload: (upload id, visitor) -> whether this visitor uploaded that file.
+        refuses_session: session -> whether it has too many pending answers.
+        streams: counts the open event streams.
     """
 
     def __init__(
@@ -107,13 +108,13 @@ class Door:
             await self.app(scope, receive, send)
             return
         if scope["type"] != "http":
-            await send({"type": "websocket.close", "code": 1008})  # the app has none
+            await send({"type": "websocket.close", "code": 1008})  # the app has no WebSockets
             return
-        found = [route for path, route in self._routes if path.fullmatch(scope["path"])]
-        route = next((route for route in found if scope["method"] in route.methods), None)
-        if route is None or _asks_for_what_is_closed(scope):
+        matches = [route for path, route in self._routes if path.fullmatch(scope["path"])]
+        route = next((route for route in matches if scope["method"] in route.methods), None)
+        if route is None or _has_closed_query(scope):
             text = "There is nothing at this address."
-            await PlainTextResponse(text, status_code=405 if found and route is None else 404)(scope, receive, send)
+            await PlainTextResponse(text, status_code=405 if matches and route is None else 404)(scope, receive, send)
             return
         visitor = visitor_of(scope)
         if route.stream:
@@ -132,12 +133,12 @@ class Door:
 
     async def _body(self, visitor: str, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            body = handed_on(
+            body = sanitized(
                 await _whole(receive), lambda upload_id: self._is_upload(upload_id, visitor), self._refuses_session
             )
         except BodyError as error:
-            told = {"error": str(error), "detail": str(error)}  # as Gradio's page and gradio_client look for it
-            await JSONResponse(told, status_code=400)(scope, receive, send)
+            answer = {"error": str(error), "detail": str(error)}  # as Gradio's page and gradio_client look for it
+            await JSONResponse(answer, status_code=400)(scope, receive, send)
             return
         headers = [item for item in scope["headers"] if item[0].lower() not in _REWRITTEN]
         headers += [(b"content-length", str(len(body)).encode()), (b"content-type", b"application/json")]
@@ -147,7 +148,7 @@ class Door:
 _REWRITTEN = (b"content-length", b"content-type", b"transfer-encoding", b"content-encoding")
 
 
-def _asks_for_what_is_closed(scope: Scope) -> bool:
+def _has_closed_query(scope: Scope) -> bool:
     query = scope.get("query_string", b"").decode("latin-1")
     return any(key.strip().lower() in CLOSED_QUERIES for key, _ in parse_qsl(query, keep_blank_values=True))
 
@@ -165,13 +166,13 @@ async def _whole(receive: Receive) -> bytes:
 
 
 def _once(body: bytes, receive: Receive) -> Receive:
-    given = False
+    delivered = False
 
     async def first() -> Message:
-        nonlocal given
-        if given:
+        nonlocal delivered
+        if delivered:
             return await receive()
-        given = True
+        delivered = True
         return {"type": "http.request", "body": body, "more_body": False}
 
     return first

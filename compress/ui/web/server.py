@@ -16,28 +16,28 @@ from compress.errors import RunError, StorageError
 from compress.jobs import Queue
 from compress.report import bundle
 from compress.runs import MANIFEST
-from compress.ui import shell
+from compress.ui import backend
+from compress.ui.errors import WRONG_VALUES, without_traceback
 from compress.ui.estimates import Count
 from compress.ui.handlers import App, Check, Classify
 from compress.ui.page import build_page
 from compress.ui.sharing import asks_to_log_in
+from compress.ui.texts import all_texts, translations
 from compress.ui.theme import STYLE, EspalierTheme, head
-from compress.ui.told import WRONG_VALUES, without_traceback
 from compress.ui.views import results
 from compress.ui.web.guard import Guard
 from compress.ui.web.limits import Limits
 from compress.ui.web.login import HEALTH, Login, login_name
-from compress.ui.web.receiving import add_upload_routes
-from compress.ui.web.routes import Door, open_routes
-from compress.ui.web.sessions import Unfetched, forget_sessions, skip_what_stays
+from compress.ui.web.routes import RouteFilter, open_routes
+from compress.ui.web.sessions import PendingAnswers, disable_session_state, skip_unchanged_outputs
 from compress.ui.web.settings import Settings
 from compress.ui.web.streams import allow_many_descriptors
-from compress.ui.words import texts, translations
+from compress.ui.web.upload_routes import add_upload_routes
 
 log = logging.getLogger("compress.ui")
 ADDRESSES_ONLY = (
-    "The app listens on {host} and answers to numeric addresses and localhost only, such as http://192.0.2.1:7860, because other "
-    "sites could send browsers here under a name of theirs. Set ESPALIER_ALLOWED_HOSTS to the names that it shall answer to."
+    "The app listens on {host} and accepts only numeric addresses (such as http://192.0.2.1:7860) and localhost as host names, "
+    "because other sites could direct browsers here under names of their own. Set ESPALIER_ALLOWED_HOSTS to the accepted names."
 )
 
 
@@ -48,18 +48,18 @@ def build_app(
     check: Check,
     classify: Classify,
     count: Count,
-    models: Sequence[shell.Offer],
+    models: Sequence[backend.Offer],
 ) -> FastAPI:
-    """The whole app around a queue, which the caller starts and closes.
+    """The complete app of a queue, which the caller starts and closes.
 
     Args:
-        check: request -> what a run of it would do; see `compress.pipeline.check`.
-        classify: (run folder, image) -> the answers of its models; see `compress.classify.classify`.
-        count: structure -> what pruning would leave of it; see `compress.pruning.profiles.profile`.
-        models: the classifiers on offer.
+        check: see `compress.pipeline.check`.
+        classify: see `compress.classify.classify`.
+        count: see `compress.pruning.profiles.profile`.
+        models: the available classifiers.
 
     Raises:
-        RunError: MCP is asked for and cannot be offered.
+        RunError: the settings request MCP tools, which cannot be offered.
     """
     handlers = App(queue, check, settings, models, classify, count)
     handlers.uploads.open()
@@ -73,6 +73,17 @@ def build_app(
     _add_routes(app, queue, tells_why=not settings.accounts)
     add_upload_routes(app, handlers.uploads)
     page = build_page(handlers)
+    _mount(page, app, settings, queue)
+    _add_middleware(page, app, settings, handlers)
+    if page.mcp_error:  # Gradio would start without the tools
+        raise RunError(
+            f"The tools of ESPALIER_MCP cannot be offered ({page.mcp_error}). Unset it, or correct that first."
+        )
+    return app
+
+
+def _mount(page: gr.Blocks, app: FastAPI, settings: Settings, queue: Queue) -> None:
+    """Mounts Gradio's app of the page, without what this app does not use."""
     gr.mount_gradio_app(
         app,
         page,
@@ -81,7 +92,7 @@ def build_app(
         server_port=settings.port,
         theme=EspalierTheme(),
         css=STYLE,
-        head=head(texts()),
+        head=head(all_texts()),
         footer_links=[],
         run_history=False,
         ssr_mode=False,
@@ -96,11 +107,16 @@ def build_app(
         max_file_size=settings.max_upload_mb * 1024 * 1024,
     )
     page.has_launched = True  # launch() sets it; without it Gradio would take any path for an upload of its own
+    page.process_api = without_traceback(page.process_api, WRONG_VALUES)  # type: ignore[method-assign]  # no hook for it
+    skip_unchanged_outputs(page)
+    disable_session_state(page, app.routes[-1].app)
+
+
+def _add_middleware(page: gr.Blocks, app: FastAPI, settings: Settings, handlers: App) -> None:
+    """Adds the middleware; the last one added is the first to see a request."""
     routes = open_routes(mcp=settings.mcp, space=asks_to_log_in(os.environ))
-    page.process_api = without_traceback(page.process_api, WRONG_VALUES)  # handlers tell of their own mistakes
-    skip_what_stays(page)
-    forget_sessions(page, app.routes[-1].app)
-    app.add_middleware(Door, routes=routes, is_upload=handlers.uploads.has, refuses_session=Unfetched(page).refuses)
+    refuses = PendingAnswers(page).refuses
+    app.add_middleware(RouteFilter, routes=routes, is_upload=handlers.uploads.has, refuses_session=refuses)
     app.add_middleware(
         Limits,
         requests_per_min=settings.requests_per_min,
@@ -112,13 +128,10 @@ def build_app(
     app.add_middleware(
         Guard, hosts=settings.hosts, local=settings.trusts_visitors, addresses=settings.answers_to_addresses
     )
-    if page.mcp_error:  # Gradio would go on without
-        raise RunError(f"The tools of ESPALIER_MCP cannot be offered ({page.mcp_error}). Unset it, or mend that first.")
-    return app
 
 
 def _add_routes(app: FastAPI, queue: Queue, *, tells_why: bool) -> None:
-    """`tells_why`: whether everybody who asks how the server is may read the reason, which can name folders."""
+    """`tells_why`: /healthz gives the reason of a problem, which can contain paths, to everyone."""
 
     @app.api_route(HEALTH, methods=["GET", "HEAD"])
     def health() -> Response:
@@ -190,9 +203,9 @@ def serve(settings: Settings) -> None:
         app = build_app(
             settings,
             queue,
-            check=shell.check,
-            classify=shell.classify,
-            count=shell.estimate,
-            models=shell.models(settings.data_dir / "models.json"),
+            check=backend.check,
+            classify=backend.classify,
+            count=backend.estimate,
+            models=backend.models(settings.data_dir / "models.json"),
         )
         listen(app, settings)

@@ -1,7 +1,7 @@
-"""What Gradio would remember of each visitor's page, and here does not: the page has no state on the server.
+"""Disables Gradio's session state, because the page keeps no state on the server.
 
-Gradio keeps the last values of all controls for each session that a request names, for up to 10,000 of them, and the answers to
-events that nobody fetches. Both let requests fill the memory, and the first one costs most of the time of an event.
+For each session that a request names, Gradio stores the last values of all components (of up to 10,000 sessions) and the answers
+that nobody fetches. Both let requests fill the memory, and the former takes most of the time of an event.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from gradio.state_holder import SessionState, StateHolder
 from gradio.utils import LRUCache
 
 MOST_SESSIONS = 500
-"""With answers that wait to be fetched."""
+"""Sessions with pending answers."""
 MOST_UNFETCHED = 32
-"""Answers of one session."""
+"""Pending answers of one session."""
 
 
-class _Nothing(SessionState):
-    """Of one event, and gone with it."""
+class _NoState(SessionState):
+    """The state of one event, discarded after it."""
 
     def __init__(self, blocks: gr.Blocks) -> None:
         self.blocks_config = copy(blocks.default_config)
@@ -39,56 +39,56 @@ class _Nothing(SessionState):
         """Nothing is kept."""
 
 
-class _Forgetful(StateHolder):
+class _NoSessions(StateHolder):
     def __getitem__(self, session_id: str) -> SessionState:
-        return _Nothing(self.blocks)
+        return _NoState(self.blocks)
 
 
-def forget_sessions(page: gr.Blocks, mounted: Any) -> None:
-    """Makes a page and its app keep nothing between events.
+def disable_session_state(page: gr.Blocks, mounted: Any) -> None:
+    """Makes a page and its app discard all session state between events.
 
     Args:
         mounted: the app that `mount_gradio_app` made of the page.
     """
-    holder = _Forgetful()
+    holder = _NoSessions()
     holder.set_blocks(page)
     mounted.state_holder = page.state_holder = holder
     page._queue.pending_messages_per_session = LRUCache(MOST_SESSIONS)
 
 
-def skip_what_stays(page: gr.Blocks) -> None:
-    """Spares Gradio the outputs of an event that stay as they are: it builds each of their components anew for it.
+def skip_unchanged_outputs(page: gr.Blocks) -> None:
+    """Skips Gradio's postprocessing of unchanged outputs, for each of which it would build a new component.
 
-    Most looks at a run change nothing, and that cost thirty milliseconds of processor time for each of them.
+    Most refreshes of a run change nothing, and postprocessing took 30 ms of processor time for each.
     """
-    whole, stays = page.postprocess_data, gr.skip()
+    postprocess, skipped = page.postprocess_data, gr.skip()
 
     async def changed_only(block_fn: Any, predictions: Any, state: SessionState | None) -> list[Any]:
         outputs = block_fn.outputs
         if not isinstance(predictions, list) or len(predictions) != len(outputs) or len(outputs) < 2:
-            return await whole(block_fn, predictions, state)
-        changed = [number for number, value in enumerate(predictions) if value != stays]
-        told: list[Any] = [dict(stays) for _ in outputs]
+            return await postprocess(block_fn, predictions, state)
+        changed = [number for number, value in enumerate(predictions) if value != skipped]
+        outputs_data: list[Any] = [dict(skipped) for _ in outputs]
         if changed:
             part = copy(block_fn)
             part.outputs = [outputs[number] for number in changed]
             values = [predictions[number] for number in changed]
-            found = await whole(part, values if len(values) > 1 else values[0], state)
-            for number, value in zip(changed, found, strict=True):
-                told[number] = value
-        return told
+            results = await postprocess(part, values if len(values) > 1 else values[0], state)
+            for number, value in zip(changed, results, strict=True):
+                outputs_data[number] = value
+        return outputs_data
 
     page.postprocess_data = changed_only  # type: ignore[method-assign]
 
 
-class Unfetched:
-    """Whether a session may ask for more, by the answers that wait for it in Gradio's queue."""
+class PendingAnswers:
+    """Counts the answers that wait in Gradio's queue until a session fetches them."""
 
     def __init__(self, page: gr.Blocks) -> None:
         self._page = page
 
     def refuses(self, session: str) -> bool:
-        """Called before every event, so it also forgets sessions whose answers are gone."""
+        """Whether a session has too many pending answers. Called before every event, so it also removes expired sessions."""
         queue = self._page._queue
         known = queue.pending_event_ids_session
         if len(known) > 2 * MOST_SESSIONS:

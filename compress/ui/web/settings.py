@@ -1,4 +1,4 @@
-"""How the app is served: read from the environment once, before Gradio is imported."""
+"""The settings of the server, read from the environment once, before Gradio is imported."""
 
 from __future__ import annotations
 
@@ -30,40 +30,40 @@ class Settings:
     port: int = 7860
     """ESPALIER_PORT"""
     at_once: int = 1
-    """ESPALIER_RUNS_AT_ONCE: runs that work at the same time; one per device."""
+    """ESPALIER_RUNS_AT_ONCE: runs executed concurrently; use one per device."""
     max_queued: int = 20
-    """ESPALIER_MAX_QUEUED: runs that may wait."""
+    """ESPALIER_MAX_QUEUED: maximum number of queued runs."""
     max_per_visitor: int | None = None
-    """ESPALIER_MAX_PER_VISITOR: runs that one visitor may have waiting or working; default: any number.
-    A visitor is a login name, else an address; behind a proxy set FORWARDED_ALLOW_IPS, or all share the proxy's."""
+    """ESPALIER_MAX_PER_VISITOR: maximum number of queued and active runs of one visitor; default: no limit.
+    A visitor is a login name, or else an address; behind a proxy set FORWARDED_ALLOW_IPS, or all share the proxy's address."""
     run_limit_min: int | None = None
-    """ESPALIER_RUN_LIMIT_MIN: minutes after which a run is ended; it can be resumed. Default: never."""
+    """ESPALIER_RUN_LIMIT_MIN: time limit of a run, in minutes; a stopped run can be resumed. Default: no limit."""
     max_upload_mb: int = 2048
     """ESPALIER_MAX_UPLOAD_MB: largest uploaded file."""
     requests_per_min: int = 1200
-    """ESPALIER_REQUESTS_PER_MIN: of one address; a page that watches a run sends about 60, opening it about 140."""
+    """ESPALIER_REQUESTS_PER_MIN: maximum per address; a page that shows a run sends about 60, opening it about 140."""
     uploads_per_hour: int = 120
-    """ESPALIER_UPLOADS_PER_HOUR: of one address."""
+    """ESPALIER_UPLOADS_PER_HOUR: maximum per address."""
     keep_days: int | None = None
-    """ESPALIER_KEEP_DAYS: days after which a run that is over is removed, unless `compress jobs keep` keeps it. Default: never."""
+    """ESPALIER_KEEP_DAYS: days after its end at which a run is deleted, unless `compress jobs keep` keeps it. Default: never."""
     max_disk_gb: int | None = None
-    """ESPALIER_MAX_DISK_GB: of all runs together; the oldest ones that are over and not kept make room. Default: any."""
+    """ESPALIER_MAX_DISK_GB: disk quota of all runs; the oldest ended runs that are not kept are deleted. Default: no limit."""
     list_runs: bool | None = None
     """ESPALIER_LIST_RUNS: 1 shows every run to every visitor, 0 only those started in the same browser.
-    Default: 1 on a loopback address, else 0, because a run's link is all that protects it."""
+    Default: 1 on a loopback address, else 0, because the secrecy of its link is all that protects a run."""
     cluster: str | None = None
-    """ESPALIER_CLUSTER: HOST:PORT of a Ray cluster that carries the runs out; default: this machine does."""
+    """ESPALIER_CLUSTER: HOST:PORT of a Ray cluster that executes the runs; default: this machine."""
     cluster_cpus: int = 1
-    """ESPALIER_CLUSTER_CPUS: of a node, for each run."""
+    """ESPALIER_CLUSTER_CPUS: CPUs reserved for each run."""
     cluster_gpus: float = 0.0
-    """ESPALIER_CLUSTER_GPUS: a share of one or a whole number, for each run."""
+    """ESPALIER_CLUSTER_GPUS: GPUs reserved for each run, a fraction of one or a whole number."""
     allowed_hosts: tuple[str, ...] = ()
-    """ESPALIER_ALLOWED_HOSTS: names, separated by commas, under which a proxy serves the app.
-    Other Host headers are refused; on an address that is no loopback, numeric addresses are answered when this is empty."""
+    """ESPALIER_ALLOWED_HOSTS: host names, separated by commas, under which a proxy serves the app.
+    Other Host headers are refused; on a non-loopback address, numeric addresses are accepted if this is empty."""
     accounts: tuple[tuple[str, str], ...] = field(default=(), repr=False)
-    """ESPALIER_LOGIN: `name:password`, several separated by spaces; see `compress.ui.web.login`. Default: nobody has to log in."""
+    """ESPALIER_LOGIN: `name:password`, several separated by spaces; see `compress.ui.web.login`. Default: no login."""
     mcp: bool = False
-    """ESPALIER_MCP: 1 offers the endpoints as tools to programs that speak the Model Context Protocol."""
+    """ESPALIER_MCP: 1 offers the endpoints as tools of the Model Context Protocol."""
 
     @property
     def data_dir(self) -> Path:
@@ -71,8 +71,8 @@ class Settings:
 
     @property
     def queue_limits(self) -> dict[str, Any]:
-        """The limits of the queue and where its runs work, as arguments of `compress.jobs.Queue`."""
-        where = {}
+        """The limits and the cluster of the queue, as arguments of `compress.jobs.Queue`."""
+        where: dict[str, Any] = {}
         if self.cluster is not None:
             try:
                 cluster = Cluster(self.cluster, self.cluster_cpus, self.cluster_gpus)
@@ -91,17 +91,17 @@ class Settings:
 
     @property
     def uploads(self) -> Path:
-        """Where uploads are, until a run takes them."""
+        """Folder of the uploads that no run has copied yet."""
         return self.data_dir / "incoming"
 
     @property
     def local(self) -> bool:
-        """Whether this machine alone reaches the server: no other name leads to it, as that of a proxy in front would."""
+        """Whether only this machine reaches the server: it listens on loopback, and no proxy serves it under another name."""
         return self.host in LOOPBACK and not self.allowed_hosts
 
     @property
     def trusts_visitors(self) -> bool:
-        """Whether everybody may change every run: where only this machine reaches the server, and nobody logs in."""
+        """Whether every visitor may change every run: only this machine reaches the server, and there is no login."""
         return self.local and not self.accounts
 
     @property
@@ -110,17 +110,17 @@ class Settings:
 
     @property
     def hosts(self) -> tuple[str, ...]:
-        """Host names that are answered."""
+        """Accepted host names."""
         return tuple(dict.fromkeys((*LOOPBACK, self.host, *self.allowed_hosts)))
 
     @property
     def answers_to_addresses(self) -> bool:
-        """Whether any numeric address is answered as a Host: no name of somebody else's can stand for that."""
+        """Whether every numeric address is accepted as Host: DNS rebinding needs a name, so addresses are safe."""
         return self.host not in LOOPBACK and not self.allowed_hosts
 
     @classmethod
     def from_environment(cls, environ: Mapping[str, str]) -> Settings:
-        """Raises `RequestError` for a variable whose value is not understood."""
+        """Raises `RequestError` for a variable with an invalid value."""
         readers: dict[str, tuple[str, Any]] = {
             "ESPALIER_DATA": ("data", Path),
             "ESPALIER_HOST": ("host", str),
@@ -142,13 +142,13 @@ class Settings:
             "ESPALIER_LOGIN": ("accounts", _accounts),
             "ESPALIER_MCP": ("mcp", _switch),
         }
-        given = {}
+        values = {}
         for variable, (name, read) in readers.items():
             if environ.get(variable, "") != "":
-                given[name] = read(variable, environ[variable]) if read not in (Path, str) else read(environ[variable])
+                values[name] = read(variable, environ[variable]) if read not in (Path, str) else read(environ[variable])
         if environ.get("SPACE_HOST"):  # the name of a Space on the Hugging Face Hub
-            given["allowed_hosts"] = (*given.get("allowed_hosts", ()), environ["SPACE_HOST"])
-        settings = cls(**given)
+            values["allowed_hosts"] = (*values.get("allowed_hosts", ()), environ["SPACE_HOST"])
+        settings = cls(**values)
         if settings.mcp:
             _refuse_without_mcp(settings)
         return settings

@@ -1,8 +1,8 @@
-"""What visitors have uploaded: files under random ids, each for the visitor who sent it alone.
+"""The uploads of visitors: files under random ids, each accessible only to the visitor who sent it.
 
-    <data>/incoming/<server>/<id>/<name>      <server> is one folder for each process that serves, which locks it while it lives
+    <data>/incoming/<server>/<id>/<name>      <server> is a folder of one server process, which holds a lock on it
 
-No path comes from a visitor or goes to one. An upload is named by its id, and found only by who sent it.
+No path comes from a visitor or reaches one: an upload is addressed by its id, and only by its sender.
 """
 
 from __future__ import annotations
@@ -26,29 +26,29 @@ from compress.jobs.folders import SUFFIXES
 ID = r"[0-9a-f]{32}"
 IMAGE_TYPES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 TAKEN = (*(suffix for suffixes in SUFFIXES.values() for suffix in suffixes), *IMAGE_TYPES)
-"""How the name of a file may end. What is in it is looked at when it is opened."""
+"""Accepted file name suffixes. The content is checked when the file is opened."""
 FLOOR_BYTES = 2 * MIN_FREE_BYTES
-"""Uploads leave so much of the disk free: runs need MIN_FREE_BYTES of it."""
+"""Disk space that uploads leave free; runs need MIN_FREE_BYTES of it."""
 MOST_AT_ONCE = 4
-"""Uploads of one visitor under way."""
+"""Concurrent uploads of one visitor."""
 MOST_FILES, MOST_FILES_IN_ALL = 100, 4000
 YOUNG_S = 900.0
-"""An upload so young is not removed to make room for another one of the same visitor."""
+"""A younger upload is not removed to make space for another one of the same visitor."""
 
 
 class NoRoomError(StorageError):
-    """The upload does not fit: too much was uploaded already, or the disk is nearly full."""
+    """The upload exceeds the quota, or the disk is nearly full."""
 
 
 @dataclass
 class Upload:
-    """A file of a visitor's, complete or on its way."""
+    """A file of a visitor, complete or in transfer."""
 
     id: str
     path: Path
     visitor: str
     since: float
-    """Of a clock that nobody can set."""
+    """Monotonic time of its start."""
     bytes: int = 0
     whole: bool = False
     file: BinaryIO | None = field(default=None, repr=False)
@@ -59,10 +59,11 @@ class Uploads:
 
     Args:
         folder: of the uploads of all servers with this data folder.
-        most_bytes: of one visitor together.
-        most_bytes_in_all: of everybody together.
-        age_s: after which an upload is removed.
-        free_bytes: tells how much of the disk is free.
+        most_bytes: quota of one visitor.
+        most_bytes_in_all: quota of all visitors together.
+        age_s: age at which an upload is removed.
+        floor_bytes: disk space that uploads leave free.
+        free_bytes: folder -> free disk space.
     """
 
     def __init__(
@@ -84,10 +85,10 @@ class Uploads:
         self._held: int | None = None
 
     def open(self) -> None:
-        """Makes this server's folder, and removes what servers left that do not live any more.
+        """Creates this server's folder, and removes the folders of servers that no longer run.
 
         Raises:
-            StorageError: the folder cannot be made.
+            StorageError: the folder cannot be created.
         """
         try:
             self._own.mkdir(parents=True, mode=0o700)
@@ -97,10 +98,12 @@ class Uploads:
                 if entry != self._own and not _lives(entry):
                     shutil.rmtree(entry, ignore_errors=True) if entry.is_dir() else entry.unlink(missing_ok=True)
         except OSError as error:
-            raise StorageError(f"Uploads cannot be kept in {self._all} ({error.strerror or error}).") from error
+            raise StorageError(
+                f"Uploads cannot be stored in {self._all} ({error.strerror or error}). Make the folder writable."
+            ) from error
 
     def close(self) -> None:
-        """Removes every upload of this server; runs have their own."""
+        """Removes every upload of this server; runs have their own copies."""
         with self._lock:
             self._uploads.clear()
             shutil.rmtree(self._own, ignore_errors=True)
@@ -111,14 +114,14 @@ class Uploads:
     # ---- while a file arrives ---------------------------------------------------------------------------------------
 
     def begin(self, visitor: str, name: str) -> Upload:
-        """A place for a file that is about to arrive.
+        """Starts the upload of a file.
 
         Args:
-            name: that the visitor's machine gives the file; nothing but its last part is used.
+            name: the file's name on the visitor's machine; only its last component is used.
 
         Raises:
-            RequestError: a file of another kind is not taken.
-            NoRoomError: the visitor, all visitors together, or the disk have no room for it.
+            RequestError: the suffix is not accepted.
+            NoRoomError: a quota is exceeded, or the disk is nearly full.
         """
         last = re.split(r"[/\\]", name)[-1]
         if Path(last).suffix.lower() not in TAKEN:
@@ -141,7 +144,7 @@ class Uploads:
             return upload
 
     def write(self, upload: Upload, data: bytes) -> None:
-        """Adds to a file that arrives. Raises `NoRoomError`; the caller then gives the file up."""
+        """Appends to a file in transfer. Raises `NoRoomError`; the caller then removes the upload."""
         assert upload.file is not None, "nothing is added to a whole file"
         with self._lock:
             self._refuse_without_room(upload.visitor, len(data))
@@ -152,7 +155,7 @@ class Uploads:
             raise _unwritten(error) from error
 
     def finish(self, upload: Upload) -> None:
-        """The file has arrived. Raises `NoRoomError`."""
+        """Completes an upload. Raises `NoRoomError`."""
         assert upload.file is not None, "a file is finished once"
         try:
             upload.file.close()
@@ -166,12 +169,12 @@ class Uploads:
         if upload.file is not None:
             try:
                 upload.file.close()
-            except OSError:  # what was not written yet has no room, and is not wanted any more
+            except OSError:  # the buffered rest does not fit, and is discarded anyway
                 upload.file = None
         shutil.rmtree(upload.path.parent, ignore_errors=True)
 
     def refuse_announced(self, visitor: str, coming: int) -> None:
-        """Refuses a body of `coming` bytes before it was read. Raises `NoRoomError`."""
+        """Raises `NoRoomError` before a body of `coming` bytes is read that does not fit."""
         with self._lock:
             self.expire()
             self._make_room(visitor, coming)
@@ -183,15 +186,15 @@ class Uploads:
         return self._of(upload_id, visitor) is not None
 
     def find(self, upload_id: object, visitor: str) -> Path:
-        """The file. Raises `RequestError` for everything else that a visitor may give, which nothing looks at."""
+        """The path of an upload. Raises `RequestError` for anything that is not the id of an upload of this visitor."""
         upload = self._of(upload_id, visitor)
         if upload is None or not upload.path.is_file():
-            given = re.split(r"[/\\]", upload_id)[-1][:100] if isinstance(upload_id, str) else type(upload_id).__name__
-            raise RequestError("file", given, "a file that was uploaded here: upload it again")
+            name = re.split(r"[/\\]", upload_id)[-1][:100] if isinstance(upload_id, str) else type(upload_id).__name__
+            raise RequestError("file", name, "a file that was uploaded here: upload it again")
         return upload.path
 
     def expire(self) -> None:
-        """Removes uploads that have been here for too long."""
+        """Removes uploads older than the age limit."""
         oldest = self._clock() - self._age_s
         with self._lock:
             for upload in [upload for upload in self._uploads.values() if upload.whole and upload.since < oldest]:
@@ -208,15 +211,15 @@ class Uploads:
         own = [upload for upload in self._uploads.values() if upload.visitor == visitor]
         if sum(not upload.whole for upload in own) >= MOST_AT_ONCE:
             raise NoRoomError(
-                f"{MOST_AT_ONCE} files of yours are being uploaded already: wait until one of them is here."
+                f"{MOST_AT_ONCE} files of yours are being uploaded already: wait until one of them is complete."
             )
         if len(own) >= MOST_FILES:
             self._remove_oldest(own)
         if len(self._uploads) >= MOST_FILES_IN_ALL:
-            raise NoRoomError("This server holds as many uploads as it can: try again in an hour.")
+            raise NoRoomError("This server has reached its limit of uploads: try again in an hour.")
 
     def _make_room(self, visitor: str, coming: int) -> None:
-        """The oldest uploads of a visitor make room for a new one; runs that took them keep them."""
+        """Removes the oldest uploads of a visitor to make space for a new one; runs have their own copies."""
         while True:
             own = [upload for upload in self._uploads.values() if upload.visitor == visitor]
             if sum(upload.bytes for upload in own) + coming <= self._most_bytes or not self._remove_oldest(own):
@@ -232,19 +235,17 @@ class Uploads:
         own = sum(upload.bytes for upload in self._uploads.values() if upload.visitor == visitor)
         if own + coming > self._most_bytes:
             raise NoRoomError(
-                f"Your uploads would take more than the {_size(self._most_bytes)} that this server gives to each visitor: "
-                f"start a run with those that are here, and try again in {YOUNG_S / 60:.0f} minutes."
+                f"Your uploads would exceed the {_size(self._most_bytes)} that this server allows each visitor: start a run "
+                f"with the uploaded files, and try again in {YOUNG_S / 60:.0f} minutes."
             )
         if sum(upload.bytes for upload in self._uploads.values()) + coming > self._most_bytes_in_all:
-            raise NoRoomError(
-                "The uploads of all visitors take all the room that this server gives them: try again later."
-            )
+            raise NoRoomError("The uploads of all visitors have reached the limit of this server: try again later.")
         if self._free_bytes(self._own) - coming < self._floor_bytes:
-            raise NoRoomError("The disk of this server is nearly full, so it takes no upload now: try again later.")
+            raise NoRoomError("The disk of this server is nearly full, so it accepts no uploads now: try again later.")
 
 
 def _lives(folder: Path) -> bool:
-    """Whether the server that made the folder still holds its lock."""
+    """Whether the server that created the folder still holds its lock."""
     try:
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     except OSError:

@@ -1,4 +1,4 @@
-"""Who asks, and what their browser tells of itself."""
+"""The visitor behind a request, and the state that the browser sends along."""
 
 from __future__ import annotations
 
@@ -14,69 +14,70 @@ from compress.ui.web.login import NAME, login_name
 
 
 def visitor_of(scope: Scope) -> str:
-    """Whose request it is: a login name, else a network address. Uploads, checks and limits are counted by it."""
+    """The id of the visitor: the login name, or else the network address. Uploads, checks and limits count by it."""
     client = scope.get("client")
     return scope.get(NAME) or (client[0] if client else "")
 
 
 @dataclass(frozen=True)
-class Visit:
-    """Whose request it is that a handler answers, and under which address the visitor reached the server."""
+class Visitor:
+    """Who sent a request, and the address under which they reached the server."""
 
-    who: str
-    """Login name, else network address."""
+    id: str
+    """Login name, or else network address."""
     address: str
+    """Base URL of the server as the visitor sees it."""
     login: str = ""
-    """Login name; empty where nobody logs in."""
+    """Login name; empty on a server without login."""
 
     @classmethod
-    def of(cls, request: gr.Request | Request) -> Visit:
-        inner = getattr(request, "request", request)  # a tool's call comes as Starlette's own request
-        name = login_name(inner) or getattr(request, "username", None) or ""
-        return cls(name or visitor_of(inner.scope), str(inner.base_url), name)
+    def of(cls, request: gr.Request | Request) -> Visitor:
+        starlette_request = getattr(request, "request", request)  # MCP tools pass Starlette's request directly
+        name = login_name(starlette_request) or getattr(request, "username", None) or ""
+        return cls(name or visitor_of(starlette_request.scope), str(starlette_request.base_url), name)
 
 
 @dataclass(frozen=True)
-class Context:
-    """What the browser tells of itself; anything of another form is taken for nothing."""
+class PageState:
+    """State sent by the browser; a value of an unexpected type counts as missing."""
 
     job: str
-    """Run in the address."""
+    """Run in the page's address."""
     key: str
-    """Of that run, where this browser has it."""
+    """Key of that run, if this browser has it."""
     again: str
-    """Run in the address whose settings the form shall hold."""
+    """Run in the address whose settings prefill the form."""
     compare: tuple[str, ...] | None
-    """Runs in the address that are set side by side; None on another page."""
+    """Runs in the address to compare; None on another page."""
     mine: tuple[str, ...]
-    """Runs begun in this browser."""
+    """Runs started in this browser."""
     ticked: tuple[str, ...]
     """Runs ticked in the list."""
-    look: str
-    """Words of light, dark, wide and narrow."""
+    viewport: str
+    """Two words: light or dark, wide or narrow."""
 
     @classmethod
-    def read(cls, text: str) -> Context:
+    def read(cls, text: str) -> PageState:
         try:
-            given = json.loads(text or "{}")
+            values = json.loads(text or "{}")
         except ValueError:
-            given = {}
-        given = given if isinstance(given, dict) else {}
-        lists = {name: _strings(given.get(name)) for name in ("compare", "mine", "ticked")}
+            values = {}
+        values = values if isinstance(values, dict) else {}
+        lists = {name: _strings(values.get(name)) for name in ("compare", "mine", "ticked")}
         return cls(
-            job=str(given.get("job") or ""),
-            key=str(given.get("key") or ""),
-            again=str(given.get("again") or ""),
+            job=str(values.get("job") or ""),
+            key=str(values.get("key") or ""),
+            again=str(values.get("again") or ""),
             compare=lists["compare"] or None,
             mine=lists["mine"],
             ticked=lists["ticked"],
-            look=str(given.get("look") or ""),
+            viewport=str(values.get("viewport") or ""),
         )
 
 
-MOST_IDS = 200
-"""Runs of one list that are looked up; a page keeps 100."""
+MAX_IDS = 200
+"""Runs read from one list; a page keeps 100."""
 
 
 def _strings(value: Any) -> tuple[str, ...]:
-    return tuple(item for item in value[:MOST_IDS] if isinstance(item, str)) if isinstance(value, list) else ()
+    return tuple(item for item in value[:MAX_IDS] if isinstance(item, str)) if isinstance(value, list) else ()

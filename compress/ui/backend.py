@@ -1,6 +1,6 @@
-"""What the server asks of `python -m compress`, in processes of their own.
+"""Calls of `python -m compress` in child processes.
 
-The server never opens an untrusted checkpoint, and stays small because it never imports torch.
+The server itself never opens an untrusted checkpoint and never imports torch.
 """
 
 from __future__ import annotations
@@ -29,52 +29,52 @@ MODELS_LIMIT_S = 120
 CLASSIFY_LIMIT_S = 60
 ESTIMATE_LIMIT_S = 120
 MOST_LOGGED = 8000
-"""Characters of what a command printed before it ended without an answer."""
+"""Characters of a failed command's output that are logged."""
 
 
 @dataclass(frozen=True)
 class Offer:
-    """A classifier on offer."""
+    """A torchvision classifier in the form's list."""
 
     name: str
     parameters: int
     input_size: int = 224
-    """Of its published weights, in pixels."""
+    """Input size of its published weights, in pixels."""
 
 
 def check(request: Request) -> dict[str, Any]:
-    """What `compress.pipeline.check` says of a request.
+    """The result of `compress.pipeline.check` for a request.
 
     Raises:
-        CompressError: the sentence with which the check refused the request.
-        RunError: the check did not end in time, or crashed.
+        CompressError: the check refused the request.
+        RunError: the check timed out or crashed.
     """
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "request.json")
         file.write_text(request.to_json(), encoding="utf-8")
-        found = ask("check", "--request", str(file), limit_s=CHECK_LIMIT_S)
-    assert isinstance(found, dict), "`compress check --json` prints an object"
-    return found
+        result = call("check", "--request", str(file), limit_s=CHECK_LIMIT_S)
+    assert isinstance(result, dict), "`compress check --json` prints an object"
+    return result
 
 
 def classify(run_folder: Path, image: Path) -> dict[str, Any]:
-    """What `compress.classify.classify` says of an image; raises as `check` does."""
-    found = ask("classify", str(run_folder), str(image), limit_s=CLASSIFY_LIMIT_S)
-    assert isinstance(found, dict), "`compress classify --json` prints an object"
-    return found
+    """The result of `compress.classify.classify` for an image; raises as `check` does."""
+    result = call("classify", str(run_folder), str(image), limit_s=CLASSIFY_LIMIT_S)
+    assert isinstance(result, dict), "`compress classify --json` prints an object"
+    return result
 
 
 def estimate(structure: Structure) -> dict[str, Any]:
-    """What `compress.pruning.profiles.profile` counts; raises as `check` does."""
-    words = ("--classes", structure.classes, "--input-size", structure.input_size)
+    """The result of `compress.pruning.profiles.profile`; raises as `check` does."""
+    options = ("--classes", structure.classes, "--input-size", structure.input_size)
     multiple = ("--channel-multiple", structure.multiple)
-    found = ask("estimate", structure.model, *map(str, (*words, *multiple)), limit_s=ESTIMATE_LIMIT_S)
-    assert isinstance(found, dict), "`compress estimate --json` prints an object"
-    return found
+    result = call("estimate", structure.model, *map(str, (*options, *multiple)), limit_s=ESTIMATE_LIMIT_S)
+    assert isinstance(result, dict), "`compress estimate --json` prints an object"
+    return result
 
 
 def models(cache: Path) -> tuple[Offer, ...]:
-    """The classifiers on offer; kept in the file `cache`, because listing them takes seconds.
+    """The available classifiers, cached in the file `cache` because listing them takes seconds.
 
     Raises:
         CompressError: they cannot be listed.
@@ -85,15 +85,19 @@ def models(cache: Path) -> tuple[Offer, ...]:
     except (FileNotFoundError, ValueError):
         kept = {}
     if kept.get("torchvision") != installed:
-        kept = {"torchvision": installed, "models": ask("models", limit_s=MODELS_LIMIT_S)}
+        kept = {"torchvision": installed, "models": call("models", limit_s=MODELS_LIMIT_S)}
         write_text(cache, json.dumps(kept))
     return tuple(Offer(row["name"], int(row["parameters"]), int(row["input_size"])) for row in kept["models"])
 
 
-def ask(*words: str, limit_s: float) -> Any:
-    """The JSON that `python -m compress WORDS --json` prints; see `check` for what is raised."""
+def call(*arguments: str, limit_s: float) -> Any:
+    """The JSON that `python -m compress ARGUMENTS --json` prints. Raises as `check` does.
+
+    Args:
+        limit_s: time limit, in seconds.
+    """
     process = subprocess.Popen(  # noqa: S603
-        [sys.executable, "-P", "-m", "compress", *words, "--json"],
+        [sys.executable, "-P", "-m", "compress", *arguments, "--json"],
         env=processes.child_environment(),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
@@ -107,13 +111,13 @@ def ask(*words: str, limit_s: float) -> Any:
         output, printed = process.communicate(timeout=limit_s)
     except subprocess.TimeoutExpired:
         raise RunError(
-            f"`compress {words[0]}` took longer than {limit_s:.0f} s and was ended. Try again when no run is working."
+            f"`compress {arguments[0]}` took longer than {limit_s:.0f} s and was stopped. Try again when no run is active."
         ) from None
     finally:
         processes.stop(child, grace_s=1.0)
         process.wait()
-        processes.reap(child.pid)  # what it started, where this process is the first one of a container
-    return _answer(words[0], output, printed, process.returncode)
+        processes.reap(child.pid)  # its descendants, if this process is the init process of a container
+    return _answer(arguments[0], output, printed, process.returncode)
 
 
 def _answer(command: str, output: str, printed: str, code: int) -> Any:

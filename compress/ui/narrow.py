@@ -11,7 +11,7 @@ SHORT_NAME = 12
 """Characters; names up to this length share a line of the legend."""
 
 
-def narrowed(figure: go.Figure) -> go.Figure:
+def fit_narrow(figure: go.Figure) -> go.Figure:
     """The figure with small type, names broken into lines and the legend above it, readable from 300 pixels on."""
     named = [trace.name for trace in figure.data if trace.name and trace.showlegend is not False]
     shows_legend = len(named) > 1 and figure.layout.showlegend is not False

@@ -50,21 +50,21 @@ MARKUP = MappingProxyType(
 """Fixed markup by key, with the keys of its texts."""
 
 
-def word(key: str) -> str:
+def text(key: str) -> str:
     """What stands for the text or markup `key`. Raises `KeyError` when English has none."""
-    if key not in texts()[ENGLISH]:
+    if key not in all_texts()[ENGLISH]:
         raise KeyError(key)
     return str(gr.I18n()(PREFIX + key))
 
 
 def translations() -> gr.I18n:
     return gr.I18n(
-        **{language: {PREFIX + key: text for key, text in known.items()} for language, known in texts().items()}
+        **{language: {PREFIX + key: text for key, text in known.items()} for language, known in all_texts().items()}
     )
 
 
 @cache
-def texts() -> dict[str, dict[str, str]]:
+def all_texts() -> dict[str, dict[str, str]]:
     """Language -> key -> text, markup included."""
     own = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(FOLDER.glob("*.json"))}
     own[ENGLISH] |= field_texts()
@@ -84,4 +84,4 @@ def field_texts() -> dict[str, str]:
 
 def _label(name: str) -> str:
     words = {"qat": "QAT", "std": "Standard deviation"}
-    return " ".join(words.get(word, word) for word in name.split("_")).capitalize().replace("Qat", "QAT")
+    return " ".join(words.get(text, text) for text in name.split("_")).capitalize().replace("Qat", "QAT")

@@ -19,15 +19,15 @@ from compress.jobs import Queue
 from compress.jobs.retention import Limits
 from compress.report import charts
 from compress.request import Request
-from compress.ui import shell
+from compress.ui import backend
 from compress.ui.estimates import Structure
 from compress.ui.form import folded_fields, main_fields, more_fields, to_request
-from compress.ui.handlers import App, Context, Visit
-from compress.ui.phone import narrowed
+from compress.ui.handlers import App, PageState, Visitor
+from compress.ui.narrow import fit_narrow
 from compress.ui.views import results, start
 from compress.ui.web.settings import Settings, prepare_environment
 
-VISIT = Visit("10.0.0.1", "http://here/")
+VISIT = Visitor("10.0.0.1", "http://here/")
 
 
 def no_images(folder: Path, image: Path) -> dict[str, Any]:
@@ -120,11 +120,11 @@ def test_what_cannot_work_is_refused(untouched: dict[str, Any], changed: dict[st
     ],
 )
 def test_the_settings_are_put_into_words(given: dict[str, Any], words: str) -> None:
-    assert words in start.meaning(Request(**given), None)
+    assert words in start.explain(Request(**given), None)
 
 
 def test_the_estimate_is_in_the_models_own_numbers() -> None:
-    shown = start.meaning(Request(), 11_689_512)
+    shown = start.explain(Request(), 11_689_512)
     assert "11.7 million → about <b>2.9 million</b>" in shown
     assert "46.8 MB → about <b>2.9 MB</b>" in shown
 
@@ -146,24 +146,24 @@ def test_the_estimate_is_looked_up_once_it_was_counted(tmp_path: Path) -> None:
         counted.append(structure)
         return profile(11_181_642, 3_000_000)
 
-    offers = [shell.Offer("resnet18", 11_689_512, 224)]
+    offers = [backend.Offer("resnet18", 11_689_512, 224)]
     app = App(Queue(tmp_path), dict, Settings(data=tmp_path), offers, no_images, count)
-    rough = app.meaning(form_values())["meaning"]
+    rough = app.explain(form_values())["meaning"]
     assert "11.7 million → about <b>2.9 million</b>" in rough and "A rule of thumb" in rough
-    shown = app.counted(form_values())["meaning"]
+    shown = app.explain_counted(form_values())["meaning"]
     assert counted == [Structure("resnet18", 10, 32, 8)]
     assert "11.2 million → about <b>3.0 million</b>" in shown and "37.0 million → about <b>9.5 million</b>" in shown
     assert "44.7 MB → about <b>3.0 MB</b>" in shown
     assert "Counted from the plan for resnet18 with 10 classes at 32 × 32 pixels." in shown
     assert "Layers that shrink (2)" in shown and "conv1, layer1.0.conv2" in shown
     assert "their &lt;outputs&gt; are added" in shown and "Layers that stay whole (1)" in shown
-    assert app.counted(form_values()) == {} and app.meaning(form_values())["meaning"] == shown
+    assert app.explain_counted(form_values()) == {} and app.explain(form_values())["meaning"] == shown
     again = App(Queue(tmp_path), dict, Settings(data=tmp_path), offers, no_images, no_count)
-    assert again.meaning(form_values())["meaning"] == shown, "kept on disk"
-    assert "Exclude not counted." in app.meaning(form_values() | {"exclude": "fc"})["meaning"]
-    app.counted(form_values() | {"images": "upload", "input_size": "64", "channel_multiple": 4})
+    assert again.explain(form_values())["meaning"] == shown, "kept on disk"
+    assert "Exclude not counted." in app.explain(form_values() | {"exclude": "fc"})["meaning"]
+    app.explain_counted(form_values() | {"images": "upload", "input_size": "64", "channel_multiple": 4})
     assert counted[1:] == [Structure("resnet18", 1000, 64, 4)]
-    nothing = app.meaning(form_values() | {"pruner": "none"})["meaning"]
+    nothing = app.explain(form_values() | {"pruner": "none"})["meaning"]
     assert "No channels are removed." in nothing and "Counted" not in nothing
 
 
@@ -171,15 +171,15 @@ def test_a_model_that_cannot_be_counted_keeps_the_rough_estimate(tmp_path: Path)
     def count(structure: Structure) -> dict[str, Any]:
         raise RunError("it took too long")
 
-    app = App(Queue(tmp_path), dict, Settings(data=tmp_path), [shell.Offer("resnet18", 11_689_512)], no_images, count)
-    assert app.counted(form_values()) == {}
-    assert "A rule of thumb" in app.meaning(form_values())["meaning"]
+    app = App(Queue(tmp_path), dict, Settings(data=tmp_path), [backend.Offer("resnet18", 11_689_512)], no_images, count)
+    assert app.explain_counted(form_values()) == {}
+    assert "A rule of thumb" in app.explain(form_values())["meaning"]
 
 
 def test_a_public_server_lists_only_the_visitors_own_runs(tmp_path: Path) -> None:
     queue = Queue(tmp_path)
     mine, _ = queue.submit(Request()), queue.submit(Request(seed=1))
-    context = f'{{"job": "", "mine": ["{mine}", "{"0" * 32}", 7], "look": "light wide"}}'
+    context = f'{{"job": "", "mine": ["{mine}", "{"0" * 32}", 7], "viewport": "light wide"}}'
     public = App(queue, dict, Settings(data=tmp_path, host="0.0.0.0"), (), no_images, no_count)
     assert public.open(VISIT, context)["runs"].count("<li>") == 1 and mine in public.open(VISIT, context)["runs"]
     assert mine in public.search("RESNET18 queued", context)["runs"]
@@ -215,22 +215,22 @@ def test_a_visitor_is_a_login_name_or_an_address(tmp_path: Path) -> None:
     app = App(queue, dict, Settings(data=tmp_path), (), no_images, no_count)
     assert "job" in app.submit(VISIT, form_values(), "", "")
     assert "this server allows 1 for each user" in app.submit(VISIT, form_values(), "", "")["notice"]
-    assert "job" in app.submit(Visit("somebody else", "http://here/"), form_values(), "", "")
+    assert "job" in app.submit(Visitor("somebody else", "http://here/"), form_values(), "", "")
 
 
 def test_what_the_browser_tells_is_taken_only_in_its_form() -> None:
-    assert Context.read('{"mine": "x", "compare": {"a": 1}, "ticked": [1, "b"], "job": 7, "look": null}') == Context(
-        job="7", key="", again="", compare=None, mine=(), ticked=("b",), look=""
+    assert PageState.read('{"mine": "x", "compare": {"a": 1}, "ticked": [1, "b"], "job": 7, "viewport": null}') == PageState(
+        job="7", key="", again="", compare=None, mine=(), ticked=("b",), viewport=""
     )
-    assert Context.read("[]") == Context.read("no json") == Context.read("")
-    assert len(Context.read(json.dumps({"mine": ["a"] * 5000})).mine) == 200, "no page keeps more"
-    assert Context.read('{"compare": [""]}').compare == ("",), "the page of all runs, with none ticked"
+    assert PageState.read("[]") == PageState.read("no json") == PageState.read("")
+    assert len(PageState.read(json.dumps({"mine": ["a"] * 5000})).mine) == 200, "no page keeps more"
+    assert PageState.read('{"compare": [""]}').compare == ("",), "the page of all runs, with none ticked"
 
 
 def test_narrow_charts_keep_their_data() -> None:
     for key, wide in charts.figures(example_report()).items():
         points = [len(trace.x) for trace in wide.data]
-        slim = narrowed(wide)
+        slim = fit_narrow(wide)
         assert [len(trace.x) for trace in slim.data] == points, key
         assert slim.layout.font.size == 10
         assert slim.layout.margin.l < 20
@@ -330,11 +330,11 @@ def test_the_models_on_offer_are_listed_once_for_each_torchvision(
         asked.append(words)
         return [{"name": "resnet18", "parameters": 11_689_512, "input_size": 224}]
 
-    monkeypatch.setattr(shell, "ask", ask)
+    monkeypatch.setattr(backend, "call", ask)
     for _ in range(2):
-        assert shell.models(tmp_path / "models.json") == (shell.Offer("resnet18", 11_689_512),)
-    monkeypatch.setattr(shell, "version", lambda package: "99")
-    shell.models(tmp_path / "models.json")
+        assert backend.models(tmp_path / "models.json") == (backend.Offer("resnet18", 11_689_512),)
+    monkeypatch.setattr(backend, "version", lambda package: "99")
+    backend.models(tmp_path / "models.json")
     assert asked == [("models",), ("models",)]
 
 
@@ -353,10 +353,10 @@ def test_the_models_on_offer_are_listed_once_for_each_torchvision(
 )
 def test_the_answer_of_a_check_in_its_own_process(output: str, printed: str, code: int, expected: Any) -> None:
     if isinstance(expected, dict):
-        assert shell._answer("check", output, printed, code) == expected
+        assert backend._answer("check", output, printed, code) == expected
     else:
         with pytest.raises(type(expected)) as refused:
-            shell._answer("check", output, printed, code)
+            backend._answer("check", output, printed, code)
         assert str(refused.value) == str(expected)
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from compress import processes
 from compress.errors import RunError
-from compress.ui import shell
+from compress.ui import backend
 
 PR_SET_CHILD_SUBREAPER = 36
 
@@ -40,7 +40,7 @@ def test_an_answer_leaves_no_process_and_no_zombie(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first_process: None
 ) -> None:
     ids = answers(tmp_path, monkeypatch, "")
-    assert shell.ask("check", limit_s=30) == [1]
+    assert backend.call("check", limit_s=30) == [1]
     assert [processes.identify(int(word)) for word in ids.read_text().split()] == [None, None]
 
 
@@ -48,6 +48,6 @@ def test_a_question_that_takes_too_long_is_ended_with_all_that_it_started(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first_process: None
 ) -> None:
     ids = answers(tmp_path, monkeypatch, "sleep 600")
-    with pytest.raises(RunError, match="`compress check` took longer than 1 s and was ended. Try again when no run"):
-        shell.ask("check", limit_s=1)
+    with pytest.raises(RunError, match="`compress check` took longer than 1 s and was stopped. Try again when no run"):
+        backend.call("check", limit_s=1)
     assert [processes.identify(int(word)) for word in ids.read_text().split()] == [None, None]

@@ -22,7 +22,7 @@ from compress.jobs import Queue
 from compress.jobs.retention import Limits
 from compress.request import Request
 from compress.ui.views.runs import keeping
-from compress.ui.web.rights import REFUSAL, Rights, run_key
+from compress.ui.web.permissions import REFUSAL, Permissions, run_key
 from compress.ui.web.settings import Settings
 
 
@@ -54,7 +54,7 @@ def test_a_key_belongs_to_one_run_and_one_installation(monkeypatch: pytest.Monke
 def test_who_may_change_a_run(tmp_path: Path, settings: dict, stranger: bool) -> None:
     queue = Queue(tmp_path)
     job_id = queue.submit(Request(), owner="ada")
-    rights = Rights(queue, Settings(data=tmp_path, **settings))
+    rights = Permissions(queue, Settings(data=tmp_path, **settings))
     assert rights.may_change(job_id, "", "") is stranger
     assert rights.may_change(job_id, "", "bob") is stranger
     assert rights.may_change(job_id, "ä" * 32, "") is stranger
@@ -78,7 +78,7 @@ def test_the_api_changes_a_run_with_its_key_alone(server: AppServer) -> None:
         assert str(refused.value) == REFUSAL
     assert "key" not in client.predict(job["job_id"], api_name="/status")
     assert client.predict(job["job_id"], job["key"], api_name="/cancel")["state"] == "cancelled"
-    with pytest.raises(AppError, match="Only who began this run may change it"):
+    with pytest.raises(AppError, match="Only the person who started this run may change it"):
         client.predict(job["job_id"], api_name="/resume")
     assert client.predict(job["job_id"], key=job["key"], api_name="/resume")["state"] in ("queued", "running")
     wait(client, job["job_id"], "done")

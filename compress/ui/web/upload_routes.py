@@ -1,4 +1,4 @@
-"""POST /gradio_api/upload, in place of Gradio's own: the same answer, with ids where Gradio has paths of the server."""
+"""POST /gradio_api/upload in place of Gradio's own: the same answer, with ids where Gradio has server paths."""
 
 from __future__ import annotations
 
@@ -22,32 +22,32 @@ from compress.ui.web.visitors import visitor_of
 
 PROGRESS = "/gradio_api/upload_progress"
 MOST_PARTS = 8
-"""Files of one request."""
+"""Files in one request."""
 PIECE_BYTES = 1 << 20
-"""Written at once."""
+"""Bytes per write."""
 MOST_WATCHED = 500
 PROGRESS_S = 0.2
-"""Between two messages of an upload's progress."""
+"""Between two progress messages of an upload."""
 LONGEST_WATCH_S = 3600.0
 FORM = (
-    "Uploads come as multipart/form-data with at most "
-    f"{MOST_PARTS} parts, each with the name files and a filename; gradio_client's handle_file sends them so."
+    f"Send uploads as multipart/form-data with at most {MOST_PARTS} parts, each named files and with a filename, as "
+    "gradio_client's handle_file does."
 )
 
 
 class FormError(CompressError):
-    """The body is no form of files."""
+    """The body is not a multipart form of files."""
 
 
 def add_upload_routes(app: FastAPI, uploads: Uploads) -> None:
-    """Adds the upload and the progress of one, which Gradio's page shows while a file is on its way."""
-    watched = _Watched()
+    """Adds the routes for uploading and for the progress that Gradio's page shows meanwhile."""
+    watched = _ProgressRegistry()
 
     @app.post(UPLOAD)
     async def upload(request: Request, upload_id: str = "") -> Response:
-        taken = _Taken(request, uploads, watched.begin(upload_id))
+        reception = _Reception(request, uploads, watched.begin(upload_id))
         try:
-            return JSONResponse([upload.id for upload in await taken.all()])
+            return JSONResponse([upload.id for upload in await reception.all()])
         except FormError as error:
             return PlainTextResponse(str(error), status_code=400)
         except RequestError as error:
@@ -62,8 +62,8 @@ def add_upload_routes(app: FastAPI, uploads: Uploads) -> None:
         return StreamingResponse(watched.messages(upload_id), media_type="text/event-stream")
 
 
-class _Taken:
-    """The files of one request, all of them or none."""
+class _Reception:
+    """Receives the files of one request, all of them or none."""
 
     def __init__(self, request: Request, uploads: Uploads, progress: dict[str, int]) -> None:
         self._request, self._uploads, self._progress = request, uploads, progress
@@ -74,7 +74,7 @@ class _Taken:
         self._piece = bytearray()
 
     async def all(self) -> list[Upload]:
-        """Raises `FormError`, `RequestError` and `NoRoomError`; then, and when the visitor leaves, nothing stays."""
+        """Raises `FormError`, `RequestError` or `NoRoomError`; on any failure all files of the request are removed."""
         try:
             length = self._request.headers.get("content-length", "")
             self._uploads.refuse_announced(self._visitor, int(length) if length.isdigit() else 0)
@@ -125,10 +125,10 @@ class _Taken:
 
 
 class _Parts:
-    """What the parser found: parts that begin (with their file name), their data, and their ends."""
+    """Collects the events of the multipart parser: begin (with the file name), data, and end of each part."""
 
     def __init__(self) -> None:
-        self._found: list[tuple[str, Any]] = []
+        self._events: list[tuple[str, Any]] = []
         self._header, self._value, self._disposition = bytearray(), bytearray(), b""
         self.whole = False
 
@@ -138,14 +138,14 @@ class _Parts:
             "on_header_value": lambda data, start, end: self._value.extend(data[start:end]),
             "on_header_end": self._header_ended,
             "on_headers_finished": self._headers_ended,
-            "on_part_data": lambda data, start, end: self._found.append(("data", data[start:end])),
-            "on_part_end": lambda: self._found.append(("end", None)),
+            "on_part_data": lambda data, start, end: self._events.append(("data", data[start:end])),
+            "on_part_end": lambda: self._events.append(("end", None)),
             "on_end": self._ended,
         }
 
     def taken(self) -> Iterator[tuple[str, Any]]:
-        found, self._found = self._found, []
-        return iter(found)
+        events, self._events = self._events, []
+        return iter(events)
 
     def _header_ended(self) -> None:
         if bytes(self._header).lower() == b"content-disposition":
@@ -158,14 +158,14 @@ class _Parts:
         if options.get(b"name") != b"files" or not options.get(b"filename"):
             raise FormError(FORM)
         self._disposition = b""
-        self._found.append(("begin", options[b"filename"].decode("utf-8", errors="replace")))
+        self._events.append(("begin", options[b"filename"].decode("utf-8", errors="replace")))
 
     def _ended(self) -> None:
         self.whole = True
 
 
-class _Watched:
-    """Uploads whose progress a page asks for, by the id that the page gave them: file name -> bytes since the last look."""
+class _ProgressRegistry:
+    """Progress of the uploads under way, by the page's id of the upload: file name -> bytes since the last message."""
 
     def __init__(self) -> None:
         self._arriving: OrderedDict[str, dict[str, int]] = OrderedDict()
@@ -181,7 +181,7 @@ class _Watched:
         self._arriving.pop(upload_id, None)
 
     async def messages(self, upload_id: str) -> AsyncIterator[str]:
-        """Ends when the upload does; of one that is not known, after a few looks."""
+        """Server-sent events until the upload ends; gives up on an unknown upload after a few attempts."""
         with suppress(TimeoutError):
             async with asyncio.timeout(LONGEST_WATCH_S):
                 for _ in range(10):
