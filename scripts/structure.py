@@ -38,15 +38,10 @@ EXCEPTIONS: dict[str, frozenset[str]] = {
     "files": frozenset({}),
     "functions": frozenset(
         {
-            "compress/cli/search.py::register",
             "compress/pruning/plan.py::plan",
             "compress/stages/deployment.py::build_engines",
             "compress/stages/workspace.py::quantize",
             "compress/training/__init__.py::fit",
-            "compress/ui/form.py::main_fields",
-            "compress/ui/page.py::_connect",
-            "compress/ui/theme.py::EspalierTheme.__init__",
-            "compress/ui/web/server.py::build_app",
         }
     ),
 }

@@ -15,10 +15,10 @@ from compress.cli.options import Json
 JobId = Annotated[str, typer.Argument(help="Id of a run, as `jobs list` prints it.", show_default=False)]
 ClusterAddress = Annotated[
     str | None,
-    typer.Option("--cluster", help="HOST:PORT of a Ray cluster that carries the run out; see docs/cluster.md."),
+    typer.Option("--cluster", help="HOST:PORT of a Ray cluster that executes the run; see docs/cluster.md."),
 ]
-ClusterCpus = Annotated[int, typer.Option(help="CPUs of the cluster's node that the run gets.")]
-ClusterGpus = Annotated[float, typer.Option(help="GPUs that the run gets: a share of one, or a whole number.")]
+ClusterCpus = Annotated[int, typer.Option(help="CPUs reserved for the run on a node of the cluster.")]
+ClusterGpus = Annotated[float, typer.Option(help="GPUs reserved for the run: a fraction of one, or a whole number.")]
 FAILED = 1
 """Exit status of a command that answers no."""
 
