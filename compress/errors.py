@@ -1,25 +1,37 @@
-"""What a user is told when something cannot be done.
+"""The errors that a user sees.
 
-Every message is one sentence or two: what was given, what is allowed, what to do next. The web app, the shell and
-Python show it as it stands, so it never carries a traceback or another library's own words without explanation.
+A message is one or two sentences: what was given, what is allowed, what to do next. The web app, the command line and Python
+show it verbatim, so it never contains a traceback or an unexplained message of another library. A message is for people only:
+code reads the fields of an error (`layer`, `field`, ...), which `as_dict` gives as JSON values.
 """
 
 import difflib
+import math
 from collections.abc import Iterable
+from typing import Any, ClassVar
 
 MOST_SHOWN = 300
-"""Characters of a value in the sentence that refuses it."""
+"""Characters of a value in the message that refuses it."""
 
 
 class CompressError(Exception):
-    """Anything Espalier refuses or fails to do; its text is written for the user."""
+    """Anything that Espalier refuses or fails to do."""
 
     layer: str | None = None
-    """The layer of the model that it is about, where there is one."""
+    """The layer of the model that the error is about, if any."""
+    FIELDS: ClassVar[tuple[str, ...]] = ("layer",)
+    """The attributes that `as_dict` includes unless they are None."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """The error as JSON values: `type` (the class), `message`, and its fields."""
+        fields = {name: _json_value(getattr(self, name)) for name in self.FIELDS if getattr(self, name) is not None}
+        return {"type": type(self).__name__, "message": str(self), **fields}
 
 
 class RequestError(CompressError):
-    """A field of the request is outside what is accepted, or contradicts another field."""
+    """A field of the request has an invalid value or contradicts another field."""
+
+    FIELDS = (*CompressError.FIELDS, "field", "got", "allowed")
 
     def __init__(self, field: str, got: object, allowed: str) -> None:
         shown = repr(got) if len(repr(got)) <= MOST_SHOWN else f"{repr(got)[:MOST_SHOWN]}..."
@@ -28,7 +40,7 @@ class RequestError(CompressError):
 
 
 class CheckpointError(CompressError):
-    """An uploaded checkpoint is unsafe, damaged, or belongs to another architecture."""
+    """A checkpoint is unsafe, damaged, or belongs to another architecture."""
 
 
 class DataError(CompressError):
@@ -36,11 +48,11 @@ class DataError(CompressError):
 
 
 class BaselineError(CompressError):
-    """The model does not work well on its own data before anything is changed."""
+    """The original model performs badly on its own data."""
 
 
 class ModelError(CompressError):
-    """The model's own code stops while it is called, or answers with something that is no logits."""
+    """The model's own code fails in the forward pass, or its output is not a tensor of logits."""
 
 
 class PruningError(CompressError):
@@ -48,7 +60,7 @@ class PruningError(CompressError):
 
 
 class QuantizationError(CompressError):
-    """A layer cannot be quantized as asked."""
+    """A layer cannot be quantized as requested."""
 
 
 class TrainingError(CompressError):
@@ -56,7 +68,7 @@ class TrainingError(CompressError):
 
 
 class HandoffError(CompressError):
-    """A model changed its answers on the way from one form to the next; carries both numbers."""
+    """A conversion changed the model's outputs by more than the tolerance; the message gives both numbers."""
 
 
 OTHER_RUNTIME = "Choose another runtime."
@@ -64,10 +76,12 @@ MORE_MEMORY = "End other programs on this machine, or choose another runtime."
 
 
 class EngineError(HandoffError):
-    """A runtime refused a file, failed on it, or its process ended: its name, what happened, and what to do next.
+    """A runtime refused a file, failed on it, or its process ended.
 
-    `detail` is what the runtime said itself: for a log, not for the user.
+    `what` says what happened, `advice` what to do next. `detail` is the runtime's own message, for the log only.
     """
+
+    FIELDS = (*HandoffError.FIELDS, "runtime", "advice")
 
     def __init__(self, runtime: str, what: str, advice: str = OTHER_RUNTIME, detail: str = "") -> None:
         super().__init__(f"{what} {advice}".strip())
@@ -75,24 +89,33 @@ class EngineError(HandoffError):
 
 
 class RuntimeUnavailableError(CompressError):
-    """The runtime asked for is not installed or has no device here."""
+    """The requested runtime is not installed or has no device on this machine."""
 
 
 class StorageError(CompressError):
-    """A run's folder cannot be written, or does not verify."""
+    """A file or folder cannot be read or written, or does not verify."""
 
 
 class PublishingError(CompressError):
-    """A run cannot be put on the Hub."""
+    """A run cannot be published on the Hub."""
 
 
 class RunError(CompressError):
     """A run cannot be found, started, cancelled or resumed."""
 
 
-def such_as(names: Iterable[str], wanted: str) -> str:
-    """Names of layers or modules close to `wanted`, as the end of a sentence; a layer stands for its modules, too."""
-    names = list(names)
-    parts = {".".join(name.split(".")[:depth]) for name in names for depth in range(1, name.count(".") + 2)}
-    close = difflib.get_close_matches(wanted, sorted(parts), n=3, cutoff=0.5) or names[:3]
+def such_as(names: Iterable[str], name: str) -> str:
+    """The existing layer or module names closest to `name`, as the end of a sentence."""
+    layers = list(names)
+    modules = {".".join(layer.split(".")[:depth]) for layer in layers for depth in range(1, layer.count(".") + 2)}
+    close = difflib.get_close_matches(name, sorted(modules), n=3, cutoff=0.5) or layers[:3]
     return f", such as {', '.join(close)}"
+
+
+def _json_value(value: object) -> Any:
+    """The value as JSON holds it; its representation, cut as in a message, if JSON cannot hold it or it is long."""
+    if isinstance(value, bool | int) or (isinstance(value, float) and math.isfinite(value)):
+        return value
+    if isinstance(value, str):
+        return value[:MOST_SHOWN]
+    return repr(value)[:MOST_SHOWN]

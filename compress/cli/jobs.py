@@ -1,4 +1,4 @@
-"""The groups of shell commands: `jobs`, runs of the web app's queue, and `engine`, TensorRT engines of finished runs."""
+"""The command groups `jobs` (runs in the web app's queue) and `engine` (TensorRT engines of finished runs)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ClusterAddress = Annotated[
 ClusterCpus = Annotated[int, typer.Option(help="CPUs reserved for the run on a node of the cluster.")]
 ClusterGpus = Annotated[float, typer.Option(help="GPUs reserved for the run: a fraction of one, or a whole number.")]
 FAILED = 1
-"""Exit status of a command that answers no."""
+"""Exit status of an error, and of a command whose answer is no."""
 
 jobs_cli = typer.Typer(
     no_args_is_help=True, add_completion=False, help="Runs that were submitted to the web app's queue."
@@ -30,10 +30,10 @@ engine_cli = typer.Typer(no_args_is_help=True, add_completion=False, help="Tenso
 
 @engine_cli.command("check")
 def engine_check(
-    file: Annotated[Path, typer.Argument(help="An engine; its passport stands beside it.", show_default=False)],
+    file: Annotated[Path, typer.Argument(help="An engine, with its passport beside it.", show_default=False)],
     as_json: Json = False,
 ) -> None:
-    """Whether an engine can run on this machine, and why not; nothing of it is loaded."""
+    """Check whether an engine can run on this machine, without loading it."""
     from compress.engines import rebuild
 
     problems = rebuild.check(file)
@@ -49,14 +49,14 @@ def engine_check(
 def engine_build(
     file: Annotated[Path, typer.Argument(help="An ONNX file of a finished run.", show_default=False)],
     runtime: Annotated[str, typer.Option(help="tensorrt or tensorrt-rtx.")] = "tensorrt",
-    batch_size: Annotated[int, typer.Option(min=1, max=1024, help="Images per call that it is tuned for.")] = 8,
-    max_batch: Annotated[int, typer.Option(min=1, max=1024, help="Largest number of images per call.")] = 32,
+    batch_size: Annotated[int, typer.Option(min=1, max=1024, help="Batch size to optimize for.")] = 8,
+    max_batch: Annotated[int, typer.Option(min=1, max=1024, help="Maximum batch size.")] = 32,
     target: Annotated[
-        list[str] | None, typer.Option(help="GPU architecture such as SM89, several times; none is any.")
+        list[str] | None, typer.Option(help="GPU architecture such as SM89; may be repeated. Default: all.")
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """An engine for this machine's version and GPU beside the ONNX file, compared with it where it can run."""
+    """Build an engine for this machine beside the ONNX file, and compare their outputs if it can run here."""
     from compress.engines import rebuild as engine_rebuild
 
     built = engine_rebuild.build(file, runtime, batch_size=batch_size, max_batch=max_batch, targets=tuple(target or ()))
@@ -65,7 +65,7 @@ def engine_build(
 
 @jobs_cli.command("list")
 def jobs_list(as_json: Json = False) -> None:
-    """The latest runs, newest first."""
+    """List the latest runs, newest first."""
     rows = [status.as_dict() for status in _queue().list()]
     shown = ("job_id", "state", "title", "stage")
     if as_json or not rows:
@@ -76,13 +76,13 @@ def jobs_list(as_json: Json = False) -> None:
 
 @jobs_cli.command("show")
 def jobs_show(job_id: JobId, as_json: Json = False) -> None:
-    """How one run is doing."""
+    """Show the status of a run."""
     _show_job(_queue().status(job_id).as_dict(), as_json)
 
 
 @jobs_cli.command("cancel")
 def jobs_cancel(job_id: JobId, as_json: Json = False) -> None:
-    """End a run; none of its processes lives when this returns."""
+    """Cancel a run; when this returns, none of its processes is alive."""
     _show_job(_queue().cancel(job_id).as_dict(), as_json)
 
 
@@ -94,21 +94,25 @@ def jobs_resume(job_id: JobId, as_json: Json = False) -> None:
 
 @jobs_cli.command("keep")
 def jobs_keep(
-    job_id: JobId, release: Annotated[bool, typer.Option("--release", help="Let it expire again.")] = False
+    job_id: JobId,
+    release: Annotated[bool, typer.Option("--release", help="Let it expire again.")] = False,
+    as_json: Json = False,
 ) -> None:
-    """Keep a run whose link you shared from being removed to make room."""
+    """Exempt a run from retention, for example because you shared its link."""
     _queue().keep(job_id, not release)
-    typer.echo("This run may be removed to make room." if release else "This run is kept.")
+    message = "This run may expire again." if release else "This run is kept."
+    typer.echo(json.dumps({"job_id": job_id, "kept": not release}) if as_json else message)
 
 
 @jobs_cli.command("recover")
-def jobs_recover() -> None:
+def jobs_recover(as_json: Json = False) -> None:
     """Rebuild a damaged or missing run database from the folders of the runs."""
     from compress.jobs.recovery import recover
 
     count, aside = recover(_data_dir().resolve())
     kept = f" The damaged one is kept as {aside}." if aside else ""
-    typer.echo(f"The rebuilt database lists {count} runs.{kept}")
+    result = {"runs": count, "damaged": aside and str(aside)}
+    typer.echo(json.dumps(result) if as_json else f"The rebuilt database lists {count} runs.{kept}")
 
 
 def _queue() -> Any:

@@ -1,6 +1,6 @@
-"""Espalier from a shell: `python -m compress run --model resnet18 --data fashion-mnist`.
+"""The command line: `python -m compress run --model resnet18 --data fashion-mnist`.
 
-The options of `run` and `check` are the fields of `Request`; their help is the fields' own description.
+The options of `run` and `check` are the fields of `Request`, with the fields' docstrings as help.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
+from typer.exceptions import TyperException
 
 from compress.cli import text
 from compress.cli.jobs import FAILED, ClusterAddress, ClusterCpus, ClusterGpus, engine_cli, jobs_cli
@@ -35,11 +36,12 @@ cli.add_typer(jobs_cli, name="jobs")
 cli.add_typer(engine_cli, name="engine")
 
 RunFolder = Annotated[Path, typer.Argument(help="Folder of a run.", show_default=False)]
-CANCELLED, MISUSED = 143, 2
+CANCELLED, MISUSED, INTERNAL = 143, 2, 70
+"""Exit statuses: cancelled by a signal, wrong usage (as Click), a bug (EX_SOFTWARE)."""
 
 
 class Cancelled(BaseException):
-    """SIGTERM or Ctrl-C; not an error, so nothing that handles errors may swallow it."""
+    """SIGTERM; not an `Exception`, so that no error handler swallows it."""
 
 
 def run(
@@ -50,12 +52,12 @@ def run(
         typer.Option("--out", help="Folder for the results; new or empty.", show_default="runs/<time>-<model>"),
     ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with the run in --out at its first unfinished stage.")
+        bool, typer.Option("--resume", help="Resume the run in --out at its first unfinished stage.")
     ] = False,
     forecast: Annotated[
         Path | None,
         typer.Option(
-            "--forecast", help="forecast.json of `forecast`; the report says what came true.", show_default=False
+            "--forecast", help="forecast.json of `forecast`, which the report compares with.", show_default=False
         ),
     ] = None,
     cluster: ClusterAddress = None,
@@ -64,12 +66,12 @@ def run(
     as_json: Json = False,
 ) -> None:
     """Compress a model: prune, shrink, fine-tune, quantize, export, build engines, measure, report."""
-    asked = request_from(values, request)
-    folder = out or Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{asked.model}"
+    settings = request_from(values, request)
+    folder = out or Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{settings.model}"
     if cluster is None:
         from compress import pipeline
 
-        report = pipeline.run(asked, out=folder, resume=resume, forecast=forecast, notify=_show_progress)
+        report = pipeline.run(settings, out=folder, resume=resume, forecast=forecast, notify=_show_progress)
     else:
         from compress.jobs.ray import Cluster, run_on
         from compress.report import Report
@@ -77,7 +79,7 @@ def run(
         if forecast:
             raise RequestError("forecast", str(forecast), "nothing together with --cluster")
         where = Cluster(cluster, cluster_cpus, cluster_gpus)
-        run_on(where, asked, out=folder, resume=resume, notify=_show_progress)
+        run_on(where, settings, out=folder, resume=resume, notify=_show_progress)
         report = Report.from_file(folder / "report.json")
     if as_json:
         typer.echo(report.to_json(), nl=False)
@@ -95,12 +97,12 @@ def run(
 
 
 def check(values: dict[str, Any], request: RequestFile = None, as_json: Json = False) -> None:
-    """Before anything is spent: what would be pruned, quantized and built, and what stands in the way."""
+    """Check a request without running it: what would be pruned, quantized and built, and what prevents it."""
     from compress import pipeline
 
-    found = pipeline.check(request_from(values, request))
-    typer.echo(json.dumps(found, indent=1) if as_json else text.check(found))
-    if not found["possible"]:
+    result = pipeline.check(request_from(values, request))
+    typer.echo(json.dumps(result, indent=1) if as_json else text.check(result))
+    if not result["possible"]:
         raise typer.Exit(FAILED)
 
 
@@ -110,7 +112,7 @@ cli.command()(with_request_options(check))
 
 @cli.command()
 def models(as_json: Json = False) -> None:
-    """The torchvision classifiers on offer."""
+    """List the available torchvision classifiers."""
     from compress.models import catalog
 
     rows = [
@@ -126,7 +128,7 @@ def models(as_json: Json = False) -> None:
 
 @cli.command()
 def pruners(as_json: Json = False) -> None:
-    """How the channels to remove can be chosen."""
+    """List the pruning methods."""
     from compress.pruning import PRUNERS, SEARCHES
 
     rows = [
@@ -142,7 +144,7 @@ def pruners(as_json: Json = False) -> None:
 
 @cli.command()
 def quantizers(as_json: Json = False) -> None:
-    """How floating point becomes integers."""
+    """List the quantization methods."""
     from compress.quantizers import QUANTIZERS
 
     _print(
@@ -169,7 +171,7 @@ def _numbers(bits: tuple[int, ...]) -> str:
 
 @cli.command()
 def runtimes(as_json: Json = False) -> None:
-    """What can execute a file here, and what is missing for the rest."""
+    """List the runtimes, and what is missing on this machine."""
     from compress.engines import RUNTIMES
 
     _print(
@@ -183,14 +185,14 @@ def runtimes(as_json: Json = False) -> None:
 
 @cli.command()
 def verify(folder: RunFolder, as_json: Json = False) -> None:
-    """Check every hash and hand-off of a finished run again."""
+    """Verify every file hash and every recorded comparison of a finished run."""
     from compress import pipeline
 
     problems = pipeline.verify(folder)
     if as_json:
         typer.echo(json.dumps({"folder": str(folder), "verified": not problems, "problems": problems}))
     else:
-        typer.echo("\n".join(problems) or f"{folder} verifies: every file and every hand-off.")
+        typer.echo("\n".join(problems) or f"{folder} verifies: every file hash and every comparison.")
     if problems:
         raise typer.Exit(FAILED)
 
@@ -201,14 +203,14 @@ def classify(
     image: Annotated[Path, typer.Argument(help="A JPEG, PNG, WebP or BMP file.", show_default=False)],
     as_json: Json = False,
 ) -> None:
-    """One image through the original and the compressed model of a finished run."""
-    from compress import classify as tryout
+    """Classify an image with the original and the compressed model of a finished run."""
+    from compress import classify as classifier
 
-    found = tryout.classify(folder, image)
+    result = classifier.classify(folder, image)
     if as_json:
-        typer.echo(json.dumps(found))
+        typer.echo(json.dumps(result))
         return
-    for title, model in zip(("original", "compressed"), found["models"], strict=True):
+    for title, model in zip(("original", "compressed"), result["models"], strict=True):
         shares = ", ".join(f"{row['class']} {100 * row['share']:.1f} %" for row in model["top"][:3])
         typer.echo(f"{title:<11} {shares}; {model['ms']:.2f} ms ({model['file']}, {model['runtime']})")
 
@@ -216,52 +218,54 @@ def classify(
 @cli.command()
 def estimate(
     model: Annotated[str, typer.Argument(help="A torchvision classifier.", show_default=False)],
-    classes: Annotated[int, typer.Option(min=1, max=100_000, help="Outputs.")] = 1000,
+    classes: Annotated[int, typer.Option(min=1, max=100_000, help="Number of classes.")] = 1000,
     input_size: Annotated[
-        int | None, typer.Option(min=16, max=1024, help="Pixels.", show_default="the published recipe's")
+        int | None,
+        typer.Option(min=16, max=1024, help="Input size in pixels.", show_default="of the published weights"),
     ] = None,
-    channel_multiple: Annotated[int, typer.Option(min=1, max=64, help="As in `run`.")] = 8,
+    channel_multiple: Annotated[int, typer.Option(min=1, max=64, help="As for `run`.")] = 8,
     as_json: Json = False,
 ) -> None:
-    """Parameters and MACs that pruning would leave at each sparsity, counted from the plan without any weights."""
+    """Count the parameters and MACs that remain after pruning at each sparsity, from the plan without any weights."""
     from compress.pruning import profiles
 
-    found = profiles.profile(model, classes, input_size, channel_multiple)
+    profile = profiles.profile(model, classes, input_size, channel_multiple)
     if as_json:
-        typer.echo(json.dumps(found))
+        typer.echo(json.dumps(profile))
         return
-    rows = [(f"{p} %", row) for p, row in found["rows"].items() if int(p) % 5 == 0]
+    rows = [(f"{p} %", row) for p, row in profile["rows"].items() if int(p) % 5 == 0]
     counts = [(share, f"{row['parameters']:,}", f"{row['macs']:,}") for share, row in rows]
-    whole = ("0 %", f"{found['parameters']:,}", f"{found['macs']:,}")
-    typer.echo(text.table(("Sparsity", "Parameters", "MACs"), [whole, *counts]))
+    original = ("0 %", f"{profile['parameters']:,}", f"{profile['macs']:,}")
+    typer.echo(text.table(("Sparsity", "Parameters", "MACs"), [original, *counts]))
 
 
 @cli.command()
 def publish(
     folder: RunFolder,
-    repository: Annotated[str, typer.Argument(help="owner/name; made when there is none.", show_default=False)],
-    public: Annotated[bool, typer.Option("--public", help="Everybody may see a repository that is made here.")] = False,
+    repository: Annotated[str, typer.Argument(help="owner/name; created if it does not exist.", show_default=False)],
+    public: Annotated[bool, typer.Option("--public", help="Make a new repository public.")] = False,
     pull_request: Annotated[
-        bool, typer.Option("--pull-request", help="Propose the files, and change nothing in the repository.")
+        bool, typer.Option("--pull-request", help="Open a pull request instead of committing.")
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Put a finished run on the Hugging Face Hub, private unless --public; needs HF_TOKEN in the environment."""
+    """Publish a finished run on the Hugging Face Hub, private unless --public; needs HF_TOKEN in the environment."""
     from compress import hub
 
     done = hub.publish(folder, repository, private=not public, pull_request=pull_request)
-    seen = "private" if done.private else "public"
-    told = f"{done.files} files are in {done.repository} ({seen}).\n{done.url}"
-    typer.echo(json.dumps(dataclasses.asdict(done), indent=1) if as_json else told)
+    visibility = "private" if done.private else "public"
+    message = f"{done.files} files are in {done.repository} ({visibility}).\n{done.url}"
+    typer.echo(json.dumps(dataclasses.asdict(done), indent=1) if as_json else message)
 
 
 @cli.command()
-def adopt(folder: RunFolder) -> None:
-    """Sign the manifest of a run from another machine: only where you trust who gave it to you."""
+def adopt(folder: RunFolder, as_json: Json = False) -> None:
+    """Sign the manifest of a run from another machine. Do this only if you trust its source."""
     from compress import runs
 
     runs.adopt(folder)
-    typer.echo(f"{folder} is adopted: its hashes hold, and its files count as made here.")
+    message = f"{folder} is adopted: its hashes match, and its manifest is signed by this installation."
+    typer.echo(json.dumps({"folder": str(folder), "adopted": True}) if as_json else message)
 
 
 register_search(cli)
@@ -288,28 +292,37 @@ def _print(rows: list[dict[str, Any]], as_json: bool) -> None:
 
 
 def main() -> None:
-    """Runs the command line; every refusal is one sentence on standard error and a non-zero exit."""
+    """Runs the command line. An error is one sentence on standard error and a non-zero exit status.
+
+    With --json, standard output gets {"error": {"type", "message", fields...}} as well; see `CompressError.as_dict`.
+    """
     signal.signal(signal.SIGTERM, _stop)
     logging.getLogger("compress").addHandler(logging.NullHandler())
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     try:
-        cli(prog_name="python -m compress")
-    except RequestError as error:
-        _end(f"Error: {error}", MISUSED)
+        sys.exit(cli(prog_name="python -m compress", standalone_mode=False))
+    except TyperException as error:  # an unknown command or option, or a value of the wrong type
+        if hasattr(error, "show"):
+            error.show()  # with the usage of the command
+        _end({"type": "UsageError", "message": error.format_message()}, None, error.exit_code)
     except CompressError as error:
-        _end(f"Error: {error}", FAILED)
-    except (Cancelled, KeyboardInterrupt):
-        _end("Cancelled.", CANCELLED)
+        _end(error.as_dict(), f"Error: {error}", MISUSED if isinstance(error, RequestError) else FAILED)
+    except (Cancelled, KeyboardInterrupt, typer.Abort):
+        _end({"type": "Cancelled", "message": "Cancelled."}, "Cancelled.", CANCELLED)
     except Exception as error:  # noqa: BLE001 - the last resort: say what happened and keep the details for a bug report
         traceback.print_exc()
-        _end(
-            f"Error: a mistake of Espalier ended this (an unexpected {type(error).__name__}). What was printed before this line "
-            "belongs into a bug report.",
-            70,
+        message = (
+            f"Espalier failed because of a bug (an unexpected {type(error).__name__}). Add the output before this line to a "
+            "bug report."
         )
+        _end({"type": "InternalError", "message": message}, f"Error: {message}", INTERNAL)
 
 
-def _end(text: str, code: int) -> NoReturn:
-    print(text, file=sys.stderr)
+def _end(error: dict[str, Any], line: str | None, code: int) -> NoReturn:
+    """Prints the error as JSON if --json was given, and `line` to standard error, and exits."""
+    if "--json" in sys.argv[1:]:
+        print(json.dumps({"error": error}))
+    if line is not None:
+        print(line, file=sys.stderr)
     sys.exit(code)

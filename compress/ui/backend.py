@@ -18,7 +18,6 @@ from typing import Any
 from compress import processes
 from compress.errors import CompressError, RunError
 from compress.files import write_text
-from compress.jobs.folders import REFUSAL
 from compress.request import Request
 from compress.ui.estimates import Structure
 
@@ -121,13 +120,14 @@ def call(*arguments: str, limit_s: float) -> Any:
 
 
 def _answer(command: str, output: str, printed: str, code: int) -> Any:
+    """The JSON that the command printed. Raises `CompressError` for an error of the command."""
     try:
-        return json.loads(output)  # also with a non-zero exit: a check that finds a problem says which
+        answer = json.loads(output)  # also with a non-zero exit status: a check that finds problems lists them
     except ValueError:
-        log.warning("`compress %s` ended with exit code %d:\n%s", command, code, printed[-MOST_LOGGED:])
-        last = printed.strip().rpartition("\n")[2]
-        if last.startswith(REFUSAL):
-            raise CompressError(last.removeprefix(REFUSAL)) from None
-        raise RunError(
-            f"`compress {command}` ended without an answer (exit code {code}). Check the installation."
-        ) from None
+        answer = {"error": None}
+    if not isinstance(answer, dict) or "error" not in answer:
+        return answer
+    log.warning("`compress %s` ended with exit code %d:\n%s", command, code, printed[-MOST_LOGGED:])
+    if answer["error"] is None:
+        raise RunError(f"`compress {command}` ended without an answer (exit code {code}). Check the installation.")
+    raise CompressError(answer["error"]["message"])

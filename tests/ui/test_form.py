@@ -342,7 +342,12 @@ def test_the_models_on_offer_are_listed_once_for_each_torchvision(
     ("output", "printed", "code", "expected"),
     [
         ('{"possible": false}', "", 1, {"possible": False}),
-        ("", "warning\nError: fc.weight holds NaN.", 2, CompressError("fc.weight holds NaN.")),
+        (
+            '{"error": {"type": "CheckpointError", "message": "fc.weight holds NaN."}}',
+            "warning\nError: fc.weight holds NaN.",
+            1,
+            CompressError("fc.weight holds NaN."),
+        ),
         (
             "",
             "Segmentation fault",
