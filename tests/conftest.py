@@ -1,5 +1,6 @@
 """Shared by all tests: two threads at most, a GPU that is not there, and one real browser."""
 
+import functools
 import os
 from collections.abc import Iterator
 
@@ -10,6 +11,8 @@ import pytest
 import torch
 from playwright.sync_api import Browser, Error, sync_playwright
 from queues import data_dir, queue  # noqa: F401  (fixtures)
+
+from compress.engines import benchmark
 
 torch.set_num_threads(min(2, torch.get_num_threads()))
 
@@ -46,6 +49,14 @@ def _quick_export() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         onnx_registry.read_once(patch)
         yield
+
+
+@pytest.fixture
+def short_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs in this process try small other input sizes alone and race for two rounds: the rest costs most of their time."""
+    monkeypatch.setattr("compress.stages.baseline.SIZES", (28, 32, 64))
+    monkeypatch.setattr("compress.stages.baseline.FEW_SIZES", (32, 64))
+    monkeypatch.setattr(benchmark, "race", functools.partial(benchmark.race, rounds=2, burst_ms=5, max_calls=5))
 
 
 @pytest.fixture

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
 import numpy as np
 import onnxruntime
 import pytest
@@ -16,7 +14,6 @@ from user_modules_door import Net, trained_values
 import compress
 from compress import classify, pipeline
 from compress.cli import text
-from compress.engines import benchmark
 from compress.errors import TrainingError
 from compress.stages import preflight
 from compress.workload import open_workload
@@ -67,8 +64,8 @@ def images(tmp_path):
     return folder
 
 
-def test_from_the_door_to_the_files_and_back(images, tmp_path, monkeypatch):
-    monkeypatch.setattr(benchmark, "race", functools.partial(benchmark.race, rounds=2, burst_ms=5, max_calls=5))
+@pytest.mark.usefixtures("short_run")
+def test_from_the_door_to_the_files_and_back(images, tmp_path):
     request, out = REQUEST.model_copy(update={"data": str(images)}), tmp_path / "run"
     report = compress.run(request, model=as_people_have_it(), out=out)
     notes = " ".join(report.notes)

@@ -68,14 +68,7 @@ def test_right_settings_pass_and_the_model_is_left_as_it_was(model, dataset):
     assert time.perf_counter() - started < 60
 
 
-@pytest.fixture
-def few_sizes(monkeypatch):
-    """Large inputs cost most of the time and decide nothing in these tests."""
-    monkeypatch.setattr(baseline, "SIZES", (28, 32, 64))
-    monkeypatch.setattr(baseline, "FEW_SIZES", (32, 64))
-
-
-def test_a_wrong_input_size_is_found_with_both_figures(model, facts, few_sizes):
+def test_a_wrong_input_size_is_found_with_both_figures(model, facts, short_run):
     wrongly = opened(facts, input_size=64)
     with pytest.raises(BaselineError) as refusal:
         baseline.gate(model, wrongly, wrongly.train.preprocessing, seed=0)
@@ -85,7 +78,7 @@ def test_a_wrong_input_size_is_found_with_both_figures(model, facts, few_sizes):
     assert found > 90 > asked + 10
 
 
-def test_a_wrong_normalisation_is_found(model, facts, few_sizes):
+def test_a_wrong_normalisation_is_found(model, facts, short_run):
     wrongly = opened(facts, mean=(0.0,) * 3, std=(1 / 255,) * 3)
     with pytest.raises(
         BaselineError, match=r"as requested, but (89|9\d).\d% with --mean [\d.,]+ --std [\d.,]+: add"
@@ -94,7 +87,7 @@ def test_a_wrong_normalisation_is_found(model, facts, few_sizes):
     assert "--input-size" not in str(refusal.value)
 
 
-def test_a_wrong_size_and_normalisation_together_are_found(model, facts, few_sizes):
+def test_a_wrong_size_and_normalisation_together_are_found(model, facts, short_run):
     wrongly = opened(facts, input_size=64, mean=(0.0,) * 3, std=(1 / 255,) * 3)
     with pytest.raises(BaselineError, match=r"with --input-size 32 --mean [\d.,]+ --std"):
         baseline.gate(model, wrongly, wrongly.train.preprocessing, seed=0)
@@ -119,7 +112,7 @@ def test_any_other_order_is_found_by_the_confusion_matrix(model, dataset):
         baseline.gate(model, wrongly, dataset.train.preprocessing, seed=0)
 
 
-def test_an_untrained_model_is_near_chance(dataset, few_sizes):
+def test_an_untrained_model_is_near_chance(dataset, short_run):
     torch.manual_seed(0)
     untrained = nn.Sequential(nn.Conv2d(3, 4, 3, stride=2), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 10))
     with pytest.raises(BaselineError, match=r"about what guessing gives \(1\d.\d%\), and no common input size"):

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 import compress
 from compress import machine, onnx_export, quantization
-from compress.engines import benchmark
 from compress.engines.onnxruntime import recorder
 from compress.engines.openvino import OpenVino
 from compress.errors import HandoffError
@@ -274,6 +273,7 @@ def request() -> compress.Request:
     )  # fmt: skip
 
 
+@pytest.mark.usefixtures("short_run")
 def test_a_run_whose_file_has_a_wrong_scale_is_refused_with_the_layers_name(tmp_path, monkeypatch):
     real = onnx_export.export_flavours
 
@@ -290,12 +290,12 @@ def test_a_run_whose_file_has_a_wrong_scale_is_refused_with_the_layers_name(tmp_
         compress.run(request(), model=trained(), out=tmp_path / "run")
 
 
+@pytest.mark.usefixtures("short_run")
 def test_a_run_names_the_hop_and_the_layer_of_a_wrong_grid_and_charts_no_precision_that_is_not_real(
     tmp_path, monkeypatch
 ):
     real = quantization.quantize
     monkeypatch.setattr(quantization, "quantize", lambda *a, **k: with_weight_scales(real(*a, **k), "conv2", 0.1))
-    monkeypatch.setattr(benchmark, "race", functools.partial(benchmark.race, rounds=2, burst_ms=5, max_calls=5))
     monkeypatch.setattr(OpenVino, "half_precision", "bf16")
     report = compress.run(request(), model=trained(), out=tmp_path / "run")
     assert (report.loss.hop, report.loss.through, report.loss.layer) == ("fake-quantized", "torch", "conv2")

@@ -1,7 +1,6 @@
 """Every kind of input through the real pipeline, with a small network of the user's own so that it takes seconds."""
 
 import errno
-import functools
 import json
 import zipfile
 
@@ -14,8 +13,9 @@ from torch import nn
 
 import compress
 from compress import files, pipeline, runs
-from compress.engines import benchmark
 from compress.errors import HandoffError, RequestError, StorageError
+
+pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("short_run")]
 
 
 class Block(nn.Module):
@@ -76,11 +76,6 @@ def folder(tmp_path_factory):
         for index in range(40):
             paint(100 * colour + index, colour).save(root / name / f"{index}.png")
     return root
-
-
-@pytest.fixture(autouse=True)
-def short_race(monkeypatch):
-    monkeypatch.setattr(benchmark, "race", functools.partial(benchmark.race, rounds=2, burst_ms=5, max_calls=5))
 
 
 def ask(**changes):

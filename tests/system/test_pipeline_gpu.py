@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 
 import gpu_double
@@ -12,14 +11,11 @@ from quantization_networks import SIZE, Mixed
 
 import compress
 from compress import pipeline
-from compress.engines import RUNTIMES, benchmark
+from compress.engines import RUNTIMES
 from compress.engines.tensorrt import TensorRTForRTX
 from compress.errors import HandoffError, RequestError
 
-
-@pytest.fixture(autouse=True)
-def short_race(monkeypatch):
-    monkeypatch.setattr(benchmark, "race", functools.partial(benchmark.race, rounds=2, burst_ms=5, max_calls=5))
+pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("short_run")]
 
 
 def ask(**changes) -> compress.Request:
