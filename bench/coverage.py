@@ -31,10 +31,11 @@ from bench import coverage_table
 from bench.randomised import randomise
 from compress import machine, models, onnx_export, pruning
 from compress.engines import RUNTIMES, BuildSpec
-from compress.equality import differences
+from compress.equality import outputs
 from compress.files import write_text
 from compress.models import catalog
 from compress.preprocessing import Preprocessing
+from compress.tasks import CLASSIFICATION
 
 Row = dict[str, Any]
 
@@ -119,7 +120,7 @@ def measure(name: str, folder: Path) -> Row:
     preprocessing = Preprocessing(tested.input_size, (0.5,) * 3, (0.5,) * 3)
     small = shrunk.model.eval()
     models.save(small, folder, architecture=tested.architecture, preprocessing=preprocessing, class_names=())
-    expected = differences.torch_answer(small)(images.numpy())
+    expected = outputs.torch_answer(small)(images.numpy())
     return {
         "model": name,
         "reduced": REDUCED[name][0] if name in REDUCED else None,
@@ -146,7 +147,7 @@ def answer(name: str, folder: Path, threads: int) -> None:
     tested = subject(name)
     template = None if tested.architecture else tested.build()
     model = models.rebuild(folder, model=template)
-    np.save(folder / "answers.npy", differences.torch_answer(model)(tested.images().numpy()))
+    np.save(folder / "answers.npy", outputs.torch_answer(model)(tested.images().numpy()))
 
 
 def _answers_without_nni(name: str, folder: Path) -> np.ndarray:
@@ -163,7 +164,7 @@ def _onnx_difference(model: nn.Module, tested: Subject, folder: Path, expected: 
     path = folder / "model.onnx"
     onnx_export.export(model, path, input_size=tested.input_size)
     with RUNTIMES["onnxruntime"].load(path, BuildSpec(tested.input_size, static=False)) as session:
-        return differences.compare(expected, session.run(tested.images().numpy())).relative
+        return CLASSIFICATION.compare(expected, session.run(tested.images().numpy())).relative
 
 
 def _in_a_process(name: str, module: str) -> Row:

@@ -19,8 +19,9 @@ from bench import patterns
 from bench.coverage import SPARSITY, Row, subject
 from compress import onnx_export, pruning, quantization
 from compress.engines import RUNTIMES, BuildSpec, Kernel
-from compress.equality import differences
+from compress.equality import outputs
 from compress.errors import CompressError
+from compress.tasks import CLASSIFICATION
 
 IMAGES, CALIBRATION_IMAGES, BATCH = 256, 128, 32
 
@@ -46,13 +47,13 @@ def measure(name: str, folder: Path) -> Row:
 
     images, labels = patterns.images(IMAGES, tested.input_size, seed=1002)
     wanted = {
-        flavour: _answers(differences.torch_answer(quantization.fake_quantized(quantized, flavour)), images)
+        flavour: _answers(outputs.torch_answer(quantization.fake_quantized(quantized, flavour)), images)
         for flavour in paths
     }
     return {
         "images": len(images),
         "right": {
-            "float": _right(_answers(differences.torch_answer(small), images), labels),
+            "float": _right(_answers(outputs.torch_answer(small), images), labels),
             "fake_quantized": _right(wanted["onnxruntime"], labels),
         },
         "layers": len(quantization.quantized_layers(prepared)),
@@ -88,16 +89,16 @@ def _runtime_facts(name: str, paths: dict[Any, Path], wanted: dict[Any, np.ndarr
         return {"error": str(error)}
 
 
-def _answers(answer: differences.Answer, images: Tensor) -> np.ndarray:
-    return differences.logits(answer, images.split(BATCH))
+def _answers(answer: outputs.Answer, images: Tensor) -> np.ndarray:
+    return outputs.of_batches(answer, images.split(BATCH))
 
 
 def _right(answers: np.ndarray, labels: Tensor) -> float:
-    return differences.accuracy(answers, labels.numpy()).value
+    return CLASSIFICATION.score(answers, labels.numpy()).value
 
 
 def _agreement(wanted: np.ndarray, got: np.ndarray) -> Row:
-    difference = differences.compare(wanted, got)
+    difference = CLASSIFICATION.compare(wanted, got)
     rms = float(np.sqrt(np.mean(np.square(wanted - got))))
     return {"top1": difference.top1_agreement, "relative_rms": rms / difference.reference_scale}
 

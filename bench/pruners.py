@@ -23,9 +23,9 @@ from bench import made_on
 from compress import pruning, training
 from compress.data import dataset
 from compress.data.batches import split_held_out
-from compress.equality.differences import share
 from compress.errors import CompressError
 from compress.stages import steps
+from compress.tasks import share
 from compress.workload import Workload, open_workload
 
 HELD_OUT = 2000
@@ -55,7 +55,7 @@ def measure(name: str, request: compress.Request, workload: Workload, held_out: 
         model, kept = shrunk.model, shrunk.kept_channels
     else:
         model, kept = pruning.zero_weights(workload.model, plan, request.sparsity).model, {}
-    steps.recover(request, workload, workload.model, model, kept)
+    steps.refit(request, workload, workload.model, model, kept)
     pruned_after = time.perf_counter() - start
     pruned = score(model.to(training.device()).eval())
     start = time.perf_counter()
@@ -67,7 +67,7 @@ def measure(name: str, request: compress.Request, workload: Workload, held_out: 
 
 def _fine_tune(model: nn.Module, request: compress.Request, workload: Workload) -> None:
     images = steps.training_images(request, workload)
-    recipe = steps.recipe_of(request, workload, request.finetune_epochs, request.learning_rate)
+    recipe = steps.training_config(request, workload, request.finetune_epochs, request.learning_rate)
     training.fit(
         model,
         images.batches,

@@ -17,9 +17,9 @@ import compress
 from bench import made_on
 from bench.accuracy import dense_checkpoint
 from bench.quantizers import Row, measure
-from compress.equality import differences
 from compress.files import write_text
 from compress.stages import steps
+from compress.tasks import share
 from compress.workload import DEMO_DATA, Workload, open_workload
 
 MODELS = ("resnet18", "resnet50", "mobilenet_v2", "efficientnet_b0")
@@ -83,7 +83,7 @@ def main() -> None:
     for name in options.models:
         dense, tested, rows = rows_of(name, options.epochs, options.qat_epochs)
         lines += lines_of(name, dense, rows)
-    interval = differences.share(round(0.92 * tested), tested)
+    interval = share(round(0.92 * tested), tested)
     page = [
         "# Dense models on integers",
         "",

@@ -24,10 +24,11 @@ from bench import made_on
 from compress import onnx_export, quantization, training
 from compress.data.batches import calibration_images, iter_batches
 from compress.engines import RUNTIMES, BuildSpec
-from compress.equality import differences
+from compress.equality import outputs
 from compress.files import write_text
 from compress.quantizers import QUANTIZERS
 from compress.stages import steps
+from compress.tasks import CLASSIFICATION, share
 from compress.workload import Workload, open_workload
 
 OUT = Path("docs/quantizers.md")
@@ -81,7 +82,7 @@ def _quantized(request: compress.Request, workload: Workload, train: bool) -> qu
 
     def fit(model: nn.Module) -> None:
         trained_on = steps.training_images(request, workload)
-        recipe = steps.recipe_of(request, workload, request.qat_epochs, request.qat_learning_rate)
+        recipe = steps.training_config(request, workload, request.qat_epochs, request.qat_learning_rate)
         training.fit(model, trained_on.batches, trained_on.per_epoch, recipe, teacher=workload.model)
 
     return quantization.quantize(
@@ -104,7 +105,7 @@ class Deployed:
 
 def _deployed(quantized: quantization.Quantized, workload: Workload) -> Deployed:
     size, runtime = workload.preprocessing.input_size, RUNTIMES[RUNTIME]
-    reference = differences.torch_answer(quantization.fake_quantized(quantized, runtime.flavour))
+    reference = outputs.torch_answer(quantization.fake_quantized(quantized, runtime.flavour))
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
         onnx_export.export_flavours(quantized, {runtime.flavour: path}, input_size=size)
@@ -120,8 +121,8 @@ def _deployed(quantized: quantization.Quantized, workload: Workload) -> Deployed
                 labels.append(truth.numpy())
     found, wanted = np.concatenate(answers), np.concatenate(expected)
     return Deployed(
-        differences.accuracy(found, np.concatenate(labels)).value,
-        differences.compare(wanted, found).top1_agreement,
+        CLASSIFICATION.score(found, np.concatenate(labels)).value,
+        CLASSIFICATION.compare(wanted, found).top1_agreement,
         sum(kernel.precision == "int8" for kernel in kernels),
         len(kernels),
     )
@@ -145,7 +146,7 @@ def requests(quantizers: list[str], bits: list[int], **options: float) -> Iterat
 
 def table(rows: list[Row], dense: float, request: compress.Request, tested: int, images: int) -> str:
     """The page, in Markdown."""
-    interval = differences.share(round(dense * tested), tested)
+    interval = share(round(dense * tested), tested)
     half = 50 * (interval.high - interval.low)
     lines = [
         "# Quantizers",

@@ -104,7 +104,7 @@ def _runnable(report: Report, variant: int, precision: str | None) -> Measuremen
 
 def _answers(artifacts: Path, row: Measurement, images: np.ndarray, names: list[str]) -> dict[str, Any]:
     path = _checked(artifacts / row.file)
-    spec = BuildSpec(row.input_size, threads=row.threads, precision=row.precision_requested)  # type: ignore[arg-type]
+    spec = BuildSpec.one_image(row.input_size, row.threads, row.precision_requested)  # type: ignore[arg-type]
     with RUNTIMES[row.runtime].load(path, spec) as session:
         logits = np.asarray(session.run(images), np.float64)[0]
         times = session.burst(images, PACE)

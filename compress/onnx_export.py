@@ -23,12 +23,12 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
-from compress.equality import Facts
 from compress.errors import HandoffError
 from compress.quantization.convert import convert
 from compress.quantization.flavours import Flavour, apply_flavour, constant, free_suffix, remove_unused
 from compress.quantization.grids import Quantized
 from compress.quantization.prepare import quantization_points
+from compress.report import Handoff
 from compress.tracing.folding import folded
 from compress.tracing.wording import place_of
 
@@ -44,7 +44,7 @@ _SCOPES = "pkg.torch.onnx.name_scopes"
 
 def export(
     model: nn.Module, path: Path, *, input_size: int, precision: Precision = "fp32", images: Tensor | None = None
-) -> Facts | None:
+) -> Handoff | None:
     """Write `model` (eval mode is assumed; a float model) as one ONNX file, and return how folding was proved.
 
     BatchNorm is folded first: the exporter would do so last, after it has carried it through every one of its passes.

@@ -1,7 +1,7 @@
 """The whole story, top to bottom: what happens to a model between a request and a report.
 
-Each stage takes files of earlier stages and leaves files of its own, so an interrupted run goes on at the first stage
-that is not complete. Nothing flows backwards.
+Each stage takes the results of earlier stages and returns its own (`stages.results`); models and files lie in the run's
+folder, with a signed record of each result, so an interrupted run goes on at the first stage that is not complete.
 """
 
 from __future__ import annotations
@@ -18,11 +18,19 @@ from compress.checkpoints import reader
 from compress.engines.processes import remote
 from compress.files import storage_error
 from compress.report import Report
-from compress.report import forecast as report_forecast
+from compress.report import forecast as forecasts
 from compress.report.forecast import Front
 from compress.request import Request
 from compress.runs import Run, open_run
-from compress.stages import deployment, measure, preflight, report, workspace
+from compress.stages import preflight
+from compress.stages.baseline import baseline
+from compress.stages.build import build
+from compress.stages.export import export
+from compress.stages.finetune import finetune
+from compress.stages.measure import measure
+from compress.stages.prune import prune
+from compress.stages.quantize import quantize
+from compress.stages.report import report
 from compress.workload import open_workload
 
 log = logging.getLogger("compress")
@@ -50,22 +58,22 @@ def run(
     """
     preflight.require_machine(request)
     expected = Front.from_file(forecast).at(request) if forecast else None
-    with _opened(out, request, notify, resume) as work:
+    with _opened(out, request, notify, resume) as run:
         if expected:
-            report_forecast.keep(expected, work.folder)
-        workload = open_workload(request, model, kept=work.uploads)
+            forecasts.keep(expected, run.folder)
+        workload = open_workload(request, model, kept=run.uploads)
         preflight.require_plan(request, workload)
 
-        work.stage("baseline", lambda: workspace.measure_baseline(work, workload))
-        work.stage("prune", lambda: workspace.prune_and_shrink(work, workload))
-        work.stage("finetune", lambda: workspace.fine_tune(work, workload))
-        work.stage("quantize", lambda: workspace.quantize(work, workload))
-        work.stage("export", lambda: deployment.export(work, workload))
-        work.stage("build", lambda: deployment.build_engines(work, workload))
-        work.stage("measure", lambda: measure.measure(work, workload))
-        work.stage("report", lambda: report.write_report(work, workload))
-
-        return Report.from_file(work.folder / "report.json")
+        dense = run.stage(baseline, workload)
+        pruned = run.stage(prune, workload, dense)
+        tuned = run.stage(finetune, workload, dense, pruned)
+        quantized = run.stage(quantize, workload, dense, pruned, tuned)
+        exported = run.stage(export, workload, dense, pruned, tuned, quantized)
+        built = run.stage(build, workload, exported)
+        measured = run.stage(measure, workload, quantized, exported, built)
+        papers = run.stage(report, workload, dense, pruned, tuned, quantized, exported, built, measured)
+        run.finish(papers.parents)
+        return Report.from_file(run.folder / "report.json")
 
 
 def check(request: Request, *, model: nn.Module | None = None) -> dict[str, Any]:
@@ -81,23 +89,22 @@ def verify(folder: Path) -> list[str]:
 @contextmanager
 def _opened(out: Path, request: Request, notify: Callable[[dict[str, Any]], None], resume: bool) -> Iterator[Run]:
     """The run's folder with its log; the last event says how the run ended."""
-    work = open_run(out, request, notify, resume=resume)
+    run = open_run(out, request, notify, resume=resume)
     if not resume:
-        reader.forget(work.uploads)
+        reader.forget(run.uploads)
     handler = logging.FileHandler(out / "log.txt", encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     log.addHandler(handler)
     level, log.level = log.level, logging.INFO
     try:
-        yield work
-        work.finish()
+        yield run
     except OSError as error:
         refusal = storage_error(Path(error.filename or out), error)
-        work.end(refusal)
+        run.end(refusal)
         raise refusal from error
     except BaseException as error:
         log.exception("the run ended: %s", error)
-        work.end(error)
+        run.end(error)
         raise
     finally:
         remote.release()

@@ -1,4 +1,4 @@
-"""What a run starts from: a model with its weights, its preprocessing and its images, resolved from a request."""
+"""What a run works on: a model with its weights, its preprocessing, its images and its task, resolved from a request."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from compress.models import architectures, catalog
 from compress.models.architectures import Architecture
 from compress.preprocessing import Preprocessing
 from compress.request import Request
+from compress.tasks import CLASSIFICATION, Task
 
 DEMO_MODEL, DEMO_DATA = "resnet18", "fashion-mnist"
 DEMO_CHECKPOINT = data_dataset.ASSETS / "resnet18-fashion-mnist.safetensors"
@@ -40,6 +41,7 @@ class Workload:
     preprocessing: Preprocessing
     class_names: tuple[str, ...]
     dataset: data_dataset.Dataset
+    task: Task = CLASSIFICATION
     notes: tuple[str, ...] = ()
     """What was done to a module of the user's own before anything else, a sentence each."""
 

@@ -22,7 +22,8 @@ LAYERS: list[tuple[str, set[str]]] = [
     ),
     (
         "models, data and checkpoints",
-        {"models", "data", "checkpoints", "equality", "tracing", "own_modules", "nni_bridge", "hub", "workload"},
+        {"models", "data", "checkpoints", "tasks", "equality", "tracing", "own_modules", "nni_bridge", "hub"}
+        | {"workload"},
     ),
     ("methods", {"training", "pruning", "quantization", "onnx_export", "engines"}),
     ("stages", {"stages"}),

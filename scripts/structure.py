@@ -50,8 +50,6 @@ EXCEPTIONS: dict[str, frozenset[str]] = {
     "functions": frozenset(
         {
             "compress/pruning/plan.py::plan",
-            "compress/stages/deployment.py::build_engines",
-            "compress/stages/workspace.py::quantize",
             "compress/training/__init__.py::fit",
         }
     ),

@@ -69,7 +69,10 @@ def test_only_the_runtimes_import_by_a_name_made_at_run_time():
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["request/__init__.py", "errors.py", "report/__init__.py", "files.py", "runs.py", "report/charts.py"])
+LIGHT = ["request/__init__.py", "errors.py", "report/__init__.py", "files.py", "runs/__init__.py", "report/charts.py"]
+
+
+@pytest.mark.parametrize("name", LIGHT)
 def test_light_files_import_no_torch(name):
     assert "torch" not in imported(ROOT / "compress" / name)
 
@@ -124,7 +127,12 @@ def test_no_package_imports_one_of_a_higher_layer(edges):
     ],
 )
 def test_the_graph_sees_every_way_to_import(tmp_path, text):
-    for name, content in {"a/__init__": "", "a/low": text, "b/__init__": "", "b/inner": "from compress import a"}.items():
+    for name, content in {
+        "a/__init__": "",
+        "a/low": text,
+        "b/__init__": "",
+        "b/inner": "from compress import a",
+    }.items():
         path = tmp_path / "compress" / f"{name}.py"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(content)
@@ -139,7 +147,11 @@ def test_the_graph_sees_every_way_to_import(tmp_path, text):
 def test_the_lowest_layer_works_where_torch_is_not_installed():
     """Also what it imports by way of others; the server imports this layer, and nothing of torch."""
     known = import_graph.module_names()
-    lowest = [name for name in known if import_graph.node(name) in import_graph.LAYERS[0][1] and ".templates." not in name]
+    lowest = [
+        name for name in known if import_graph.node(name) in import_graph.LAYERS[0][1] and ".templates." not in name
+    ]
     script = f"import sys; sys.modules['torch'] = None\nimport {', '.join(lowest)}"
-    done = subprocess.run([sys.executable, "-c", script], env=os.environ | {"PYTHONPATH": PYTHONPATH}, capture_output=True)
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=os.environ | {"PYTHONPATH": PYTHONPATH}, capture_output=True
+    )
     assert done.returncode == 0, done.stderr.decode()

@@ -76,10 +76,10 @@ def test_a_real_allocation_that_fails_is_recognised() -> None:
 def test_a_stage_that_runs_out_of_memory_is_one_sentence(tmp_path: Path) -> None:
     run = runs.open_run(tmp_path / "run", Request(), lambda event: None)
 
-    def greedy() -> dict[str, object]:
+    def export(run: runs.Run) -> runs.StageResult:
         torch.empty(1 << 62, dtype=torch.uint8)
-        return {}
+        return runs.StageResult()
 
     with pytest.raises(RunError, match="Memory ran out in the stage export. End other programs"):
-        run.stage("export", greedy)
+        run.stage(export)
     assert not (tmp_path / "run" / "stages" / "export.json").exists()

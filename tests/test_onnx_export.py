@@ -193,7 +193,7 @@ def test_a_layer_that_holds_its_padding_is_exported_with_it(tmp_path):
     export_flavours(quantized, {"onnxruntime": file}, input_size=user_modules.SIZE)
     expected = equality.answers(fake_quantized(quantized, "onnxruntime"), pictures)
     with RUNTIMES["onnxruntime"].load(file, BuildSpec(user_modules.SIZE, static=False, threads=1)) as session:
-        assert equality.judge("quantized", "onnxruntime", expected, session.run(pictures.numpy()))["passed"]
+        assert equality.judge("model", "file", expected, session.run(pictures.numpy()), "int8").passed
 
 
 def test_ranges_of_another_model_are_refused():

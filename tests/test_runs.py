@@ -8,19 +8,25 @@ import pytest
 from compress import files, runs
 from compress.errors import RunError, StorageError
 from compress.request import Request
+from compress.runs import Skipped, StageResult
 
 
 def open_run(folder, resume=False, request=None):
     return runs.open_run(folder, request or Request(), lambda event: None, resume=resume)
 
 
+class Counted(StageResult):
+    value: str
+
+
 def write_stage(run, name, calls, text="x"):
-    def work():
+    def work(run) -> Counted:
         calls.append(name)
         (run.folder / f"{name}.bin").write_text(text)
-        return {"files": [f"{name}.bin"], "value": name}
+        return Counted(files=(f"{name}.bin",), value=name)
 
-    return run.stage(name, work)
+    work.__name__ = name
+    return run.stage(work)
 
 
 def test_a_finished_stage_is_not_done_again(tmp_path):
@@ -28,7 +34,7 @@ def test_a_finished_stage_is_not_done_again(tmp_path):
     run = open_run(tmp_path / "run")
     write_stage(run, "baseline", calls)
     again = open_run(tmp_path / "run", resume=True)
-    assert write_stage(again, "baseline", calls)["value"] == "baseline"
+    assert write_stage(again, "baseline", calls).value == "baseline"
     assert calls == ["baseline"]
 
 
@@ -46,9 +52,30 @@ def test_a_damaged_stage_and_all_later_ones_are_done_again(tmp_path):
 
 def test_a_failed_stage_leaves_no_record(tmp_path):
     run = open_run(tmp_path / "run")
+
+    def baseline(run) -> StageResult:
+        raise ZeroDivisionError
+
     with pytest.raises(ZeroDivisionError):
-        run.stage("baseline", lambda: {"value": 1 / 0})
+        run.stage(baseline)
     assert not (tmp_path / "run" / "stages" / "baseline.json").exists()
+
+
+def test_stages_keep_their_order(tmp_path):
+    run, calls = open_run(tmp_path / "run"), []
+    write_stage(run, "prune", calls)
+    with pytest.raises(ValueError, match="The stage baseline comes before prune, which is done already"):
+        write_stage(run, "baseline", calls)
+    assert calls == ["prune"]
+
+
+def test_a_skipped_stage_is_read_as_such(tmp_path):
+    def prune(run) -> Counted | Skipped:
+        return Skipped(skipped="not pruned, as asked")
+
+    open_run(tmp_path / "run").stage(prune)
+    again = open_run(tmp_path / "run", resume=True).stage(prune)
+    assert isinstance(again, Skipped) and again.skipped == "not pruned, as asked"
 
 
 def test_a_folder_that_holds_something_else_is_refused(tmp_path):
@@ -70,8 +97,7 @@ def finished_run(folder):
     run = open_run(folder)
     (folder / "artifacts").mkdir()
     (folder / "artifacts" / "model.onnx").write_bytes(b"weights")
-    run.stage("report", lambda: {"parents": {"artifacts/model.onnx": "baseline"}})
-    run.finish()
+    run.finish({"artifacts/model.onnx": "baseline"})
     return run
 
 

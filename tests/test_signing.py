@@ -93,13 +93,17 @@ def test_the_key_is_in_the_users_configuration_where_nothing_else_is_said() -> N
     assert signing.key_path({signing.KEY_VARIABLE: "/data/signing.key"}) == Path("/data/signing.key")
 
 
+def report(run: runs.Run) -> runs.StageResult:
+    return runs.StageResult()
+
+
 def finished(folder: Path) -> Path:
     run = runs.open_run(folder, Request(), lambda event: None)
     (folder / "artifacts").mkdir()
     for name in ("model.safetensors", "model.json", "pruned.engine"):
         (folder / "artifacts" / name).write_bytes(b"{}")
-    run.stage("report", lambda: {"parents": {}})
-    run.finish()
+    run.stage(report)
+    run.finish({})
     return folder
 
 
@@ -148,7 +152,7 @@ def test_the_content_of_one_run_does_not_pass_for_another(tmp_path: Path, key: P
             StorageError, match="was written for another run, so the files around it are not of this one"
         ):
             runs.manifest(mine)
-        assert runs._finished_facts("report", mine) is None, "the stage is done again"
+        assert runs._finished("report", mine, (runs.StageResult,)) is None, "the stage is done again"
         with pytest.raises(StorageError, match="for another run"):
             runs.manifest_sha256(mine / "artifacts" / "pruned.engine")
     shutil.rmtree(mine)
@@ -179,13 +183,16 @@ def test_a_run_may_be_renamed_and_copied_out_of_a_queue_and_old_ones_name_no_run
 def test_a_stage_record_that_was_tampered_with_is_done_again(tmp_path: Path, key: Path) -> None:
     calls: list[str] = []
 
+    def baseline(run: runs.Run) -> runs.StageResult:
+        calls.append("baseline")
+        return runs.StageResult(seconds=0.5, skipped="a value to change")
+
     def attempt(resume: bool) -> None:
-        run = runs.open_run(tmp_path / "run", Request(), lambda event: None, resume=resume)
-        run.stage("baseline", lambda: calls.append("baseline") or {"accuracy": 0.5})
+        runs.open_run(tmp_path / "run", Request(), lambda event: None, resume=resume).stage(baseline)
 
     attempt(False)
     record = tmp_path / "run" / "stages" / "baseline.json"
-    for text in (record.read_text().replace("0.5", "0.9"), "{", "[]", json.dumps({"facts": {}, "sha256": {}})):
+    for text in (record.read_text().replace("a value", "another"), "{", "[]", json.dumps({"facts": {}, "sha256": {}})):
         record.write_text(text)
         attempt(True)
     assert calls == ["baseline"] * 5

@@ -14,9 +14,10 @@ import numpy as np
 from compress.data import dataset
 from compress.data.batches import iter_batches
 from compress.engines import RUNTIMES, BuildSpec, Precision, Session, benchmark
-from compress.equality import differences
+from compress.equality import outputs
 from compress.errors import CompressError, EngineError
-from compress.stages.deployment import padded
+from compress.stages.workspace import padded
+from compress.tasks import CLASSIFICATION
 
 Facts = dict[str, Any]
 
@@ -57,8 +58,8 @@ def accuracy(deployed: Deployed, test: dataset.Split, threads: int) -> Facts:
     """Of the test images, through the file. Raises what the runtime raises: the file is not one of Espalier's."""
     batches = list(iter_batches(test, ANSWERED, shuffle=False, seed=0, preprocessing=test.preprocessing))
     with deployed.load(test.preprocessing.input_size, ANSWERED, threads) as session:
-        answers = differences.logits(partial(padded, session, ANSWERED), [images for images, _ in batches])
-    found = differences.accuracy(answers, test.labels.numpy())
+        answers = outputs.of_batches(partial(padded, session, ANSWERED), [images for images, _ in batches])
+    found = CLASSIFICATION.score(answers, test.labels.numpy())
     return {"accuracy": found.value, "ci95": [found.low, found.high], "n": found.n}
 
 

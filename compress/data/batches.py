@@ -85,7 +85,7 @@ def calibration_images(dataset: Dataset, n: int, preprocessing: Preprocessing, s
     Without data, `n` synthetic ones: smooth random colours with a little noise, in the range of real pixels.
     """
     generator = torch.Generator().manual_seed(seed)
-    if dataset.kind == "none":
+    if not dataset.has_images:
         size = preprocessing.input_size
         coarse = torch.rand((n, 3, max(2, size // 16), max(2, size // 16)), generator=generator)
         smooth = functional.interpolate(coarse, size=(size, size), mode="bilinear", align_corners=False)

@@ -125,6 +125,14 @@ class Dataset:
     synthetic: int = SYNTHETIC
     """Test images that are made up where there are none."""
 
+    @property
+    def has_images(self) -> bool:
+        return self.kind != "none"
+
+    @property
+    def has_labels(self) -> bool:
+        return self.kind == "labelled"
+
     def few(self, train: int, test: int, seed: int) -> Dataset:
         """At most so many images of each part, for a dry run; the training images are of different classes."""
         order = torch.randperm(len(self.train), generator=torch.Generator().manual_seed(seed))

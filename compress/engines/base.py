@@ -48,6 +48,16 @@ class BuildSpec:
     targets: tuple[str, ...] = ()
     """GPU architectures that TensorRT for RTX compiles for, such as `SM89`; none is any that it supports."""
 
+    @classmethod
+    def any_batch(cls, input_size: int, threads: int) -> BuildSpec:
+        """For comparing: batches of every size, not made faster for one."""
+        return cls(input_size, static=False, threads=threads)
+
+    @classmethod
+    def one_image(cls, input_size: int, threads: int, precision: Precision) -> BuildSpec:
+        """For answering one image at a time."""
+        return cls(input_size, threads=threads, precision=precision)
+
 
 @dataclass(frozen=True)
 class Kernel:
@@ -140,6 +150,8 @@ class Runtime(ABC):
     """The Q/DQ convention that it executes fastest."""
     ahead_of_time: bool = False
     """Loads an engine that `build` made, never the ONNX file itself."""
+    builds_for_targets: bool = False
+    """Builds engines for GPU architectures by name, whether one is here or not."""
 
     @abstractmethod
     def missing(self) -> str | None:

@@ -183,6 +183,7 @@ class TensorRT(TensorRTRuntime):
 class TensorRTForRTX(TensorRTRuntime):
     """The RTX edition: builds ahead of time for every supported RTX GPU or for those asked for, without one present."""
 
+    builds_for_targets = True
     name, title = "tensorrt-rtx", "TensorRT for RTX"
     module, needs_gpu_to_build = "tensorrt_rtx", False
     how_to_install, oldest = "install it with `pip install tensorrt-rtx`", 1

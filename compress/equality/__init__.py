@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from typing import Any
+from typing import Literal
 
 import numpy as np
 import torch
@@ -12,11 +12,12 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree
 
 from compress import machine
-from compress.equality.differences import Difference, compare
 from compress.errors import HandoffError
+from compress.report import Handoff
+from compress.tasks import CLASSIFICATION, Difference, Task
 
-Facts = dict[str, Any]
-
+Precision = Literal["fp32", "fp16", "int8"]
+"""That a file was written in."""
 GRAPH_TOLERANCE = 1e-4
 """Of the largest logit, between two forms of one float model in torch."""
 FLOAT_TOLERANCE, HALF_TOLERANCE = 1e-3, 2e-2
@@ -28,57 +29,72 @@ activation lies on the border of two codes the order of float additions decides,
 QUANTIZED_RULE = f"{AGREEMENT:.0%} equal top-1, or logits within {RMS:.0%} (root mean square)"
 
 
-def row(source: str, target: str, check: str, difference: Difference, tolerance: str, passed: bool) -> Facts:
+def row(source: str, target: str, check: str, difference: Difference, tolerance: str, passed: bool) -> Handoff:
     """A hand-off as the report lists it."""
-    return {
-        "source": source,
-        "target": target,
-        "check": check,
-        "max_abs_diff": difference.max_abs_diff,
-        "reference_scale": difference.reference_scale,
-        "top1_agreement": difference.top1_agreement,
-        "n_images": difference.n_images,
-        "tolerance": tolerance,
-        "passed": passed,
-    }
+    return Handoff(
+        source=source,
+        target=target,
+        check=check,
+        max_abs_diff=difference.max_abs_diff,
+        reference_scale=difference.reference_scale,
+        top1_agreement=difference.top1_agreement,
+        n_images=difference.n_images,
+        tolerance=tolerance,
+        passed=passed,
+    )
 
 
-def judge(variant: str, target: str, expected: np.ndarray, got: np.ndarray) -> Facts:
-    """The file or engine `target` of a variant against the torch model that it was made from; logits [N, classes]."""
-    if variant == "quantized":
-        return judge_grids("fake-quantized, torch", target, expected, got)
-    tolerance, difference = HALF_TOLERANCE if variant == "half" else FLOAT_TOLERANCE, compare(expected, got)
+def judge(
+    source: str,
+    target: str,
+    expected: np.ndarray,
+    got: np.ndarray,
+    precision: Precision = "fp32",
+    task: Task = CLASSIFICATION,
+) -> Handoff:
+    """A file or an engine against the torch model that it was made from.
+
+    Args:
+        source, target: the two, as the report calls them.
+        expected, got: their outputs on the same images, float32 [N, ...].
+        precision: of the file; "int8" is compared with the fake-quantized model, by `QUANTIZED_RULE`.
+    """
+    if precision == "int8":
+        return judge_grids(source, target, expected, got, task)
+    tolerance, difference = HALF_TOLERANCE if precision == "fp16" else FLOAT_TOLERANCE, task.compare(expected, got)
     allowed = f"{tolerance:g} of the largest logit"
-    return row(f"{variant}, torch", target, "logits", difference, allowed, difference.relative <= tolerance)
+    return row(source, target, "logits", difference, allowed, difference.relative <= tolerance)
 
 
-def judge_grids(source: str, target: str, expected: np.ndarray, got: np.ndarray) -> Facts:
-    """Two executions of one quantized model; logits [N, classes]."""
-    difference = compare(expected, got)
-    return row(source, target, "top-1 and logits", difference, QUANTIZED_RULE, same(expected, got))
+def judge_grids(
+    source: str, target: str, expected: np.ndarray, got: np.ndarray, task: Task = CLASSIFICATION
+) -> Handoff:
+    """Two executions of one quantized model; outputs float32 [N, ...]."""
+    difference = task.compare(expected, got)
+    return row(source, target, "top-1 and logits", difference, QUANTIZED_RULE, same(expected, got, task))
 
 
-def same(expected: np.ndarray, got: np.ndarray) -> bool:
-    """Whether two executions of one quantized model answer alike, by `QUANTIZED_RULE`; logits [N, classes]."""
-    difference = compare(expected, got)
+def same(expected: np.ndarray, got: np.ndarray, task: Task = CLASSIFICATION) -> bool:
+    """Whether two executions of one quantized model agree, by `QUANTIZED_RULE`; outputs float32 [N, ...]."""
+    difference = task.compare(expected, got)
     rms = float(np.sqrt(np.mean(np.square(expected - got))))
     return difference.top1_agreement >= AGREEMENT or rms <= RMS * difference.reference_scale
 
 
-def checked(found: Facts, where: str = "") -> Facts:
-    """`found`, or `HandoffError` with both numbers when it is out of tolerance.
+def checked(handoff: Handoff, where: str = "") -> Handoff:
+    """`handoff`, or `HandoffError` with both numbers when it is out of tolerance.
 
     Args:
         where: a sentence that says where the target leaves the source, where that is known.
     """
-    if not found["passed"]:
+    if not handoff.passed:
         raise HandoffError(
-            f"{found['source']} and {found['target']} answer differently: the logits differ by up to "
-            f"{found['max_abs_diff']:.3g} of {found['reference_scale']:.3g} and "
-            f"{100 * found['top1_agreement']:.1f} % of {found['n_images']} images get the same class, where "
-            f"{found['tolerance']} is allowed. {where and f'{where} '}Nothing is handed on; please report this model."
+            f"{handoff.source} and {handoff.target} answer differently: the logits differ by up to "
+            f"{handoff.max_abs_diff:.3g} of {handoff.reference_scale:.3g} and "
+            f"{100 * handoff.top1_agreement:.1f} % of {handoff.n_images} images get the same class, where "
+            f"{handoff.tolerance} is allowed. {where and f'{where} '}Nothing is handed on; please report this model."
         )
-    return found
+    return handoff
 
 
 # ---- forms of one float model in torch ----------------------------------------------------------------------------
@@ -101,12 +117,12 @@ def answers(model: nn.Module, images: Tensor) -> np.ndarray:
 
 def same_function(
     source: str, target: str, expected: np.ndarray, got: np.ndarray, where: Callable[[], str] = lambda: ""
-) -> Facts:
+) -> Handoff:
     """The row of two forms of one float model; both [N, numbers].
 
     Raises `HandoffError`, with the sentence of `where`, beyond 1e-4 of the largest number.
     """
-    difference = compare(np.nan_to_num(expected, posinf=0, neginf=0), np.nan_to_num(got, posinf=0, neginf=0))
+    difference = CLASSIFICATION.compare(np.nan_to_num(expected, posinf=0, neginf=0), np.nan_to_num(got, posinf=0, neginf=0))
     passed = difference.max_abs_diff <= GRAPH_TOLERANCE * difference.reference_scale
     passed = passed and np.array_equal(np.isfinite(expected), np.isfinite(got))
     found = row(source, target, "logits", difference, f"{GRAPH_TOLERANCE:g} of the largest logit", passed)
@@ -124,7 +140,7 @@ class Proof:
     def __init__(self, model: nn.Module, images: Tensor) -> None:
         self._model, self._images = model, images
         self._expected = answers(model, images)
-        self.rows: list[Facts] = []
+        self.rows: list[Handoff] = []
 
     def compare(self, target: str, graph_module: fx.GraphModule) -> None:
         """Adds a row for this form. Raises `HandoffError`, which names the layers between which the two part."""

@@ -19,7 +19,7 @@ from torch import nn
 from compress import pruning, quantization
 from compress.data.batches import calibration_images, iter_batches, split_held_out
 from compress.engines import Runtime
-from compress.equality import differences
+from compress.equality.outputs import torch_answer
 from compress.errors import DataError, PruningError, RequestError
 from compress.models import counting
 from compress.pruning import Group
@@ -34,7 +34,7 @@ from compress.workload import Workload
 SCORED_IMAGES = 1000
 """At most this many training images are held out to score candidates, and at most a fifth of all."""
 REFIT_IMAGES = 256
-"""At most this many images refit a candidate and calibrate it; fewer when they are large, see `recipes.MOST_PIXELS`."""
+"""At most this many images refit a candidate and calibrate it; fewer when they are large, see `steps.MOST_PIXELS`."""
 
 Hopeless = Callable[[float, int], str | None]
 """(latency in ms, bytes of the file) -> why the candidate is not worth scoring, or None."""
@@ -68,7 +68,7 @@ class OneShot:
         notify: Callable[[str], None] = lambda text: None,
     ) -> None:
         require_searchable(base)
-        if workload.dataset.kind == "none":
+        if not workload.dataset.has_images:
             raise RequestError("data", base.data, "images: candidates are compared on images held out from training")
         self.base, self.folder = base, folder
         count = min(scored_images, len(workload.dataset.train) // 5)
@@ -80,9 +80,10 @@ class OneShot:
         self._workload = replace(workload, dataset=replace(workload.dataset, train=rest))
         self._held_out = held_out
         self._labels: list[torch.Tensor] | None = None
-        if workload.dataset.kind != "labelled":
-            answer = differences.torch_answer(workload.model)
-            self._labels = [torch.from_numpy(answer(x.numpy()).argmax(1)) for x, _ in self._scored()]
+        if not workload.dataset.has_labels:
+            answer = torch_answer(workload.model)
+            predictions = workload.task.predictions
+            self._labels = [torch.from_numpy(predictions(answer(x.numpy()))) for x, _ in self._scored()]
         most = max(1, steps.MOST_PIXELS // workload.preprocessing.input_size**2)
         self._calibration = calibration_images(
             self._workload.dataset, min(base.calibration_images, REFIT_IMAGES, most), workload.preprocessing, base.seed
@@ -131,7 +132,7 @@ class OneShot:
         right = total = 0
         if why is None:
             if shrunk is not None:
-                steps.recover(request, self._workload, self._workload.model, model, shrunk.kept_channels)
+                steps.refit(request, self._workload, self._workload.model, model, shrunk.kept_channels)
             deployed = quantization.fake_quantized(self._quantized(request, model)) if request.quantizes else model
             right, total = self._score(deployed)
         return Outcome(
@@ -171,27 +172,19 @@ class OneShot:
             if any(_removes(request, group) for group in self.groups):
                 raise
             return None
-        how = steps.pruning_training(request, self._workload, self._workload.model, lambda done, text: None)
-        shrunk = pruning.prune(self._workload.model, self._workload.example, plan, request.pruner, how)
+        shrunk = steps.shrink(request, self._workload, self._workload.model, plan, lambda done, text: None)
         shrunk.model.eval()
         return shrunk
 
     def _quantized(self, request: Request, model: nn.Module) -> quantization.Quantized:
         prepared, plan = steps.prepared_with_bits(request, model, self._calibration)
-        return quantization.quantize(
-            prepared,
-            plan,
-            quantizer=request.quantizer,
-            estimator=request.calibration,
-            calibration=self._calibration.split(steps.TEST_BATCH),
-            train=None,
-        )
+        return steps.quantize(request, prepared, plan, self._calibration)
 
     def _score(self, model: nn.Module) -> tuple[int, int]:
-        answer, right = differences.torch_answer(model), 0
+        answer, right = torch_answer(model), 0
         for number, (x, labels) in enumerate(self._scored()):
-            truth = labels if self._labels is None else self._labels[number]
-            right += int((answer(x.numpy()).argmax(1) == truth.numpy()).sum())
+            targets = labels if self._labels is None else self._labels[number]
+            right += int(self._workload.task.correct(answer(x.numpy()), targets.numpy()).sum())
         return right, len(self._held_out)
 
     def _scored(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

@@ -12,7 +12,7 @@ from pathlib import Path
 import plotly.graph_objects as go
 from torch import nn
 
-from compress.equality import differences
+from compress import tasks
 from compress.errors import RequestError, RunError
 from compress.files import write_text
 from compress.report.charts import COLOURS, dress
@@ -106,7 +106,7 @@ def _point(ratio: float, outcome: Outcome, dense: Outcome) -> Point:
 
 
 def _share(outcome: Outcome) -> tuple[float, float, float]:
-    found = differences.share(round(outcome.accuracy * outcome.n_images), outcome.n_images)
+    found = tasks.share(round(outcome.accuracy * outcome.n_images), outcome.n_images)
     return found.value, found.low, found.high
 
 

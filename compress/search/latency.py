@@ -273,8 +273,7 @@ class Stopwatch:
         return path
 
     def _spec(self, precision: Precision) -> BuildSpec:
-        size = self._workload.preprocessing.input_size
-        return BuildSpec(size, threads=self.base.threads, precision=precision, hint=self.base.runtime_hint)
+        return steps.build_spec(self.base, self._workload, precision=precision)
 
     def _race(self, sessions: list[Session]) -> list[benchmark.Timing]:
         images = self._image.numpy()

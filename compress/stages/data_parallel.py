@@ -57,7 +57,7 @@ def require_devices(processes: int) -> None:
 def fine_tune(
     request: Request, run_folder: Path, model: nn.Module, progress: training.Progress
 ) -> list[dict[str, Any]]:
-    """`recipes.train` after pruning, by `request.training_processes`: from what the run's folder holds into `model`.
+    """`steps.train` after pruning, by `request.training_processes`: from what the run's folder holds into `model`.
 
     Returns one record per epoch, as `training.fit`.
 
@@ -162,10 +162,10 @@ def _train(run_folder: Path, meeting: Path, count: int, rank: int) -> None:
     )
     workload = open_workload(request, kept=run_folder / "uploads")
     model = models.rebuild(run_folder / "stages" / "shrunk")
-    recipe = steps.recipe_of(request, workload, request.finetune_epochs, request.learning_rate)
-    teacher = models.rebuild(run_folder / "stages" / "baseline") if recipe.distillation_weight > 0 else None
+    config = steps.training_config(request, workload, request.finetune_epochs, request.learning_rate)
+    teacher = models.rebuild(run_folder / "stages" / "baseline") if config.distillation_weight > 0 else None
     progress, part = _writer(meeting / PROGRESS, rank), slice(rank, None, count)
-    curve = steps.train(request, workload, model, recipe, teacher=teacher, progress=progress, part=part)
+    curve = steps.train(request, workload, model, config, teacher=teacher, progress=progress, part=part)
     if rank == 0:
         save_file({name: value.contiguous() for name, value in model.state_dict().items()}, meeting / WEIGHTS)
         (meeting / RESULT).write_text(json.dumps(curve), encoding="utf-8")

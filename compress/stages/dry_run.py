@@ -9,17 +9,26 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from torch import nn
 
-from compress import quantization, runs
+from compress import quantization
 from compress.engines import RUNTIMES
 from compress.errors import CompressError, RequestError
 from compress.models import counting
 from compress.request import Request
-from compress.stages import deployment, steps, workspace
+from compress.runs import R, Run, within_memory
+from compress.stages import steps
+from compress.stages.baseline import baseline
+from compress.stages.build import build
+from compress.stages.export import export
+from compress.stages.finetune import finetune
+from compress.stages.prune import prune
+from compress.stages.quantize import quantize
+from compress.stages.results import FloatLayer, PruneResult, QuantizeResult
 from compress.workload import Workload
 
 PIXELS = 2 * 224 * 224
@@ -34,15 +43,14 @@ T = TypeVar("T")
 
 
 @dataclass
-class Rehearsal:
+class DryRun:
     """What a dry run found; filled step by step, so that a failure leaves what was found before it."""
 
     refusals: list[tuple[str, str | None]] = field(default_factory=list)
     """Each problem in a sentence, and the name that was refused, where there is one."""
-    plan: dict[str, Any] = field(default_factory=lambda: {"groups": [], "left_out": [], "thinned": ()})
-    shortfall: str | None = None
-    """Why the plan removes far less than what was asked for."""
-    float_layers: list[dict[str, str]] = field(default_factory=list)
+    plan: PruneResult = field(default_factory=lambda: PruneResult(ledger=()))
+    """Its groups and layers; all empty where nothing is pruned."""
+    float_layers: tuple[FloatLayer, ...] = ()
     runtimes: dict[str, str] = field(default_factory=dict)
     """Runtime -> what it did with the file, in a sentence."""
     kernels: dict[str, dict[str, str]] = field(default_factory=dict)
@@ -62,64 +70,59 @@ class Rehearsal:
                 self.refusals.append((str(error), name if isinstance(name, str) else None))
             return None
 
-    def keep_plan(self, plan: dict[str, Any]) -> None:
-        self.plan = {key: plan[key] for key in self.plan if key in plan}
 
+class _DryRunFolder(Run):
+    """A run that keeps no records, and tells nobody how far it is."""
 
-class _DryRun(runs.Run):
-    """Keeps its records in memory, and tells nobody how far it is."""
-
-    def __init__(self, folder: Path, request: Request) -> None:
-        super().__init__(folder, request, lambda event: None)
-        self._done: dict[str, dict[str, Any]] = {}
-
-    def stage(self, name: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        self._done[name] = runs.within_memory(name, work)
-        return self._done[name]
-
-    def facts(self, name: str) -> dict[str, Any]:
-        return self._done[name]
+    def _execute(self, name: str, result_types: tuple[type[R], ...], work: Callable[[], R]) -> R:
+        return within_memory(name, work)
 
     def progress(self, stage: str, fraction: float, message: str) -> None:
         """Nobody waits for it."""
 
 
-def rehearse(request: Request, workload: Workload) -> Rehearsal:
-    """Carries out the stages of a run of `request` up to the engines; nothing is left on disk.
+def dry_run(request: Request, workload: Workload) -> DryRun:
+    """Executes the stages of a run of `request` up to the engines on a few images; nothing is left on disk.
 
     A stage that fails is a problem, and those after it are left out.
     """
-    found = Rehearsal()
+    found = DryRun()
     found.attempt(lambda: steps.require_trainable(request, workload))
     if request.prunes:
-        found.attempt(lambda: found.keep_plan(steps.usable_plan(request, workload).as_dict()))
+        found.attempt(lambda: _plan(found, request, workload))
     if found.refusals:
         return found
     with tempfile.TemporaryDirectory(prefix="espalier-") as folder:
         few = _with_few_images(request, workload)
-        work = _DryRun(Path(folder), _shortened(request, few))
-        found.attempt(lambda: _carry_out(work, few, found))
+        run = _DryRunFolder(Path(folder), _shortened(request, few), lambda event: None)
+        found.attempt(lambda: _execute(run, few, found))
     return found
 
 
-def _carry_out(work: _DryRun, workload: Workload, found: Rehearsal) -> None:
-    work.stage("baseline", lambda: workspace.keep_baseline(work, workload))
-    pruned = work.stage("prune", lambda: workspace.prune_and_shrink(work, workload))
-    found.keep_plan(pruned)
-    found.shortfall = pruned.get("shortfall")
-    work.stage("finetune", lambda: workspace.fine_tune(work, workload))
-    found.float_layers = work.stage("quantize", lambda: workspace.quantize(work, workload))["left_float"]
-    files = work.stage("export", lambda: deployment.export(work, workload, dry=True))["variants"].get("quantized")
+def _plan(found: DryRun, request: Request, workload: Workload) -> None:
+    found.plan = PruneResult(ledger=(), **steps.usable_plan(request, workload).as_dict())
+
+
+def _execute(run: Run, workload: Workload, found: DryRun) -> None:
+    dense = run.stage(partial(baseline, scored=False), workload)
+    pruned = run.stage(prune, workload, dense)
+    if isinstance(pruned, PruneResult):
+        found.plan = pruned
+    tuned = run.stage(finetune, workload, dense, pruned)
+    quantized = run.stage(quantize, workload, dense, pruned, tuned)
+    found.float_layers = quantized.left_float if isinstance(quantized, QuantizeResult) else ()
+    exported = run.stage(partial(export, dry=True), workload, dense, pruned, tuned, quantized)
+    deployed = exported.deployed
     for runtime in RUNTIMES.values():
-        if files and f"quantized.{runtime.flavour}.onnx" not in files:
+        if deployed.precision == "int8" and deployed.file_for(runtime.flavour) not in deployed.files:
             found.runtimes[runtime.name] = f"left out: {quantization.NO_TENSORRT_FILE}"
-    built = work.stage("build", lambda: deployment.build_engines(work, workload))
-    found.kernels = built["kernels"]
-    for name, kernels in built["kernels"].items():
+    built = run.stage(build, workload, exported)
+    found.kernels = built.kernels
+    for name, kernels in built.kernels.items():
         integers = sum(precision == "int8" for precision in kernels.values())
         state = "runs here" if RUNTIMES[name].runs_here else "builds here, cannot run here"
         found.runtimes[name] = f"{state}; {integers} of {len(kernels)} layers on integers"
-    found.runtimes |= built["refused"]
+    found.runtimes |= built.refused
 
 
 def _with_few_images(request: Request, workload: Workload) -> Workload:
@@ -134,7 +137,7 @@ def _shortened(request: Request, few: Workload) -> Request:
     """One step of each training, and little of what only makes a result better."""
     size = few.preprocessing.input_size
     once = request.model_copy(update={"train_batch_size": _step(request, size), "training_processes": 1})
-    in_epoch = steps.training_images(once, few).per_epoch if few.dataset.kind != "none" else 1
+    in_epoch = steps.training_images(once, few).per_epoch if few.dataset.has_images else 1
     epochs = {
         name: min(1 / in_epoch, getattr(request, name)) for name in ("pruning_epochs", "finetune_epochs", "qat_epochs")
     }
@@ -159,23 +162,23 @@ def _compared(size: int) -> int:
     return min(MOST, max(FEWEST, PIXELS // size**2))
 
 
-def modules(request: Request, workload: Workload, found: Rehearsal) -> list[dict[str, str]]:
+def modules(request: Request, workload: Workload, found: DryRun) -> list[dict[str, str]]:
     """A line for each layer: green shrinks and runs on integers as far as asked, amber stays whole or in floating point.
 
     A problem of the whole request is a red line of the layer that it refuses by name, or of the model. A plan that removes
     far less than what was asked for is an amber line of the model.
     """
-    whole = {row["layer"]: row["reason"] for row in found.plan["left_out"]}
-    shrinks = {layer: group for group in found.plan["groups"] for layer in group["layers"]}
-    floats = {row["layer"]: row["reason"] for row in found.float_layers}
+    whole = {row.layer: row.reason for row in found.plan.left_out}
+    shrinks = {layer: group for group in found.plan.groups for layer in group.layers}
+    floats = {row.layer: row.reason for row in found.float_layers}
     layers = [name for name, module in workload.model.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)]
     lines = []
     for problem, layer in found.refusals:
         lines.append({"module": layer if layer in layers else workload.name, "level": "red", "text": problem})
     if found.refusals:
         return lines
-    if found.shortfall:
-        lines.append({"module": workload.name, "level": "amber", "text": found.shortfall})
+    if found.plan.shortfall:
+        lines.append({"module": workload.name, "level": "amber", "text": found.plan.shortfall})
     for name in layers:
         stays = [f"stays whole: {_of_the_layer(whole[name])}"] if name in whole else []
         if request.quantizes:
@@ -186,7 +189,7 @@ def modules(request: Request, workload: Workload, found: Rehearsal) -> list[dict
                 if name not in floats and kernels.get(name, "int8") != "int8"
             ]
         group = shrinks.get(name)
-        gains = [f"{group['channels_before']} to {group['channels_after']} channels"] if group else []
+        gains = [f"{group.channels_before} to {group.channels_after} channels"] if group else []
         gains += ["integers"] if request.quantizes and name not in floats else []
         level, text = ("amber", "; ".join(stays)) if stays else ("green", ", ".join(gains) or "exported as it is")
         lines.append({"module": name, "level": level, "text": text})

@@ -1,4 +1,4 @@
-"""The stage that measures: latency of every variant through every runtime, and answers of the files that are deployed."""
+"""Stage 7: latency of every variant through every runtime, in turns, and the answers of the files that are deployed."""
 
 from __future__ import annotations
 
@@ -9,28 +9,38 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
 from compress import quantization
-from compress.engines import RUNTIMES, BuildSpec, Precision, Runtime, Session, benchmark
+from compress.engines import RUNTIMES, BuildSpec, Precision, Runtime, Session, benchmark, int8_verdict
 from compress.errors import EngineError, HandoffError
+from compress.report import Measurement, Worth
+from compress.request import Request
 from compress.runs import Run
-from compress.stages import ledger, verdict
-from compress.stages.deployment import file_for, left_out, padded, spec_for
+from compress.stages import ledger, steps
+from compress.stages.build import left_out
+from compress.stages.results import (
+    Answers,
+    BuildResult,
+    ExportResult,
+    MeasureResult,
+    QuantizeResult,
+    Skipped,
+    Variant,
+)
+from compress.stages.workspace import padded
 from compress.workload import Workload
-
-Facts = dict[str, Any]
 
 FEWEST_ANSWERS, ANSWERED_PIXELS = 256, 2000 * 96 * 96
 """How many test images a file answers that is not deployed on ONNX Runtime: 2,000 at 96 x 96 and 367 at 224 x 224."""
 
 
-def measure(work: Run, workload: Workload) -> Facts:
-    """Latency of every variant through every runtime that runs here, in turns; accuracy through the deployed files.
-
+def measure(
+    run: Run, workload: Workload, quantized: QuantizeResult | Skipped, exported: ExportResult, built: BuildResult
+) -> MeasureResult:
+    """
     When a runtime fails, at another batch size than it was built for perhaps, everything is measured again without it, so
     that the contenders of all races are the same.
 
@@ -39,176 +49,209 @@ def measure(work: Run, workload: Workload) -> Facts:
     """
     notes: dict[str, str] = {}
     while True:
+        meter = _Meter(run, workload, quantized, exported, built, without=notes)
         try:
-            facts = _measured(work, workload, without=notes)
-            return facts | {"notes": [*work.facts("build")["notes"], *notes.values()]}
+            return meter.measured().model_copy(update={"notes": (*built.notes, *notes.values())})
         except EngineError as error:
             if error.runtime in notes:  # it is not used any more, so this would be for ever
                 raise
-            notes[error.runtime] = left_out(work, RUNTIMES[error.runtime], error)
-            if not _runtimes(work, without=notes):
+            notes[error.runtime] = left_out(run.request, RUNTIMES[error.runtime], error)
+            if not runtimes_that_run(exported, built, without=notes):
                 raise
-
-
-def _measured(work: Run, workload: Workload, without: Collection[str]) -> Facts:
-    rows: list[Facts] = []
-    hops = _file_hops(work, workload) if "onnxruntime" not in without else []
-    verdicts: list[Facts] = []
-    sizes = sorted({1, work.request.batch_size})
-    for number, batch_size in enumerate(sizes):
-        with ExitStack() as stack:
-            running = _loaded(work, workload, batch_size, stack, without)
-            images = _timing_images(workload, batch_size)
-            timings = benchmark.race(
-                [session.timed(images) for _, session in running],
-                progress=lambda done, n=number: work.progress(
-                    "measure", (n + done) / len(sizes) * 0.8, "latency, in turns"
-                ),
-            )
-            if batch_size == 1:
-                verdicts = _worth(work, workload, running, timings)
-            for (contender, session), timing in zip(running, timings, strict=True):
-                score = _score(work, workload, contender, session, batch_size) if batch_size == sizes[-1] else None
-                hops += [score] if score and contender.is_last else []
-                rows.append(_measurement(work, workload, contender, session, batch_size, timing, score))
-    return {
-        "measurements": rows,
-        "ledger": hops,
-        "worth": verdicts,
-        "runtime": _chosen_runtime(work, rows),
-    }
 
 
 @dataclass(frozen=True)
 class _Contender:
-    variant: str
+    """A variant through a runtime."""
+
+    variant: Variant
     runtime: Runtime
     onnx: Path
     """The file that the runtime loads, or that its engine was built from."""
     path: Path
     precision: Precision
-    is_last: bool
-
-    def load(self, work: Run, workload: Workload, batch_size: int) -> Session:
-        return self.runtime.load(self.path, spec_for(work, workload, batch_size, self.precision))
+    is_deployed: bool
 
 
-def _runtimes(work: Run, without: Collection[str]) -> list[Runtime]:
-    """Those that run here and took the last variant, but for those of the names `without`."""
-    last = list(work.facts("export")["variants"])[-1]
-    built = {row["runtime"] for row in work.facts("build")["engines"] if row["variant"] == last}
-    names = [name for name in RUNTIMES if name in built and name not in without]
-    return [RUNTIMES[name] for name in names if RUNTIMES[name].runs_here]
+class _Meter:
+    """One attempt at all races."""
 
+    def __init__(
+        self,
+        run: Run,
+        workload: Workload,
+        quantized: QuantizeResult | Skipped,
+        exported: ExportResult,
+        built: BuildResult,
+        without: Collection[str],
+    ) -> None:
+        self._run, self._request, self._workload = run, run.request, workload
+        self._quantized, self._exported, self._built, self._without = quantized, exported, built, without
 
-def _contenders(work: Run, without: Collection[str]) -> list[_Contender]:
-    """Every variant through every runtime of `_runtimes`."""
-    variants = list(work.facts("export")["variants"])
-    built = {(row["runtime"], row["variant"]): row["file"] for row in work.facts("build")["engines"]}
-    here = _runtimes(work, without)
-    found = []
-    for variant in variants:
-        precision: Precision = {"quantized": "int8", "half": "fp16"}.get(variant, "fp32")
-        for runtime in here:
-            path = file_for(work, variant, runtime)
-            loads = work.artifacts / built[runtime.name, variant] if runtime.ahead_of_time else path
-            found.append(_Contender(variant, runtime, path, loads, precision, variant == variants[-1]))
-    if work.request.quantizes:  # what int8 has to beat: the same structure in 16-bit floats
-        for runtime in here:
-            if half := runtime.half_precision:
-                path = file_for(work, variants[-2], runtime)
-                found.append(_Contender(variants[-2], runtime, path, path, half, is_last=False))
-    return found
+    def measured(self) -> MeasureResult:
+        rows: list[Measurement] = []
+        answers = list(self._answers_beside_the_races()) if "onnxruntime" not in self._without else []
+        worth: tuple[Worth, ...] = ()
+        sizes = sorted({1, self._request.batch_size})
+        for number, batch_size in enumerate(sizes):
+            with ExitStack() as stack:
+                running = self._loaded(batch_size, stack)
+                timings = self._race(running, batch_size, number / len(sizes), 0.8 / len(sizes))
+                if batch_size == 1 and isinstance(self._quantized, QuantizeResult):
+                    worth = tuple(self._worth(running, timings, self._quantized))
+                for (contender, session), timing in zip(running, timings, strict=True):
+                    scored = self._answers(contender, session, batch_size) if batch_size == sizes[-1] else None
+                    answers += [scored] if scored and contender.is_deployed else []
+                    rows.append(self._measurement(contender, session, batch_size, timing, scored))
+        runtime = chosen_runtime(self._request, self._exported, self._built, rows)
+        return MeasureResult(measurements=tuple(rows), ledger=tuple(answers), worth=worth, runtime=runtime)
 
+    # ---- the races ----
 
-def _loaded(
-    work: Run, workload: Workload, batch_size: int, stack: ExitStack, without: Collection[str]
-) -> list[tuple[_Contender, Session]]:
-    """Each contender with its session; one in 16-bit floats only where the runtime really computes in them."""
-    found = []
-    for contender in _contenders(work, without):
-        session = stack.enter_context(contender.load(work, workload, batch_size))
-        if contender.variant == "half" or contender.precision in ("fp32", "int8", session.precision):
-            found.append((contender, session))
-    return found
-
-
-def _timing_images(workload: Workload, batch_size: int) -> np.ndarray:
-    batches = islice(ledger.test_batches(workload, 32), batch_size // 32 + 1)
-    images = torch.cat([images for images, _ in batches])
-    return images[torch.arange(batch_size) % len(images)].numpy()
-
-
-# ---- answers of the files -----------------------------------------------------------------------------------------
-
-
-def _file_hops(work: Run, workload: Workload) -> list[Facts]:
-    """Quantized files that ONNX Runtime executes but is not raced with, so that each engine has its file before it.
-
-    Their flavour is slow there: of large images fewer than all are answered.
-    """
-    if not work.request.quantizes:
-        return []
-    size, hops = workload.preprocessing.input_size, []
-    exact = RUNTIMES["onnxruntime"]
-    raced = file_for(work, "quantized", exact).name
-    for name in work.facts("export")["variants"]["quantized"]:
-        if name == raced:
-            continue
-        work.progress("measure", 0.0, f"{name} through {exact.title}")
-        spec = BuildSpec(size, static=False, threads=work.request.threads)
-        with exact.load(work.artifacts / name, spec) as session:
-            limit = max(FEWEST_ANSWERS, ANSWERED_PIXELS // size**2)
-            hops.append(ledger.hop(work, workload, name, exact.name, session.run, limit=limit))
-    return hops
-
-
-def _score(work: Run, workload: Workload, contender: _Contender, session: Session, batch_size: int) -> Facts | None:
-    """Accuracy through the deployed file; the float variants through ONNX Runtime only, which answers as torch does."""
-    if not contender.is_last and contender.runtime.name != "onnxruntime":
-        return None
-    answer = partial(padded, session, batch_size)
-    return ledger.hop(work, workload, contender.onnx.name, contender.runtime.name, answer, batch_size)
-
-
-# ---- facts --------------------------------------------------------------------------------------------------------
-
-
-def _worth(
-    work: Run, workload: Workload, running: Sequence[tuple[_Contender, Session]], timings: Sequence[benchmark.Timing]
-) -> list[Facts]:
-    """For each runtime: int8 against the floats of the same structure, one image at a time."""
-    if not work.request.quantizes:
-        return []
-    medians = {
-        (contender.runtime.name, contender.variant, contender.precision): timing.p50_ms
-        for (contender, _), timing in zip(running, timings, strict=True)
-    }
-    structure = list(work.facts("export")["variants"])[-2]
-    layers, agreeing = work.facts("quantize")["sqnr_db"], work.facts("build")["agreeing"]
-    found = []
-    for contender, session in running:
-        if contender.precision != "int8":
-            continue
-        name = contender.runtime.name
-        half = [(p, medians[name, structure, p]) for p in ("bf16", "fp16") if (name, structure, p) in medians]
-        raced = verdict.Raced(
-            runtime=name,
-            variant=structure,
-            fp32_ms=medians[name, structure, "fp32"],
-            int8_ms=medians[name, contender.variant, "int8"],
-            half=half[0] if half else None,
-            kernels=session.kernels(),
-            conversions=session.conversions,
-            agrees=name in agreeing,
+    def _race(
+        self, running: Sequence[tuple[_Contender, Session]], batch_size: int, before: float, share: float
+    ) -> list[benchmark.Timing]:
+        images = _timing_images(self._workload, batch_size)
+        return benchmark.race(
+            [session.timed(images) for _, session in running],
+            progress=lambda done: self._run.progress("measure", before * 0.8 + done * share, "latency, in turns"),
         )
-        excluded = verdict.to_exclude(raced, layers)
-        changed = _race_without(excluded, contender, session, spec_for(work, workload, 1, "int8")) if excluded else None
-        found.append(verdict.judge(raced, excluded, changed and raced.int8_ms * changed))
-    return found
+
+    def _loaded(self, batch_size: int, stack: ExitStack) -> list[tuple[_Contender, Session]]:
+        """Each contender with its session; one in 16-bit floats only where the runtime really computes in them."""
+        running = []
+        for contender in self._contenders():
+            spec = steps.build_spec(self._request, self._workload, batch_size, contender.precision)
+            session = stack.enter_context(contender.runtime.load(contender.path, spec))
+            exported_so = contender.variant.precision == "fp16"
+            if exported_so or contender.precision in ("fp32", "int8", session.precision):
+                running.append((contender, session))
+        return running
+
+    def _contenders(self) -> list[_Contender]:
+        """Every variant through every runtime that runs here."""
+        built = {(row.runtime, row.variant): row.file for row in self._built.engines}
+        runtimes = runtimes_that_run(self._exported, self._built, without=self._without)
+        deployed = self._exported.deployed
+        contenders = []
+        for variant in self._exported.variants:
+            for runtime in runtimes:
+                path = self._file(variant, runtime)
+                engine = built.get((runtime.name, variant.name)) if runtime.ahead_of_time else None
+                loads = self._run.artifacts / engine if engine else path
+                contenders.append(_Contender(variant, runtime, path, loads, variant.precision, variant == deployed))
+        if deployed.precision == "int8":  # what int8 has to beat: the same structure in 16-bit floats
+            structure = self._exported.variant(deployed.parent)
+            for runtime in runtimes:
+                if half := runtime.half_precision:
+                    path = self._file(structure, runtime)
+                    contenders.append(_Contender(structure, runtime, path, path, half, is_deployed=False))
+        return contenders
+
+    def _file(self, variant: Variant, runtime: Runtime) -> Path:
+        return self._run.artifacts / variant.file_for(runtime.flavour)
+
+    def _measurement(
+        self,
+        contender: _Contender,
+        session: Session,
+        batch_size: int,
+        timing: benchmark.Timing,
+        scored: Answers | None,
+    ) -> Measurement:
+        kernels = session.kernels()
+        return Measurement(
+            variant=contender.variant.name,
+            runtime=contender.runtime.name,
+            file=contender.path.name,
+            precision_requested=contender.precision,
+            precision=session.precision,
+            integer_layers=sum(kernel.precision == "int8" for kernel in kernels),
+            candidate_layers=len(kernels),
+            batch_size=batch_size,
+            threads=self._request.threads,
+            input_size=self._workload.preprocessing.input_size,
+            samples_ms=tuple(round(sample, 5) for sample in timing.samples_ms),
+            p50_ms=timing.p50_ms,
+            p90_ms=timing.p90_ms,
+            p99_ms=timing.p99_ms,
+            throughput_per_s=1000 * batch_size / timing.p50_ms,
+            noisy=timing.noisy,
+            accuracy=scored.accuracy if scored else None,
+            accuracy_ci95=scored.accuracy_ci95 if scored else None,
+            notes=tuple(session.notes),
+        )
+
+    # ---- answers of the files ----
+
+    def _answers_beside_the_races(self) -> Sequence[Answers]:
+        """Of quantized files that ONNX Runtime executes but is not raced with, so that each engine has its file before it.
+
+        Their flavour is slow there: of large images fewer than all are answered.
+        """
+        deployed, exact = self._exported.deployed, RUNTIMES["onnxruntime"]
+        if deployed.precision != "int8":
+            return []
+        size, answers = self._workload.preprocessing.input_size, []
+        raced = deployed.file_for(exact.flavour)
+        for name in deployed.files:
+            if name == raced:
+                continue
+            self._run.progress("measure", 0.0, f"{name} through {exact.title}")
+            spec = BuildSpec.any_batch(size, self._request.threads)
+            limit = max(FEWEST_ANSWERS, ANSWERED_PIXELS // size**2)
+            with exact.load(self._run.artifacts / name, spec) as session:
+                answers.append(
+                    ledger.answers(self._run, self._workload, name, exact.name, session.run, limit=limit)
+                )
+        return answers
+
+    def _answers(self, contender: _Contender, session: Session, batch_size: int) -> Answers | None:
+        """Of the deployed file; of the float variants through ONNX Runtime only, which answers as torch does."""
+        if not contender.is_deployed and contender.runtime.name != "onnxruntime":
+            return None
+        answer = partial(padded, session, batch_size)
+        name, through = contender.onnx.name, contender.runtime.name
+        return ledger.answers(self._run, self._workload, name, through, answer, batch_size)
+
+    # ---- is int8 worth it ----
+
+    def _worth(
+        self,
+        running: Sequence[tuple[_Contender, Session]],
+        timings: Sequence[benchmark.Timing],
+        quantized: QuantizeResult,
+    ) -> list[Worth]:
+        """For each runtime: int8 against the floats of the same structure, one image at a time."""
+        medians = {
+            (contender.runtime.name, contender.variant.name, contender.precision): timing.p50_ms
+            for (contender, _), timing in zip(running, timings, strict=True)
+        }
+        structure = self._exported.variant(self._exported.deployed.parent).name
+        rows = []
+        for contender, session in running:
+            if contender.precision != "int8":
+                continue
+            name = contender.runtime.name
+            half = [(p, medians[name, structure, p]) for p in ("bf16", "fp16") if (name, structure, p) in medians]
+            comparison = int8_verdict.LatencyComparison(
+                runtime=name,
+                variant=structure,
+                fp32_ms=medians[name, structure, "fp32"],
+                int8_ms=medians[name, contender.variant.name, "int8"],
+                half=half[0] if half else None,
+                kernels=session.kernels(),
+                conversions=session.conversions,
+                agrees=name in self._built.agreeing,
+            )
+            excluded = int8_verdict.to_exclude(comparison, quantized.sqnr_db)
+            spec = steps.build_spec(self._request, self._workload, 1, "int8")
+            changed = race_without(excluded, contender, session, spec) if excluded else None
+            rows.append(int8_verdict.judge(comparison, excluded, comparison.int8_ms * changed if changed else None))
+        return rows
 
 
-def _race_without(layers: Collection[str], contender: _Contender, session: Session, spec: BuildSpec) -> float | None:
+def race_without(layers: Collection[str], contender: _Contender, session: Session, spec: BuildSpec) -> float | None:
     """Time of the int8 file with `layers` in floating point over that of the file as it is, in turns.
 
     None where the runtime refuses such a file.
@@ -225,50 +268,31 @@ def _race_without(layers: Collection[str], contender: _Contender, session: Sessi
     return after.p50_ms / before.p50_ms
 
 
+def runtimes_that_run(exported: ExportResult, built: BuildResult, without: Collection[str]) -> list[Runtime]:
+    """Those that run here and took the deployed variant, but for those of the names `without`."""
+    took = {row.runtime for row in built.engines if row.variant == exported.deployed.name}
+    return [one for name, one in RUNTIMES.items() if name in took and name not in without and one.runs_here]
+
+
+def chosen_runtime(
+    request: Request, exported: ExportResult, built: BuildResult, rows: Sequence[Measurement]
+) -> str | None:
+    """What was asked for, where it runs here; with `auto` the fastest of those that answer like the model."""
+    if request.runtime != "auto":
+        return request.runtime if request.runtime in built.agreeing else None
+    name = exported.deployed.name
+    usable = [row for row in rows if row.variant == name and row.batch_size == 1 and row.runtime in built.agreeing]
+    return min(usable, key=lambda row: row.p50_ms).runtime if usable else None
+
+
 def _tried(runtime: Runtime, path: Path, spec: BuildSpec) -> Session:
     """A crash on this file costs none of the sessions that are raced."""
     engine = runtime.build(path, path.with_suffix(".engine"), spec).path if runtime.ahead_of_time else None
     return runtime.load(engine or path, spec, trial=True)
 
 
-def _measurement(
-    work: Run,
-    workload: Workload,
-    contender: _Contender,
-    session: Session,
-    batch_size: int,
-    timing: benchmark.Timing,
-    score: Facts | None,
-) -> Facts:
-    kernels = session.kernels()
-    return {
-        "variant": contender.variant,
-        "runtime": contender.runtime.name,
-        "file": contender.path.name,
-        "precision_requested": contender.precision,
-        "precision": session.precision,
-        "integer_layers": sum(kernel.precision == "int8" for kernel in kernels),
-        "candidate_layers": len(kernels),
-        "batch_size": batch_size,
-        "threads": work.request.threads,
-        "input_size": workload.preprocessing.input_size,
-        "samples_ms": [round(sample, 5) for sample in timing.samples_ms],
-        "p50_ms": timing.p50_ms,
-        "p90_ms": timing.p90_ms,
-        "p99_ms": timing.p99_ms,
-        "throughput_per_s": 1000 * batch_size / timing.p50_ms,
-        "noisy": timing.noisy,
-        "accuracy": score and score["accuracy"],
-        "accuracy_ci95": score and score["accuracy_ci95"],
-        "notes": list(session.notes),
-    }
-
-
-def _chosen_runtime(work: Run, rows: list[Facts]) -> str | None:
-    """What was asked for, where it runs here; with `auto` the fastest of those that answer like the model."""
-    asked, agreeing = work.request.runtime, work.facts("build")["agreeing"]
-    if asked != "auto":
-        return asked if asked in agreeing else None
-    last = list(work.facts("export")["variants"])[-1]
-    usable = [row for row in rows if row["variant"] == last and row["batch_size"] == 1 and row["runtime"] in agreeing]
-    return min(usable, key=lambda row: row["p50_ms"])["runtime"] if usable else None
+def _timing_images(workload: Workload, batch_size: int) -> np.ndarray:
+    """float32 [batch_size, 3, H, W], normalised: the first test images, again from the start where there are fewer."""
+    batches = islice(ledger.test_batches(workload, 32), batch_size // 32 + 1)
+    images = torch.cat([images for images, _ in batches])
+    return images[torch.arange(batch_size) % len(images)].numpy()

@@ -53,7 +53,7 @@ def check(request: Request, model: nn.Module | None = None) -> dict[str, Any]:
         CompressError: the model, its weights or its images cannot be opened at all.
     """
     workload = open_workload(request, model)
-    found = dry_run.rehearse(request, workload)
+    found = dry_run.dry_run(request, workload)
     found.attempt(lambda: require_machine(request))
     size = workload.preprocessing.input_size
     facts = {"parameters": counting.count_parameters(workload.model), "macs": counting.count_macs(workload.model, size)}
@@ -62,8 +62,8 @@ def check(request: Request, model: nn.Module | None = None) -> dict[str, Any]:
         "problems": found.problems,
         "text": _text(workload, facts, found),
         **facts,
-        **found.plan,
-        "float_layers": found.float_layers,
+        **found.plan.model_dump(mode="json", include={"groups", "left_out", "thinned"}),
+        "float_layers": [row.model_dump() for row in found.float_layers],
         "modules": dry_run.modules(request, workload, found),
         "notes": list(workload.notes),
         "runtimes": [
@@ -91,19 +91,17 @@ def verify(folder: Path) -> list[str]:
     return problems
 
 
-def _text(workload: Workload, facts: dict[str, int], found: dry_run.Rehearsal) -> str:
+def _text(workload: Workload, facts: dict[str, int], found: dry_run.DryRun) -> str:
     if found.problems:
         return "This cannot work as asked: " + " ".join(found.problems)
     plan = found.plan
-    groups, whole = len(plan["groups"]), len(plan["left_out"])
-    layers = sum(len(group["layers"]) for group in plan["groups"])
+    groups, whole = len(plan.groups), len(plan.left_out)
+    layers = sum(len(group.layers) for group in plan.groups)
     pruned = f"{_count(layers, 'layer')} can be pruned in {_count(groups, 'group')}"
     pruned += f", {whole} {'stays' if whole == 1 else 'stay'} whole"
-    if plan["thinned"]:
-        pruned = (
-            f"{_count(len(plan['thinned']), 'layer')} with zeros among the weights, and every layer keeps its shape"
-        )
-    short = f" {found.shortfall}" if found.shortfall else ""
+    if plan.thinned:
+        pruned = f"{_count(len(plan.thinned), 'layer')} with zeros among the weights, and every layer keeps its shape"
+    short = f" {plan.shortfall}" if plan.shortfall else ""
     return (
         f"{workload.name}: {facts['parameters'] / 1e6:.2f} M parameters, {facts['macs'] / 1e6:.0f} M MACs; {pruned}. "
         f"Weights: {workload.weights}. Images: {workload.dataset.source}.{short}"

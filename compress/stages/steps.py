@@ -1,4 +1,7 @@
-"""From a request to what a stage works with: the pruning plan, how to train, and on which images."""
+"""The steps of a compression, from a request and a workload: plan, shrink, refit, train, prepare, quantize.
+
+Stages, the check before a run and the search call these; each has no state and leaves no files.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,8 @@ from torch import Tensor, fx, nn
 from compress import pruning, quantization, training
 from compress.data import dataset
 from compress.data.batches import calibration_images, iter_batches, iter_numbered_batches, split_held_out
-from compress.equality import differences
+from compress.engines import BuildSpec, Precision
+from compress.equality.outputs import torch_answer
 from compress.errors import TrainingError
 from compress.models import counting
 from compress.models.calls import classes_of, logits_of, own_errors
@@ -50,10 +54,18 @@ def pruning_plan(request: Request, model: nn.Module, example: Tensor) -> pruning
     )
 
 
+def shrink(
+    request: Request, workload: Workload, model: nn.Module, plan: pruning.Plan, progress: training.Progress
+) -> pruning.PrunedModel:
+    """`model` without the channels that `plan` removes, chosen by the request's pruner; raises what `pruning.prune` raises."""
+    training_of_pruner = pruning_training(request, workload, model, progress)
+    return pruning.prune(model, workload.example, plan, request.pruner, training_of_pruner)
+
+
 def usable_plan(request: Request, workload: Workload) -> pruning.Plan:
     """The plan, when the pruner can carry it out on this model and these images; raises `CompressError` otherwise."""
     plan = pruning_plan(request, workload.model, workload.example)
-    has_images = workload.dataset.kind != "none"
+    has_images = workload.dataset.has_images
     pruning.require_usable(workload.model, workload.example, plan, request.pruner, has_images=has_images)
     return plan
 
@@ -96,49 +108,81 @@ def prepared_with_bits(
     return prepared, plan
 
 
+def quantize(
+    request: Request,
+    prepared: fx.GraphModule,
+    plan: quantization.BitPlan,
+    images: Tensor,
+    *,
+    train: Callable[[nn.Module], None] | None = None,
+) -> quantization.Quantized:
+    """`prepared` on the grids of `plan`, by the request's quantizer; raises what `quantization.quantize` raises.
+
+    Args:
+        images: float32 [N, 3, H, W], normalised; what the ranges are calibrated on.
+        train: trains the wrapped model in place; by calibration alone without it.
+    """
+    return quantization.quantize(
+        prepared,
+        plan,
+        quantizer=request.quantizer,
+        estimator=request.calibration,
+        calibration=images.split(TEST_BATCH),
+        train=train,
+    )
+
+
 def mixed_precision(
     request: Request, workload: Workload, model: nn.Module, plan: quantization.BitPlan, images: Tensor
 ) -> quantization.BitSearch:
     """Widens layers of `plan` until calibration alone keeps to `max_quantization_loss`."""
     pairs = _scored_pairs(request, workload, model, images)
 
-    def quantize(wider: quantization.BitPlan) -> quantization.Quantized:
-        return quantization.quantize(
-            quantization.prepare(model, images, keep_float=wider.keep_float),
-            wider,
-            quantizer=request.quantizer,
-            estimator=request.calibration,
-            calibration=images.split(TEST_BATCH),
-            train=None,
-        )
+    def widened(wider: quantization.BitPlan) -> quantization.Quantized:
+        return quantize(request, quantization.prepare(model, images, keep_float=wider.keep_float), wider, images)
 
     def score(scored: nn.Module) -> float:
-        answer = differences.torch_answer(scored)
-        right = sum(int((answer(batch.numpy()).argmax(1) == truth.numpy()).sum()) for batch, truth in pairs)
+        answer = torch_answer(scored)
+        right = sum(
+            int(workload.task.correct(answer(batch.numpy()), targets.numpy()).sum()) for batch, targets in pairs
+        )
         return right / sum(len(batch) for batch, _ in pairs)
 
     return quantization.search_bits(
         plan,
-        quantize,
+        widened,
         lambda quantized: score(quantization.fake_quantized(quantized)),
         images[:SENSITIVITY_IMAGES],
         score(model) - (request.max_quantization_loss or 0) / 100,
     )
 
 
-def _scored_pairs(
-    request: Request, workload: Workload, model: nn.Module, images: Tensor
-) -> list[tuple[Tensor, Tensor]]:
+def _scored_pairs(request: Request, workload: Workload, model: nn.Module, images: Tensor) -> list[tuple[Tensor, Tensor]]:
     """Held-out training images and their labels; the model's own answers where there are no labels or no such images."""
-    if workload.dataset.kind != "none" and len(held_out := training_images(request, workload).held_out):
+    if workload.dataset.has_images and len(held_out := training_images(request, workload).held_out):
         pairs = list(iter_batches(held_out, TEST_BATCH, shuffle=False, seed=0, preprocessing=workload.preprocessing))
-        if workload.dataset.kind == "labelled":
+        if workload.dataset.has_labels:
             return pairs
         batches = [batch for batch, _ in pairs]
     else:
         batches = list(images.split(TEST_BATCH))
-    answer = differences.torch_answer(model)
-    return [(batch, torch.from_numpy(answer(batch.numpy()).argmax(1))) for batch in batches]
+    answer = torch_answer(model)
+    return [(batch, torch.from_numpy(workload.task.predictions(answer(batch.numpy())))) for batch in batches]
+
+
+def build_spec(
+    request: Request, workload: Workload, batch_size: int = 1, precision: Precision = "fp32"
+) -> BuildSpec:
+    """How a runtime builds or loads a file of the workload's model for `batch_size` images a call."""
+    return BuildSpec(
+        workload.preprocessing.input_size,
+        batch_size,
+        max(batch_size, request.batch_size),
+        request.threads,
+        precision,
+        hint=request.runtime_hint,
+        targets=request.engine_targets,
+    )
 
 
 def pruning_training(
@@ -154,14 +198,14 @@ def pruning_training(
     images = training_images(request, workload)
     if images.per_epoch == 0:
         raise TrainingError(training.TOO_FEW_IMAGES)
-    recipe = recipe_of(request, workload, request.pruning_epochs, request.pruning_learning_rate)
+    config = training_config(request, workload, request.pruning_epochs, request.pruning_learning_rate)
     return pruning.PruningTraining(
         batches=lambda epoch: (batch[:2] for batch in islice(images.batches(epoch), images.per_epoch)),
         loss=training.loss_function(
-            recipe, teacher if recipe.distillation_weight > 0 else None, classes_of(workload.model, workload.example)
+            config, teacher if config.distillation_weight > 0 else None, classes_of(workload.model, workload.example)
         ),
-        steps=max(request.pruning_steps, round(recipe.epochs * images.per_epoch)),
-        learning_rate=recipe.learning_rate,
+        steps=max(request.pruning_steps, round(config.epochs * images.per_epoch)),
+        learning_rate=config.learning_rate,
         rounds=request.pruning_steps,
         progress=progress,
     )
@@ -169,7 +213,7 @@ def pruning_training(
 
 def training_stages(request: Request, workload: Workload) -> tuple[str, ...]:
     """The stages of a run that train, by their names."""
-    if workload.dataset.kind == "none":
+    if not workload.dataset.has_images:
         return ()
     trains = {
         "prune": request.prunes and pruning.PRUNERS[request.pruner].needs_data == TRAINS,
@@ -185,7 +229,7 @@ def require_trainable(request: Request, workload: Workload) -> None:
     Raises:
         TrainingError: every parameter is frozen, forward takes no gradients, or the images do not fill one batch.
     """
-    looks = request.prunes and pruning.PRUNERS[request.pruner].needs_images and workload.dataset.kind != "none"
+    looks = request.prunes and pruning.PRUNERS[request.pruner].needs_images and workload.dataset.has_images
     trained = training_stages(request, workload)
     if trained:
         training.parameter_groups(workload.model, 0.0)
@@ -204,9 +248,10 @@ def _require_gradients(workload: Workload) -> None:
         )
 
 
-def recipe_of(request: Request, workload: Workload, epochs: float, learning_rate: float) -> training.TrainingConfig:
+def training_config(request: Request, workload: Workload, epochs: float, learning_rate: float) -> training.TrainingConfig:
     """With the original model as teacher; images without labels are learnt from the teacher alone."""
-    weight = 1.0 if workload.dataset.kind == "unlabelled" else request.distillation_weight
+    unlabelled = workload.dataset.has_images and not workload.dataset.has_labels
+    weight = 1.0 if unlabelled else request.distillation_weight
     return training.TrainingConfig(
         epochs,
         learning_rate,
@@ -221,7 +266,7 @@ def train(
     request: Request,
     workload: Workload,
     model: nn.Module,
-    recipe: training.TrainingConfig,
+    config: training.TrainingConfig,
     *,
     teacher: nn.Module | None,
     progress: training.Progress,
@@ -233,12 +278,12 @@ def train(
         part: of each batch, what this process takes where several train together.
     """
     images = training_images(request, workload, part)
-    scored = workload.dataset.kind == "labelled" and len(images.held_out) > 0
+    scored = workload.dataset.has_labels and len(images.held_out) > 0
     return training.fit(
         model,
         images.batches,
         images.per_epoch,
-        recipe,
+        config,
         teacher=teacher,
         keep_zeros=request.prunes and not request.shrinks,
         score=scorer(images.held_out, workload) if scored else None,
@@ -286,21 +331,21 @@ def scorer(images: dataset.Split, workload: Workload) -> Callable[[nn.Module], f
             images, TEST_BATCH, shuffle=False, seed=0, preprocessing=workload.preprocessing
         ):
             with torch.no_grad():
-                answer = logits_of(model(batch.to(training.device())))
-                right += int((answer.argmax(1).cpu() == labels).sum())
+                outputs = logits_of(model(batch.to(training.device())))
+                right += int(workload.task.correct(outputs.float().cpu().numpy(), labels.numpy()).sum())
         return right / len(images)
 
     return score
 
 
-def recover(
+def refit(
     request: Request, workload: Workload, dense: nn.Module, model: nn.Module, kept: Mapping[str, Tensor]
 ) -> tuple[Refit, ...]:
     """Refits what pruning left of `model`, in place, on training images; synthetic ones do not show what matters.
 
     With `reconstruction_images` 0, and in a model that lost no channels, only the BatchNorm statistics are taken anew.
     """
-    if workload.dataset.kind == "none":
+    if not workload.dataset.has_images:
         return ()
     refits = request.shrinks and request.reconstruction_images > 0
     count = request.reconstruction_images if refits else BATCHNORM_IMAGES

@@ -10,13 +10,14 @@ from torch.nn.utils import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 from compress import equality
 from compress.errors import PruningError
+from compress.report import Handoff
 from compress.tracing import layer_type
 from compress.tracing.graph import structure_copy, trace
 
 _FOLDABLE = {nn.Conv2d: (nn.BatchNorm2d, fuse_conv_bn_eval), nn.Linear: (nn.BatchNorm1d, fuse_linear_bn_eval)}
 
 
-def folded(model: nn.Module, images: Tensor) -> tuple[nn.Module, equality.Facts | None]:
+def folded(model: nn.Module, images: Tensor) -> tuple[nn.Module, Handoff | None]:
     """A copy of `model`, in eval mode, with an identity in the place of each BatchNorm that could be folded, and its proof.
 
     It shares what was not changed with `model` and runs the same code. A model of which nobody can tell which layer a

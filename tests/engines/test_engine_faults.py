@@ -18,7 +18,7 @@ from compress import pipeline
 from compress.engines import RUNTIMES, benchmark
 from compress.engines.processes import remote
 from compress.errors import EngineError, HandoffError
-from compress.runs import Run
+from compress.stages.results import MeasureResult
 
 SIZE = 16
 FILE = "quantized.onnxruntime.onnx"
@@ -124,18 +124,15 @@ def test_a_file_that_cannot_be_proved_is_not_handed_on(finished, monkeypatch, tm
 
 def test_when_no_runtime_is_left_the_run_ends_with_the_last_ones_sentence(finished, monkeypatch, tmp_path) -> None:
     monkeypatch.setenv("FAULT", "batch of 1: kill")
-    monkeypatch.setattr(Run, "facts", functools.partialmethod(_without_onnxruntime, Run.facts))
+    real = pipeline.measure
+
+    def measure(run, workload, quantized, exported, built) -> MeasureResult:
+        engines = tuple(row for row in built.engines if row.runtime != "onnxruntime")
+        return real(run, workload, quantized, exported, built.model_copy(update={"engines": engines}))
+
+    monkeypatch.setattr(pipeline, "measure", measure)
     with pytest.raises(EngineError, match=r"^OpenVINO was killed \(signal 9\) while it was timed with baseline.onnx"):
         again(finished, tmp_path / "run", first="measure")
-
-
-def _without_onnxruntime(work: Run, facts: object, name: str) -> dict:
-    found = facts(work, name)
-    return (
-        found | {"engines": [row for row in found["engines"] if row["runtime"] != "onnxruntime"]}
-        if name == "build"
-        else found
-    )
 
 
 def test_two_runs_at_once_lose_it_each_for_itself(finished, monkeypatch, tmp_path) -> None:

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from compress.equality.differences import PIXELS_AT_ONCE, torch_answer
+from compress.equality.outputs import PIXELS_AT_ONCE, torch_answer
 
 
 class Noting(nn.Module):

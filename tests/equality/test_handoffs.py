@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import re
 
 import numpy as np
@@ -16,8 +17,9 @@ from compress import equality
 from compress.errors import HandoffError
 from compress.quantization import fake_quantized
 from compress.runs import open_run
-from compress.stages import deployment, ledger
-from compress.stages.workspace import load_model, load_quantized
+from compress.stages.build import _Builder, build
+from compress.stages.results import Answers, ExportResult
+from compress.stages.workspace import load_model, load_quantized, prove_rebuilt
 from compress.workload import Workload, open_workload
 
 REQUEST = compress.Request(
@@ -45,7 +47,6 @@ def test_a_run_lists_every_step(folder):
     assert [row.target for row in rows if " on " not in row.target] == [
         "baseline, saved and rebuilt",
         "baseline, saved and rebuilt",
-        "baseline, saved and rebuilt",
         "traced graph, torch",
         "folded graph, torch",
         "prepared graph, torch",
@@ -59,23 +60,26 @@ def test_a_run_lists_every_step(folder):
     assert any(row.target == "quantized.onnxruntime.onnx on onnxruntime" for row in rows)
 
 
-@pytest.mark.parametrize("stage", ["baseline", "prune", "finetune"])
-def test_a_model_that_is_rebuilt_differently_is_not_handed_on(folder, source, stage):
-    work = open_run(folder, REQUEST, lambda event: None, resume=True)
-    model = load_model(work, source, "artifacts")
-    assert ledger.rebuilt(work, source, stage, model)["passed"]
+def recorded(folder, stage: str) -> Answers:
+    return Answers(**json.loads((folder / "stages" / f"{stage}.json").read_text())["facts"]["ledger"][-1])
+
+
+def test_a_model_that_is_rebuilt_differently_is_not_handed_on(folder, source):
+    run = open_run(folder, REQUEST, lambda event: None, resume=True)
+    model = load_model(run, source, "artifacts")
+    assert prove_rebuilt(run, source, recorded(folder, "baseline"), model).passed
     model.stem.weight.data.mul_(1.01)
     with pytest.raises(HandoffError, match="baseline, torch and baseline, saved and rebuilt answer differently"):
-        ledger.rebuilt(work, source, stage, model)
+        prove_rebuilt(run, source, recorded(folder, "baseline"), model)
 
 
 def test_a_quantized_model_that_is_restored_differently_is_not_handed_on(folder, source):
-    work = open_run(folder, REQUEST, lambda event: None, resume=True)
-    model = fake_quantized(load_quantized(work, source))
-    assert ledger.rebuilt(work, source, "quantize", model)["passed"]
+    run = open_run(folder, REQUEST, lambda event: None, resume=True)
+    model = fake_quantized(load_quantized(run, source))
+    assert prove_rebuilt(run, source, recorded(folder, "quantize"), model, quantized=True).passed
     model.get_submodule("head.4").weight.data.mul_(-1)
     with pytest.raises(HandoffError, match="fake-quantized, saved and rebuilt answer differently"):
-        ledger.rebuilt(work, source, "quantize", model)
+        prove_rebuilt(run, source, recorded(folder, "quantize"), model, quantized=True)
 
 
 def test_reports_of_older_versions_have_fewer_rows(folder):
@@ -93,37 +97,39 @@ def test_numbers_that_are_not_finite_agree_only_with_each_other():
     one = equality.answers(built(InPlaceSkip), torch.zeros(2, 3, SIZE, SIZE))
     broken = copy.deepcopy(one)
     broken[0, 0] = float("nan")
-    assert equality.same_function("a", "b", broken, broken.copy())["passed"]
+    assert equality.same_function("a", "b", broken, broken.copy()).passed
     with pytest.raises(HandoffError, match="a and b answer differently"):
         equality.same_function("a", "b", broken, one)
 
 
 @pytest.mark.parametrize(
-    ("variant", "error", "passes"),
-    [("pruned", 9e-4, True), ("pruned", 1.1e-3, False), ("half", 1.9e-2, True), ("half", 2.1e-2, False),
-     ("quantized", 1.9e-2, True), ("quantized", 2.1e-2, False)],
+    ("precision", "error", "passes"),
+    [("fp32", 9e-4, True), ("fp32", 1.1e-3, False), ("fp16", 1.9e-2, True), ("fp16", 2.1e-2, False),
+     ("int8", 1.9e-2, True), ("int8", 2.1e-2, False)],
 )  # fmt: skip
-def test_a_file_beyond_its_tolerance_is_not_handed_on(variant, error, passes):
+def test_a_file_beyond_its_tolerance_is_not_handed_on(precision, error, passes):
     expected = np.tile(np.array([1.0, 1.0 - 1e-6], np.float32), (8, 1))
     got = expected + np.array([-error, error], np.float32)
-    row = equality.judge(variant, "file.onnx", expected, got)
-    assert row["passed"] == passes
+    row = equality.judge("model, torch", "file.onnx", expected, got, precision)
+    assert row.passed == passes
     if not passes:
-        with pytest.raises(HandoffError, match=f"and file.onnx answer differently: .* {re.escape(row['tolerance'])} is allowed"):
+        with pytest.raises(HandoffError, match=f"and file.onnx answer differently: .* {re.escape(row.tolerance)} is allowed"):
             equality.checked(row)
 
 
 def test_a_runtime_that_answers_differently_ends_the_run_that_asked_for_it(folder, source, monkeypatch):
-    work = open_run(folder, REQUEST, lambda event: None, resume=True)
-    real = deployment._compare_running
+    run = open_run(folder, REQUEST, lambda event: None, resume=True)
+    exported = ExportResult(**json.loads((folder / "stages" / "export.json").read_text())["facts"])
 
-    def wrong(work, runtime, path, variant, expected, images):
-        return real(work, runtime, path, variant, -expected, images)
+    real = _Builder.__init__
 
-    monkeypatch.setattr(deployment, "_compare_running", wrong)
-    work.request = REQUEST.model_copy(update={"runtime": "onnxruntime"})
+    def wrong(self, run, workload, images, reference):
+        real(self, run, workload, images, lambda variant, flavour: -reference(variant, flavour))
+
+    monkeypatch.setattr(_Builder, "__init__", wrong)
+    run.request = REQUEST.model_copy(update={"runtime": "onnxruntime"})
     with pytest.raises(HandoffError, match="onnxruntime answers differently from the model it was given"):
-        deployment.build_engines(work, source)
+        build(run, source, exported)
 
 
 # ---- the document -------------------------------------------------------------------------------------------------

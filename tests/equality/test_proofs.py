@@ -32,10 +32,10 @@ def test_the_prepared_graph_is_the_model(kind):
     model = built(kind)
     before = copy.deepcopy(model.state_dict())
     prepared = prepare(model, images())
-    assert [row["target"] for row in prepared.meta[PROOFS]] == [
+    assert [row.target for row in prepared.meta[PROOFS]] == [
         f"{form} graph, torch" for form in ("traced", "folded", "prepared")
     ]
-    assert all(row["passed"] and row["n_images"] == 8 for row in prepared.meta[PROOFS])
+    assert all(row.passed and row.n_images == 8 for row in prepared.meta[PROOFS])
     others = torch.randn(5, 3, 16, 16)
     expected, got = equality.answers(model, others), equality.answers(prepared, others)
     assert abs(expected - got).max() <= 1e-5 * abs(expected).max()
@@ -153,7 +153,7 @@ def test_a_head_that_is_all_zero_is_equal_to_itself():
     model = built(InPlaceSkip)
     nn.init.zeros_(model.head[4].weight)
     nn.init.zeros_(model.head[4].bias)
-    assert all(row["passed"] for row in prepare(model, images()).meta[PROOFS])
+    assert all(row.passed for row in prepare(model, images()).meta[PROOFS])
 
 
 def _flat(value):
@@ -174,7 +174,7 @@ def test_a_model_that_differs_from_nnis_simulation_is_not_handed_on(monkeypatch)
     plan = assign_bits(prepared, 8, 8)
     quantized = quantize(prepared, plan, calibration=[images()], train=None)
     row = quantized.model.meta[PROOFS][-1]
-    assert row["source"] == "trained on the grid by NNI" and row["max_abs_diff"] == 0
+    assert row.source == "trained on the grid by NNI" and row.max_abs_diff == 0
     monkeypatch.setattr(package, "fake_quantized", wrong)
     with pytest.raises(HandoffError, match="trained on the grid by NNI and fake-quantized, torch answer differently"):
         quantize(prepared, plan, calibration=[images()], train=None)

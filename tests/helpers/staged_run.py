@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 from compress.errors import CompressError
 from compress.files import atomic, storage_error
 from compress.request import Request
-from compress.runs import STAGES, Run, open_run
+from compress.runs import STAGES, Run, StageResult, open_run
 
 MOMENTS = ("start", "middle", "written", "recorded")
 """Of a stage: before its work, with a file half written, before its record, after it."""
@@ -45,8 +45,8 @@ class Staged:
         try:
             run = open_run(self.folder, self.request, self._notify, resume=self.resumed)
             for stage in STAGES:
-                run.stage(stage, lambda run=run, stage=stage: self._work(run, stage))
-            run.finish()
+                run._execute(stage, (StageResult,), lambda run=run, stage=stage: self._work(run, stage))
+            run.finish({})
             return None
         except OSError as error:
             refusal: BaseException = storage_error(Path(error.filename or self.folder), error)
@@ -61,7 +61,7 @@ class Staged:
         if event.get("fraction") in (0.0, 1.0):
             self._wait_at(event["stage"], "start" if event["fraction"] == 0.0 else "recorded")
 
-    def _work(self, run: Run, stage: str) -> dict[str, Any]:
+    def _work(self, run: Run, stage: str) -> StageResult:
         """Reads the file of the stage before and leaves one."""
         if self._told("").parent.exists():
             with self._told("done").open("a") as file:
@@ -78,8 +78,7 @@ class Staged:
             self._wait_at(stage, "middle")
             file.write(bytes([number]) * (CONTENT // 2))
         self._wait_at(stage, "written")
-        facts: dict[str, Any] = {"files": [f"artifacts/{stage}.bin"]}
-        return facts | ({"parents": {}} if stage == "report" else {})
+        return StageResult(files=(f"artifacts/{stage}.bin",))
 
     def _wait_at(self, stage: str, moment: str) -> None:
         """Waits with a child of its own, as a run does whose images are decoded by workers, if this is the moment."""

@@ -59,12 +59,12 @@ def test_runtimes_answer_as_the_model(runtime):
     flavour = RUNTIMES[runtime].flavour
     expected = equality.answers(fake_quantized(quantized(), flavour), images(32))
     with RUNTIMES[runtime].load(files()[flavour], BuildSpec(SIZE, static=False, threads=1)) as session:
-        row = equality.judge("quantized", runtime, expected, session.run(images(32).numpy()))
+        row = equality.judge("fake-quantized, torch", runtime, expected, session.run(images(32).numpy()), "int8")
         kernels = session.kernels()
-    assert row["passed"]
+    assert row.passed
     assert [kernel.precision for kernel in kernels] == ["int8"] * 8
     if runtime == "onnxruntime":
-        assert row["max_abs_diff"] <= 1e-5 * row["reference_scale"]
+        assert row.max_abs_diff <= 1e-5 * row.reference_scale
 
 
 def test_tensorrt_takes_every_call_on_integers(tmp_path):

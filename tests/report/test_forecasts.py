@@ -74,7 +74,7 @@ def test_what_is_no_forecast_is_refused_with_where_to_get_one(tmp_path, content)
 
 def test_the_interval_of_a_difference_is_newcombes():
     """His example (1998, table II, a): 56 of 70 against 48 of 80 gives 0.2, 0.0524 to 0.3339."""
-    from compress.equality.differences import share
+    from compress.tasks import share
 
     first, second = share(56, 70), share(48, 80)
     found = difference((first.value, first.low, first.high), (second.value, second.low, second.high))

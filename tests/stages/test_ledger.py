@@ -23,6 +23,8 @@ from compress.quantization import FLAVOURS, Quantized, file_noise, noisiest, qua
 from compress.quantization.layer_noise import CEILING_DB, OUTPUT, sqnr_by_layer
 from compress.report import Hop
 from compress.stages import ledger
+from compress.stages.results import Answers, BaselineResult, FinetuneResult, PruneResult, Skipped, last_answers
+from compress.tasks import CLASSIFICATION
 
 LAYERS = ("stem", "conv1", "conv2", "conv3", "down", "depthwise", "left", "right", "last", "fc")
 
@@ -159,30 +161,26 @@ def answers(folder: Path, name: str, through: str, classes: list[int]) -> dict:
     path = folder / f"{name}-{through}.npy"
     np.save(path, np.eye(4, dtype=np.float32)[classes])
     share = 0.5
-    return {
-        "name": name, "through": through, "accuracy": share, "accuracy_ci95": [share, share], "n": len(classes),
-        "answers": path.name,
-    }  # fmt: skip
+    return Answers(
+        name=name, through=through, accuracy=share, accuracy_ci95=(share, share), n=len(classes), answers=path.name
+    )
 
 
 def test_each_hop_is_compared_with_the_one_that_it_came_from(tmp_path):
     (tmp_path / "stages" / "answers").mkdir(parents=True)
-    np.save(tmp_path / ledger.TRUTH, np.array([0, 1, 2, 3]))
+    np.save(tmp_path / ledger.TARGETS, np.array([0, 1, 2, 3]))
     take = functools.partial(answers, tmp_path)
-    facts = {
-        "baseline": {"ledger": [take("baseline", "torch", [0, 1, 2, 0])]},
-        "prune": {"ledger": [take("pruned", "torch", [0, 1, 3, 3])]},
-        "finetune": {"ledger": []},
-        "quantize": {"ledger": [take("fake-quantized", "torch", [0, 0, 3, 3])]},
-        "measure": {
-            "ledger": [
-                take("a.onnx", "onnxruntime", [0, 1]),
-                take("b.onnx", "onnxruntime", [1, 1, 3, 3]),
-                take("b.onnx", "openvino", [0, 1, 2, 3]),
-            ]
-        },
-    }
-    hops = ledger.collect(tmp_path, facts)
+    in_torch = [
+        take("baseline", "torch", [0, 1, 2, 0]),
+        take("pruned", "torch", [0, 1, 3, 3]),
+        take("fake-quantized", "torch", [0, 0, 3, 3]),
+    ]
+    of_files = [
+        take("a.onnx", "onnxruntime", [0, 1]),
+        take("b.onnx", "onnxruntime", [1, 1, 3, 3]),
+        take("b.onnx", "openvino", [0, 1, 2, 3]),
+    ]
+    hops = ledger.collect(tmp_path, CLASSIFICATION, in_torch, of_files)
     assert [(hop.previous, hop.agreement_with_previous, hop.lost, hop.gained) for hop in hops] == [
         (None, None, None, None),
         ("baseline, torch", 0.5, 1, 1),
@@ -193,14 +191,13 @@ def test_each_hop_is_compared_with_the_one_that_it_came_from(tmp_path):
     ]
 
 
-def test_a_stage_that_changed_nothing_leaves_the_hop_before_it():
-    facts = {name: {"ledger": []} for name in ledger.TORCH_STAGES}
-    facts["baseline"] = {"ledger": [{"name": "baseline"}]}
-    assert [ledger.hop_after(facts, name)["name"] for name in ledger.TORCH_STAGES] == ["baseline"] * 4
-    facts["prune"] = {"ledger": [{"name": "pruned"}]}
-    facts["quantize"] = {"ledger": [{"name": "fake-quantized"}]}
-    found = [ledger.hop_after(facts, name)["name"] for name in ledger.TORCH_STAGES]
-    assert found == ["baseline", "pruned", "pruned", "fake-quantized"]
+def test_a_stage_that_changed_nothing_leaves_the_answers_before_it(tmp_path):
+    size = {"parameters": 1, "macs": 1, "layers": ()}
+    dense = BaselineResult(ledger=(answers(tmp_path, "baseline", "torch", [0]),), **size)
+    pruned, untrained = PruneResult(ledger=(answers(tmp_path, "pruned", "torch", [0]),)), FinetuneResult(**size)
+    skipped = Skipped(skipped="not pruned, as asked")
+    assert last_answers(dense).name == "baseline" and last_answers(dense, skipped, untrained).name == "baseline"
+    assert last_answers(dense, pruned).name == last_answers(dense, pruned, untrained).name == "pruned"
 
 
 def hop(name: str, through: str, lost: int | None, gained: int | None, n: int = 1000) -> Hop:
@@ -248,19 +245,19 @@ def test_a_sample_decides_between_loss_and_chance():
 def test_runtimes_that_disagree_about_one_file_are_flagged(tmp_path, monkeypatch, dot_product):
     monkeypatch.setattr(machine, "has_int8_dot_product", lambda: dot_product)
     (tmp_path / "stages" / "answers").mkdir(parents=True)
-    np.save(tmp_path / ledger.TRUTH, np.array([0, 1, 2, 3]))
+    np.save(tmp_path / ledger.TARGETS, np.array([0, 1, 2, 3]))
     rows = [
         answers(tmp_path, "b.onnx", "onnxruntime", [0, 1, 2, 3]),
         answers(tmp_path, "a.onnx", "onnxruntime", [0, 1, 2, 3]),
         answers(tmp_path, "b.onnx", "openvino", [0, 1, 0, 3]),
     ]
-    (check,) = ledger.cross_checks(tmp_path, rows)
+    (check,) = ledger.cross_checks(tmp_path, CLASSIFICATION, rows)
     assert (check.file, check.first, check.second) == ("b.onnx", "onnxruntime", "openvino")
     assert (check.different, check.n, check.accuracy_difference_points, check.agrees) == (1, 4, -25.0, False)
     assert "1 of 4 images get different classes, 100.00 and 75.00 % of the answers are right" in check.text
     assert "Allowed is 98% equal top-1" in check.text
     assert ("u8s8" in check.text) == (not dot_product)
-    assert ledger.cross_checks(tmp_path, rows[:2]) == ()
+    assert ledger.cross_checks(tmp_path, CLASSIFICATION, rows[:2]) == ()
 
 
 # ---- in a run -----------------------------------------------------------------------------------------------------

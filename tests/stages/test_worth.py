@@ -10,24 +10,27 @@ from example_report import example_report
 from quantization_networks import SIZE, calibrated
 
 from compress.engines import RUNTIMES, BuildSpec, Kernel
+from compress.engines.int8_verdict import LatencyComparison, judge, to_exclude
 from compress.errors import HandoffError
 from compress.onnx_export import export_flavours
 from compress.report import Worth, card
 from compress.stages import measure
-from compress.stages.verdict import Raced, judge, to_exclude
+from compress.stages.results import Variant
 from compress.ui.views import results
 
 INTEGERS = tuple(Kernel(name, "conv", "int8") for name in ("stem", "conv1", "fc"))
 MIXED = (*INTEGERS[:1], Kernel("conv1", "conv", "fp32"), Kernel("attention", "gemm", "fp32"))
-RACED = Raced(
+RACED = LatencyComparison(
     runtime="openvino", variant="pruned", fp32_ms=6.0, int8_ms=1.0, half=("bf16", 2.0), kernels=INTEGERS,
     conversions=2, agrees=True,
 )  # fmt: skip
 
+QUANTIZED = Variant(name="quantized", parent="pruned", precision="int8")
+
 
 def found(excluded_ms: float | None = None, **changes: object) -> Worth:
     raced = dataclasses.replace(RACED, **changes)
-    return Worth(**judge(raced, to_exclude(raced, {"stem", "conv1", "fc"}), excluded_ms))
+    return judge(raced, to_exclude(raced, {"stem", "conv1", "fc"}), excluded_ms)
 
 
 def test_int8_has_to_beat_the_faster_of_the_floats():
@@ -108,9 +111,9 @@ def test_every_face_of_the_report_shows_the_findings_escaped():
 def test_the_exclusion_is_raced_against_the_file_as_it_is(tmp_path):
     path, runtime, spec = tmp_path / "quantized.onnx", RUNTIMES["onnxruntime"], BuildSpec(SIZE)
     export_flavours(calibrated(), {"onnxruntime": path}, input_size=SIZE)
-    contender = measure._Contender("quantized", runtime, path, path, "int8", is_last=True)
+    contender = measure._Contender(QUANTIZED, runtime, path, path, "int8", is_deployed=True)
     with runtime.load(path, spec) as session:
-        assert 0.1 < measure._race_without({"conv1"}, contender, session, spec) < 10
+        assert 0.1 < measure.race_without({"conv1"}, contender, session, spec) < 10
 
 
 def test_a_runtime_that_refuses_the_changed_file_has_no_figure(tmp_path):
@@ -121,6 +124,6 @@ def test_a_runtime_that_refuses_the_changed_file_has_no_figure(tmp_path):
         def load(self, *_: object, **options: object) -> None:
             raise HandoffError("It takes no such file.")
 
-    contender = measure._Contender("quantized", Refusing(), path, path, "int8", is_last=True)
+    contender = measure._Contender(QUANTIZED, Refusing(), path, path, "int8", is_deployed=True)
     with RUNTIMES["onnxruntime"].load(path, spec) as session:
-        assert measure._race_without({"conv1"}, contender, session, spec) is None
+        assert measure.race_without({"conv1"}, contender, session, spec) is None

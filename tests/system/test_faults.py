@@ -23,12 +23,13 @@ import sys
 sys.path[:0] = {paths!r}
 import staged_run
 from compress.runs import MANIFEST, Run
-real = Run.stage
-def stage(run, name, work):
+from compress.runs.manifest import write_manifest
+real = Run._execute
+def execute(run, name, result_types, work):
     if not (run.folder / MANIFEST).exists():
-        run._write_manifest({{}})
-    return real(run, name, work)
-Run.stage = stage
+        write_manifest(run.folder, {{}})
+    return real(run, name, result_types, work)
+Run._execute = execute
 staged_run.main()
 """
 

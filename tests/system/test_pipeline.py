@@ -14,6 +14,7 @@ from torch import nn
 import compress
 from compress import files, pipeline, runs
 from compress.errors import HandoffError, RequestError, StorageError
+from compress.stages.results import QuantizeResult
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("short_run")]
 
@@ -247,15 +248,17 @@ def test_a_full_disk_is_one_sentence_and_the_run_resumes(trained, tmp_path, monk
 
 
 def test_a_run_interrupted_between_stages_gives_the_same_model_when_resumed(trained, folder, tmp_path, monkeypatch):
-    from compress.stages import workspace
-
     whole = compress.run(ask(data=str(folder)), model=trained, out=tmp_path / "whole")
-    real = workspace.quantize
-    monkeypatch.setattr(workspace, "quantize", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt()))
+    real = pipeline.quantize
+
+    def quantize(*_: object) -> QuantizeResult:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipeline, "quantize", quantize)
     with pytest.raises(KeyboardInterrupt):
         compress.run(ask(data=str(folder)), model=trained, out=tmp_path / "cut")
     assert json.loads((tmp_path / "cut" / "events.jsonl").read_text().splitlines()[-1])["state"] == "cancelled"
-    monkeypatch.setattr(workspace, "quantize", real)
+    monkeypatch.setattr(pipeline, "quantize", real)
     resumed = compress.run(ask(data=str(folder)), model=trained, out=tmp_path / "cut", resume=True)
     assert resumed.variant("quantized").accuracy == pytest.approx(whole.variant("quantized").accuracy, abs=0.05)
     assert [hop.name for hop in resumed.ledger] == [hop.name for hop in whole.ledger]

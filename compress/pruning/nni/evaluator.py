@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from compress import nni_bridge
 from compress.errors import TrainingError
 from compress.models.calls import logits_of, own_errors
 from compress.pruning.interface import PruningTraining
+from compress.tasks import CLASSIFICATION
 from compress.training import MOMENTUM, TOO_FEW_IMAGES, WEIGHT_DECAY, device, one_cycle, parameter_groups
 from compress.training.memory_format import allows_channels_last
 
@@ -69,7 +69,7 @@ def looking_evaluator(model: nn.Module, training: PruningTraining) -> Any:
         images, labels = batch
         with own_errors(wrapped, "in eval mode, for its gradients"):
             logits = logits_of(wrapped(images))
-        return F.cross_entropy(logits, torch.where(labels < 0, logits.argmax(1), labels))
+        return CLASSIFICATION.loss(logits, CLASSIFICATION.with_own_predictions(logits, labels))
 
     _require_right_layout(model, training)
     return _evaluator(look, loss, model, 0.0)

@@ -18,7 +18,7 @@ from compress.data import dataset as data_dataset
 from compress.data.batches import iter_batches, normalise
 from compress.errors import BaselineError
 from compress.preprocessing import Preprocessing
-from compress.stages import baseline
+from compress.stages import gate
 
 CHECKPOINT = data_dataset.ASSETS / "resnet18-fashion-mnist.safetensors"
 
@@ -53,7 +53,7 @@ def test_right_settings_pass_and_the_model_is_left_as_it_was(model, dataset):
     before, model_in_training = copy.deepcopy(model.state_dict()), model.train()
     started = time.perf_counter()
 
-    checked = baseline.gate(model_in_training, dataset, dataset.train.preprocessing, seed=0)
+    checked = gate.gate(model_in_training, dataset, dataset.train.preprocessing, seed=0)
 
     assert checked.accuracy > 0.9 and checked.n_images == 512 and 0.1 <= checked.chance < 0.2
     assert {"--input-size 64", "--mean 0.5,0.5,0.5 --std 0.5,0.5,0.5"} <= {
@@ -71,7 +71,7 @@ def test_right_settings_pass_and_the_model_is_left_as_it_was(model, dataset):
 def test_a_wrong_input_size_is_found_with_both_figures(model, facts, short_run):
     wrongly = opened(facts, input_size=64)
     with pytest.raises(BaselineError) as refusal:
-        baseline.gate(model, wrongly, wrongly.train.preprocessing, seed=0)
+        gate.gate(model, wrongly, wrongly.train.preprocessing, seed=0)
     message = str(refusal.value)
     assert "with --input-size 32: add --input-size 32 to the request." in message
     asked, found = (float(word.rstrip("%")) for word in message.split() if word.endswith("%"))
@@ -83,14 +83,14 @@ def test_a_wrong_normalisation_is_found(model, facts, short_run):
     with pytest.raises(
         BaselineError, match=r"as requested, but (89|9\d).\d% with --mean [\d.,]+ --std [\d.,]+: add"
     ) as refusal:
-        baseline.gate(model, wrongly, wrongly.train.preprocessing, seed=0)
+        gate.gate(model, wrongly, wrongly.train.preprocessing, seed=0)
     assert "--input-size" not in str(refusal.value)
 
 
 def test_a_wrong_size_and_normalisation_together_are_found(model, facts, short_run):
     wrongly = opened(facts, input_size=64, mean=(0.0,) * 3, std=(1 / 255,) * 3)
     with pytest.raises(BaselineError, match=r"with --input-size 32 --mean [\d.,]+ --std"):
-        baseline.gate(model, wrongly, wrongly.train.preprocessing, seed=0)
+        gate.gate(model, wrongly, wrongly.train.preprocessing, seed=0)
 
 
 def test_numbered_folders_in_the_order_of_text_are_found(model, dataset):
@@ -100,7 +100,7 @@ def test_numbered_folders_in_the_order_of_text_are_found(model, dataset):
     with pytest.raises(
         BaselineError, match=r"another order: write \{\"10\": 5, \"11\": 6, \"12\": 7, ...\} to a JSON file"
     ):
-        baseline.gate(model, wrongly, dataset.train.preprocessing, seed=0)
+        gate.gate(model, wrongly, dataset.train.preprocessing, seed=0)
 
 
 def test_any_other_order_is_found_by_the_confusion_matrix(model, dataset):
@@ -109,20 +109,20 @@ def test_any_other_order_is_found_by_the_confusion_matrix(model, dataset):
     with pytest.raises(
         BaselineError, match=r"9\d.\d% if its classes are in another order: write \{\"a\": 3, \"d\": 0, \"g\": 7, ...\}"
     ):
-        baseline.gate(model, wrongly, dataset.train.preprocessing, seed=0)
+        gate.gate(model, wrongly, dataset.train.preprocessing, seed=0)
 
 
 def test_an_untrained_model_is_near_chance(dataset, short_run):
     torch.manual_seed(0)
     untrained = nn.Sequential(nn.Conv2d(3, 4, 3, stride=2), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 10))
     with pytest.raises(BaselineError, match=r"about what guessing gives \(1\d.\d%\), and no common input size"):
-        baseline.gate(untrained, dataset, dataset.train.preprocessing, seed=0)
+        gate.gate(untrained, dataset, dataset.train.preprocessing, seed=0)
 
 
 def test_a_model_with_a_fixed_input_size_is_told_so(dataset):
     fixed = nn.Sequential(nn.Flatten(), nn.Linear(3 * 40 * 40, 10))
     with pytest.raises(BaselineError, match="does not take images of 32 pixels: give the --input-size"):
-        baseline.gate(fixed, dataset, dataset.train.preprocessing, seed=0)
+        gate.gate(fixed, dataset, dataset.train.preprocessing, seed=0)
 
 
 def test_sizes_that_the_model_does_not_take_are_recorded_as_such(dataset):
@@ -135,7 +135,7 @@ def test_sizes_that_the_model_does_not_take_are_recorded_as_such(dataset):
     linear.weight = nn.Parameter(weights.T)
     fixed = nn.Sequential(OfKnownSize(), FirstChannel(), nn.AvgPool2d(2), nn.Flatten(), linear)
 
-    checked = baseline.gate(fixed, dataset, dataset.train.preprocessing, seed=0)
+    checked = gate.gate(fixed, dataset, dataset.train.preprocessing, seed=0)
 
     assert checked.accuracy > 0.6
     assert {tried.flags for tried in checked.alternatives if tried.accuracy is None} >= {
@@ -158,7 +158,7 @@ class FewAtOnce(nn.Module):
 
 def test_a_model_for_few_images_at_once_is_told_so(dataset):
     with pytest.raises(BaselineError, match=r"takes two images, but not a batch of 64 \(KeyError\): write its forward"):
-        baseline.gate(FewAtOnce(), dataset, dataset.train.preprocessing, seed=0)
+        gate.gate(FewAtOnce(), dataset, dataset.train.preprocessing, seed=0)
 
 
 class FirstChannel(nn.Module):
@@ -169,13 +169,13 @@ class FirstChannel(nn.Module):
 def test_only_labelled_images_can_be_scored(model):
     nothing = data_dataset.open_data("none", Preprocessing(32, (0.5,) * 3, (0.5,) * 3), num_classes=10)
     with pytest.raises(BaselineError, match="only be scored on labelled images"):
-        baseline.gate(model, nothing, nothing.train.preprocessing, seed=0)
+        gate.gate(model, nothing, nothing.train.preprocessing, seed=0)
 
 
 def test_a_difference_within_noise_is_not_called_clear():
-    assert not baseline._is_clear(gained=6, lost=0, n=512)
-    assert not baseline._is_clear(gained=60, lost=45, n=200)
-    assert baseline._is_clear(gained=40, lost=5, n=200)
+    assert not gate._is_clear(gained=6, lost=0, n=512)
+    assert not gate._is_clear(gained=60, lost=45, n=200)
+    assert gate._is_clear(gained=40, lost=5, n=200)
 
 
 # ---- the bundled files ----

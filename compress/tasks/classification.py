@@ -1,0 +1,57 @@
+"""One class for each image: outputs are logits [N, classes], labels are class indices [N]."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from compress.tasks.base import Shown, Task
+
+
+class Classification(Task):
+    """Top-1 accuracy; cross-entropy, and the distillation of Hinton et al. (2015, arXiv:1503.02531)."""
+
+    name = "classification"
+    score_name = "accuracy"
+
+    def predictions(self, outputs: np.ndarray) -> np.ndarray:
+        """The class of each image, int64 [N]."""
+        return outputs.argmax(1)
+
+    def correct(self, outputs: np.ndarray, targets: np.ndarray) -> np.ndarray:
+        return self.predictions(outputs) == targets
+
+    def agreement(self, reference: np.ndarray, other: np.ndarray) -> float:
+        return float((self.predictions(reference) == self.predictions(other)).mean())
+
+    def loss(self, outputs: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
+        return F.cross_entropy(outputs, targets, label_smoothing=label_smoothing)
+
+    def distillation_loss(self, outputs: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+        """Kullback-Leibler divergence of the softened outputs, times temperature squared, which keeps gradients' size."""
+        divergence = F.kl_div(
+            F.log_softmax(outputs / temperature, 1),
+            F.log_softmax(teacher / temperature, 1),
+            reduction="batchmean",
+            log_target=True,
+        )
+        return temperature**2 * divergence
+
+    def with_own_predictions(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return torch.where(targets < 0, outputs.argmax(1), targets)
+
+    def show(self, output: np.ndarray, names: Sequence[str], most: int) -> list[Shown]:
+        """The classes of the largest softmax shares."""
+        shares = np.exp(output.astype(np.float64) - output.max())
+        shares /= shares.sum()
+        return [
+            Shown(names[index] if index < len(names) else f"class {index}", float(shares[index]))
+            for index in np.argsort(-shares)[:most]
+        ]
+
+
+CLASSIFICATION = Classification()
