@@ -33,7 +33,7 @@ from compress import machine, models, onnx_export, pruning
 from compress.engines import RUNTIMES, BuildSpec
 from compress.equality import outputs
 from compress.files import write_text
-from compress.models import catalog
+from compress.models import architectures
 from compress.preprocessing import Preprocessing
 from compress.tasks import CLASSIFICATION
 
@@ -86,7 +86,7 @@ class Subject:
 def names() -> tuple[str, ...]:
     """Every row of the table, in order."""
     with_auxiliary = [name + AUXILIARY for name in WITH_AUXILIARY]
-    return tuple(sorted([*catalog.names(), *with_auxiliary]))
+    return tuple(sorted([*architectures.names(), *with_auxiliary]))
 
 
 def subject(name: str) -> Subject:

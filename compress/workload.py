@@ -16,7 +16,7 @@ from compress.checkpoints import reader
 from compress.data import archives, fashion_mnist
 from compress.data import dataset as data_dataset
 from compress.errors import CheckpointError, DataError, RequestError
-from compress.models import architectures, catalog
+from compress.models import architectures
 from compress.models.architectures import Architecture
 from compress.preprocessing import Preprocessing
 from compress.request import Request
@@ -114,18 +114,18 @@ def _torchvision_model(request: Request, kept: Path | None) -> _Loaded:
         raise RequestError(
             "model", name, "a module of your own beside it: compress.run(request, model=...), in Python only"
         )
-    if name not in catalog.names():
-        close = get_close_matches(name, catalog.names(), n=3)
+    if name not in architectures.names():
+        close = get_close_matches(name, architectures.names(), n=3)
         hint = f"did you mean {' or '.join(close)}?" if close else "`python -m compress models` lists them"
         raise RequestError("model", name, f"a torchvision classifier; {hint}")
-    published = catalog.published(name)
+    published = architectures.published(name)
     kind = request.checkpoint
     if kind == "auto":
         kind = str(DEMO_CHECKPOINT) if (name, request.data) == (DEMO_MODEL, DEMO_DATA) else "published"
     if kind == "random":
         return _random_weights(request, published)
     if kind == "published":
-        tensors, names, recipe = catalog.published_weights(name), published.class_names, published.preprocessing
+        tensors, names, recipe = architectures.published_weights(name), published.class_names, published.preprocessing
         weights = "torchvision's published weights"
     else:
         read, weights = _read_checkpoint(kind, kept)
@@ -154,7 +154,7 @@ def _read_file(path: Path, kept: Path | None) -> reader.Checkpoint:
     return reader.read_with_facts(path) if kept is None else reader.read_once(path, kept)
 
 
-def _random_weights(request: Request, published: catalog.Published) -> _Loaded:
+def _random_weights(request: Request, published: architectures.Published) -> _Loaded:
     classes = len(fashion_mnist.CLASS_NAMES) if request.data == DEMO_DATA else len(published.class_names)
     architecture = architectures.fresh(request.model, classes, request.input_size or published.preprocessing.input_size)
     with torch.random.fork_rng():

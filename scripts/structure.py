@@ -50,7 +50,6 @@ EXCEPTIONS: dict[str, frozenset[str]] = {
     "functions": frozenset(
         {
             "compress/pruning/plan.py::plan",
-            "compress/training/__init__.py::fit",
         }
     ),
 }

@@ -113,15 +113,15 @@ cli.command()(with_request_options(check))
 @cli.command()
 def models(as_json: Json = False) -> None:
     """List the available torchvision classifiers."""
-    from compress.models import catalog
+    from compress.models import architectures
 
     rows = [
         {
             "name": name,
-            "parameters": catalog.published(name).parameters,
-            "input_size": catalog.published(name).preprocessing.input_size,
+            "parameters": architectures.published(name).parameters,
+            "input_size": architectures.published(name).preprocessing.input_size,
         }
-        for name in catalog.names()
+        for name in architectures.names()
     ]
     _print(rows, as_json)
 
@@ -145,7 +145,7 @@ def pruners(as_json: Json = False) -> None:
 @cli.command()
 def quantizers(as_json: Json = False) -> None:
     """List the quantization methods."""
-    from compress.quantizers import QUANTIZERS
+    from compress.methods.quantizers import QUANTIZERS
 
     _print(
         [

@@ -1,8 +1,9 @@
-"""Torchvision's classifiers: built by name, and recognised from the names and shapes of a checkpoint's tensors."""
+"""Torchvision's classifiers: what is published of them, how they are built, and recognised from a checkpoint's tensors."""
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,8 +15,8 @@ import torchvision
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from compress.errors import CheckpointError
-from compress.models import catalog
+from compress.errors import CheckpointError, RequestError
+from compress.preprocessing import Preprocessing
 
 Shapes = Mapping[str, tuple[int, ...]]
 """Tensor name -> shape."""
@@ -29,6 +30,10 @@ _HEADS = (
 """Names of last layers, the later ones of a family first."""
 _BUFFERS = ("running_mean", "running_var", "num_batches_tracked", "relative_position_index", "relative_coords_table")
 _POSITIONS = "encoder.pos_embedding"
+_INPUT_RESCALED = ("googlenet", "inception_v3")
+"""Their published weights run with `transform_input=True`, which turns ImageNet's normalisation into mean 0.5 and
+standard deviation 0.5. Given that normalisation directly, the model needs no such step."""
+_OLD_DENSENET_NAME = re.compile(r"^(.*denselayer\d+\.(?:norm|conv))\.([12]\.\w+)$")
 
 
 @dataclass(frozen=True)
@@ -50,9 +55,11 @@ def build(architecture: Architecture) -> nn.Module:
     if architecture.name in _AUXILIARY:
         arguments = {"aux_logits": False, "init_weights": False} | arguments
     try:
-        return torchvision.models.get_model(architecture.name, num_classes=architecture.num_classes, **arguments).eval()
+        model = torchvision.models.get_model(architecture.name, num_classes=architecture.num_classes, **arguments)
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"torchvision cannot build {architecture.name} with {arguments}: {error}.") from error
+    assert isinstance(model, nn.Module)
+    return model.eval()
 
 
 def fresh(name: str, num_classes: int, input_size: int) -> Architecture:
@@ -111,6 +118,58 @@ def without_auxiliary(name: str, tensors: Mapping[str, Tensor]) -> dict[str, Ten
     return {key: tensor for key, tensor in tensors.items() if not key.startswith(_AUXILIARY.get(name, ("\0",)))}
 
 
+# ---- what torchvision publishes -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Published:
+    """What torchvision's default weights of one classifier need and are; read without a download."""
+
+    preprocessing: Preprocessing
+    class_names: tuple[str, ...]
+    parameters: int
+    accuracy: float
+    """Top-1 on ImageNet, 0..1, as torchvision reports it."""
+
+
+@lru_cache(maxsize=1)
+def names() -> tuple[str, ...]:
+    """All torchvision image classifiers, sorted."""
+    return tuple(sorted(torchvision.models.list_models(module=torchvision.models)))
+
+
+@lru_cache(maxsize=128)
+def published(name: str) -> Published:
+    """Raises RequestError when torchvision has no classifier of this name."""
+    if name not in names():
+        raise RequestError("model", name, "a torchvision classifier; `python -m compress models` lists them")
+    weights = torchvision.models.get_model_weights(name).DEFAULT
+    recipe = weights.transforms()
+    mean, std = ([0.5] * 3, [0.5] * 3) if name in _INPUT_RESCALED else (recipe.mean, recipe.std)
+    preprocessing = Preprocessing(
+        recipe.crop_size[0], tuple(mean), tuple(std), recipe.resize_size[0], recipe.interpolation.value
+    )
+    accuracy = weights.meta["_metrics"]["ImageNet-1K"]["acc@1"] / 100
+    return Published(preprocessing, tuple(weights.meta["categories"]), weights.meta["num_params"], accuracy)
+
+
+def published_weights(name: str) -> dict[str, Tensor]:
+    """Torchvision's default weights, downloaded once into its own cache and checked against their hash.
+
+    Raises CheckpointError when they cannot be downloaded.
+    """
+    weights = torchvision.models.get_model_weights(name).DEFAULT
+    try:
+        tensors = weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
+    except (OSError, RuntimeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(
+            f"torchvision's published weights of {name} cannot be downloaded here ({reason}): connect to a network, or "
+            "give weights of your own with --checkpoint."
+        ) from error
+    return {_OLD_DENSENET_NAME.sub(r"\1\2", key): tensor for key, tensor in tensors.items()}
+
+
 # ---- recognise ----------------------------------------------------------------------------------------------------
 
 
@@ -149,7 +208,7 @@ def recognise(tensors: Mapping[str, Tensor], expected: str | None) -> Architectu
 def _published_shapes(name: str, auxiliary: bool) -> dict[str, tuple[int, ...]]:
     """Shapes with the published number of classes."""
     kwargs = {"aux_logits": True} if auxiliary else {}
-    model = build_empty(Architecture(name, len(catalog.published(name).class_names), kwargs))
+    model = build_empty(Architecture(name, len(published(name).class_names), kwargs))
     return {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
 
 
@@ -158,11 +217,11 @@ def _fitted(name: str, shapes: Shapes) -> tuple[Architecture, dict[str, tuple[in
     prefixes = _AUXILIARY.get(name, ())
     wanted = dict(_published_shapes(name, any(key.startswith(prefix) for key in shapes for prefix in prefixes)))
     head = _head(wanted)
-    classes = published = wanted[f"{head}.weight"][0]
+    classes = default_classes = wanted[f"{head}.weight"][0]
     if len(shapes.get(f"{head}.weight", ())) == len(wanted[f"{head}.weight"]):
         classes = shapes[f"{head}.weight"][0]
     for key, shape in wanted.items():
-        if key.startswith((f"{head}.", *prefixes)) and shape[:1] == (published,):
+        if key.startswith((f"{head}.", *prefixes)) and shape[:1] == (default_classes,):
             wanted[key] = (classes, *shape[1:])
     kwargs: dict[str, Any] = {}
     if _POSITIONS in wanted and len(shapes.get(_POSITIONS, ())) == 3:
@@ -186,10 +245,10 @@ def _search(shapes: Shapes) -> Architecture | None:
         return None
     own = sum(math.prod(shape) for key, shape in shapes.items() if not key.endswith(_BUFFERS))
     per_class = math.prod(shapes[f"{head}.weight"][1:]) + (f"{head}.bias" in shapes)
-    for name in catalog.names():
-        missing_classes = len(catalog.published(name).class_names) - shapes[f"{head}.weight"][0]
+    for name in names():
+        missing_classes = len(published(name).class_names) - shapes[f"{head}.weight"][0]
         flexible = name in _AUXILIARY and head == "fc" or name.startswith("vit_") and _POSITIONS in shapes
-        if own + missing_classes * per_class != catalog.published(name).parameters and not flexible:
+        if own + missing_classes * per_class != published(name).parameters and not flexible:
             continue
         architecture, wanted = _fitted(name, shapes)
         if wanted == shapes:

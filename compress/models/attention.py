@@ -36,12 +36,12 @@ class PrunedMultiheadAttention(nn.MultiheadAttention):
         tokens = query if self.batch_first else query.transpose(0, 1)
         packed = F.linear(tokens, self.in_proj_weight, self.in_proj_bias)
         q, k, v = packed.unflatten(-1, (3, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4)
-        seen = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0)
-        answer = self.out_proj(seen.transpose(1, 2).flatten(2))
+        attended = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0)
+        answer = self.out_proj(attended.transpose(1, 2).flatten(2))
         return answer if self.batch_first else answer.transpose(0, 1), None
 
 
-class PrunedShiftedWindowAttention(ShiftedWindowAttention):
+class PrunedShiftedWindowAttention(ShiftedWindowAttention):  # type: ignore[misc]  # torchvision has no types
     """Swin's window attention (Liu et al., arXiv:2103.14030) with qkv [3 * inner, dim] and proj [dim, inner]."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -49,7 +49,7 @@ class PrunedShiftedWindowAttention(ShiftedWindowAttention):
         return _window_attention(self, x, None)
 
 
-class PrunedShiftedWindowAttentionV2(ShiftedWindowAttentionV2):
+class PrunedShiftedWindowAttentionV2(ShiftedWindowAttentionV2):  # type: ignore[misc]  # torchvision has no types
     """The same with cosine similarity (Liu et al., arXiv:2111.09883)."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -57,7 +57,7 @@ class PrunedShiftedWindowAttentionV2(ShiftedWindowAttentionV2):
         return _window_attention(self, x, self.logit_scale)
 
 
-class PrunedRelativePositionalMultiHeadAttention(RelativePositionalMultiHeadAttention):
+class PrunedRelativePositionalMultiHeadAttention(RelativePositionalMultiHeadAttention):  # type: ignore[misc]  # torchvision has no types
     """MaxViT's attention (Tu et al., arXiv:2204.01697) with to_qkv [3 * inner, dim] and merge [dim, inner]."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -65,8 +65,9 @@ class PrunedRelativePositionalMultiHeadAttention(RelativePositionalMultiHeadAtte
         packed = self.to_qkv(x).unflatten(-1, (3, self.n_heads, self.head_dim))
         q, k, v = packed.permute(3, 0, 1, 4, 2, 5).unbind(0)
         similarity = torch.matmul(q, (k * self.scale_factor).transpose(-2, -1)) + self.get_relative_positional_bias()
-        seen = torch.matmul(F.softmax(similarity, dim=-1), v)
-        return self.merge(seen.permute(0, 1, 3, 2, 4).flatten(3))
+        attended = torch.matmul(F.softmax(similarity, dim=-1), v)
+        merged: Tensor = self.merge(attended.permute(0, 1, 3, 2, 4).flatten(3))
+        return merged
 
 
 def _window_attention(attention: ShiftedWindowAttention, x: Tensor, logit_scale: Tensor | None) -> Tensor:
@@ -115,10 +116,10 @@ def window_attention(
     """
     tokens = window_tokens(x, window, shift_size)
     packed = F.linear(tokens, qkv_weight, without_key_bias(qkv_bias) if logit_scale is not None else qkv_bias)
-    seen = attend_in_windows(
+    attended = attend_in_windows(
         x, packed, position_bias, logit_scale, window, heads, shift_size, attention_dropout if training else 0.0
     )
-    projected = F.dropout(F.linear(seen, proj_weight, proj_bias), dropout, training)
+    projected = F.dropout(F.linear(attended, proj_weight, proj_bias), dropout, training)
     return maps_of_windows(x, projected, window, shift_size)
 
 
@@ -170,20 +171,21 @@ for _name in ("window_attention", "window_tokens", "attend_in_windows", "maps_of
 
 def _padded_size(x: Tensor, window: Sequence[int], shift_size: Sequence[int]) -> tuple[tuple[int, int], list[int]]:
     """Height and width of whole windows, and the shift: a window as large as the map has nothing to shift."""
-    size = tuple(side + -side % window[i] for i, side in enumerate(x.shape[1:3]))
+    height, width = x.shape[1:3]
+    size = (height + -height % window[0], width + -width % window[1])
     return size, [0 if window[i] >= size[i] else shift_size[i] for i in range(2)]
 
 
 def _windows(maps: Tensor, window: Sequence[int]) -> Tensor:
     """[N, H, W, C] to [N * windows, window area, C]."""
-    parts = maps.unflatten(2, (-1, window[1])).unflatten(1, (-1, window[0]))
+    parts: Tensor = maps.unflatten(2, (-1, window[1])).unflatten(1, (-1, window[0]))
     return parts.transpose(2, 3).flatten(3, 4).flatten(0, 2)
 
 
 def _maps(windows: Tensor, size: tuple[int, int], window: Sequence[int]) -> Tensor:
     """The way back: [N * windows, window area, C] to [N, H, W, C]."""
     rows, columns = size[0] // window[0], size[1] // window[1]
-    parts = windows.unflatten(1, tuple(window)).unflatten(0, (-1, rows, columns))
+    parts: Tensor = windows.unflatten(1, tuple(window)).unflatten(0, (-1, rows, columns))
     return parts.transpose(2, 3).flatten(3, 4).flatten(1, 2)
 
 
@@ -279,21 +281,27 @@ def keep_heads(module: nn.Module, kept: Sequence[int]) -> nn.Module:
     index = torch.tensor(list(kept), device=_packed(module).device)
     inner = (index[:, None] * heads.width + torch.arange(heads.width, device=index.device)).flatten()
     rows = torch.cat([inner + part * heads.channels for part in range(3)])
-    smaller = _shallow_copy(module, kind.pruned)
+    smaller: Any = _shallow_copy(module, kind.pruned)
     setattr(smaller, kind.count, len(index))
     setattr(smaller, kind.projection, _cut(getattr(module, kind.projection), 1, inner))
     if isinstance(module, nn.MultiheadAttention):
         smaller.in_proj_weight = _selected(module.in_proj_weight, 0, rows)
         smaller.in_proj_bias = _selected(module.in_proj_bias, 0, rows)
-        return smaller
-    setattr(smaller, kind.qkv, _cut(getattr(module, kind.qkv), 0, rows))
+    else:
+        setattr(smaller, kind.qkv, _cut(getattr(module, kind.qkv), 0, rows))
+        _cut_position_bias(smaller, module, index)
+    assert isinstance(smaller, nn.Module)
+    return smaller
+
+
+def _cut_position_bias(smaller: Any, module: Any, index: Tensor) -> None:
+    """What window attention learns for each head besides the projections."""
     if isinstance(module, ShiftedWindowAttentionV2):
         smaller.logit_scale = _selected(module.logit_scale, 0, index)
         smaller.cpb_mlp = _shallow_copy(module.cpb_mlp, type(module.cpb_mlp))
         smaller.cpb_mlp[-1] = _cut(module.cpb_mlp[-1], 0, index)
     else:
         smaller.relative_position_bias_table = _selected(module.relative_position_bias_table, 1, index)
-    return smaller
 
 
 def pruned_heads(model: nn.Module) -> dict[str, int]:
@@ -321,26 +329,27 @@ def _packed(module: nn.Module) -> Tensor:
     """Weight of the queries', keys' and values' projection, [3 * heads * head width, embedding]."""
     if isinstance(module, nn.MultiheadAttention):
         return module.in_proj_weight
-    return getattr(module, _KINDS[type(module)].qkv).weight
+    weight: Tensor = getattr(module, _KINDS[type(module)].qkv).weight
+    return weight
 
 
 def _cut(linear: nn.Linear, dim: int, index: Tensor) -> nn.Linear:
     """A Linear with the output (dim 0) or input (dim 1) features `index`."""
     smaller = _shallow_copy(linear, type(linear))
-    smaller.weight = _selected(linear.weight, dim, index)
+    smaller._parameters["weight"] = _selected(linear.weight, dim, index)
     if dim == 0:
-        smaller.bias = _selected(linear.bias, 0, index)
+        smaller._parameters["bias"] = _selected(linear.bias, 0, index)
     smaller.out_features, smaller.in_features = smaller.weight.shape
     return smaller
 
 
-def _selected(parameter: nn.Parameter | None, dim: int, index: Tensor) -> nn.Parameter | None:
+def _selected(parameter: Tensor | None, dim: int, index: Tensor) -> nn.Parameter | None:
     if parameter is None:
         return None
     return nn.Parameter(parameter.detach().index_select(dim, index), requires_grad=parameter.requires_grad)
 
 
-def _shallow_copy(module: nn.Module, kind: type[_Module]) -> Any:
+def _shallow_copy(module: nn.Module, kind: type[_Module]) -> _Module:
     """As torch's DataParallel makes replicas: the attributes, and registries of its own for the tensors and parts."""
     copied = kind.__new__(kind)
     copied.__dict__ = {

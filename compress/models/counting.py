@@ -56,21 +56,21 @@ def count_macs(model: nn.Module, input_size: int) -> int:
 def layer_shapes(model: nn.Module, input_size: int) -> tuple[LayerShape, ...]:
     """Every Conv2d and Linear in the order in which it first ran; one that runs twice has both runs in `macs`."""
     macs: dict[str, int] = {}
-    modules = {name: module for name, module in model.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)}
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)}
     handles = []
-    for name, module in modules.items():
+    for name, layer in layers.items():
 
-        def record(module: nn.Module, inputs: Any, output: Tensor, name: str = name) -> None:
+        def record(module: nn.Conv2d | nn.Linear, inputs: Any, output: Tensor, name: str = name) -> None:
             macs[name] = macs.get(name, 0) + _macs(module, output)
 
-        handles.append(module.register_forward_hook(record))
+        handles.append(layer.register_forward_hook(record))
     try:
         with torch.no_grad(), _running_one_image(model, input_size) as run:
             run()
     finally:
         for handle in handles:
             handle.remove()
-    return tuple(_shape_of(name, modules[name], count) for name, count in macs.items())
+    return tuple(_shape_of(name, layers[name], count) for name, count in macs.items())
 
 
 @contextmanager
@@ -87,13 +87,13 @@ def _running_one_image(model: nn.Module, input_size: int) -> Iterator[Callable[[
             module.training = True
 
 
-def _macs(module: nn.Module, output: Tensor) -> int:
-    per_output = module.in_features if isinstance(module, nn.Linear) else module.weight[0].numel()
+def _macs(layer: nn.Conv2d | nn.Linear, output: Tensor) -> int:
+    per_output = layer.in_features if isinstance(layer, nn.Linear) else layer.weight[0].numel()
     return output[0].numel() * per_output
 
 
-def _shape_of(name: str, module: nn.Module, macs: int) -> LayerShape:
-    parameters = sum(parameter.numel() for parameter in module.parameters())
-    if isinstance(module, nn.Linear):
-        return LayerShape(name, "Linear", module.out_features, parameters, macs)
-    return LayerShape(name, "Conv2d", module.out_channels, parameters, macs)
+def _shape_of(name: str, layer: nn.Conv2d | nn.Linear, macs: int) -> LayerShape:
+    parameters = sum(parameter.numel() for parameter in layer.parameters())
+    if isinstance(layer, nn.Linear):
+        return LayerShape(name, "Linear", layer.out_features, parameters, macs)
+    return LayerShape(name, "Conv2d", layer.out_channels, parameters, macs)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from compress.models import architectures, catalog, counting
+from compress.models import architectures, counting
 from compress.pruning import shortfall
 from compress.pruning.estimate import Estimate, estimates
 
@@ -33,7 +33,7 @@ def profile(model: str, classes: int, input_size: int | None, multiple: int) -> 
         RequestError: torchvision has no such classifier.
         PruningError: it cannot be traced.
     """
-    published = catalog.published(model)
+    published = architectures.published(model)
     size = input_size or published.preprocessing.input_size
     build = architectures.build if model.startswith(NEED_NUMBERS) else architectures.build_empty
     network = build(architectures.fresh(model, classes, size))

@@ -121,7 +121,7 @@ class _StridedPointwise(TorchDispatchMode):
     """Sees every convolution, however it was called, and keeps those that channels_last must not meet."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # torch gives it no types
         self.found = False
         self.channels_last = 0
         """Channels of one whose input is channels_last already; 0 when there is none."""
@@ -218,5 +218,5 @@ def _generators(images: Tensor) -> list[int]:
 
 def _has_fast_bfloat16(place: torch.device) -> bool:
     if place.type == "cuda":
-        return torch.cuda.is_bf16_supported()
-    return torch.cpu._is_avx512_bf16_supported()
+        return bool(torch.cuda.is_bf16_supported())
+    return bool(torch.cpu._is_avx512_bf16_supported())

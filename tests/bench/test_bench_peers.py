@@ -451,7 +451,7 @@ def test_peers_are_trained_by_the_optimizer_that_espalier_trains_with(monkeypatc
     model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.Linear(4, 2))
     model[2].bias.requires_grad_(False)
     script.train(model, model, [], 0.04, optimizer)
-    ours = training._optimizer(model, training.TrainingConfig(1, 0.04, 0.5, 4.0, optimizer=optimizer))
+    ours = training.build_optimizer(model, training.TrainingConfig(1, 0.04, 0.5, 4.0, optimizer=optimizer))
     assert [vars_of(group) for group in made[0].param_groups] == [vars_of(group) for group in ours.param_groups]
     assert type(made[0]) is type(ours)
 

@@ -2,7 +2,7 @@
 
 from bench.quantized_models import lines_of
 from bench.quantizers import Row, requests, table
-from compress.quantizers import QUANTIZERS
+from compress.methods.quantizers import QUANTIZERS
 
 
 def test_every_quantizer_has_a_request_at_both_widths():

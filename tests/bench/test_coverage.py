@@ -10,7 +10,7 @@ from torch import nn
 from torchvision.models.vision_transformer import VisionTransformer
 
 from bench import coverage, coverage_quantized, coverage_table, patterns
-from compress.models import catalog
+from compress.models import architectures
 
 FAMILIES = ("convnext_tiny", "efficientnet_b0", "googlenet+aux", "shufflenet_v2_x0_5")
 PLAINER_FAMILIES = ("alexnet", "mnasnet0_5", "regnet_y_400mf", "resnet18")
@@ -30,7 +30,7 @@ def test_a_family_is_equal_reloads_without_nni_and_exports(name, tmp_path):
 
 
 def test_every_classifier_has_a_row_and_auxiliary_heads_have_their_own():
-    assert set(coverage.names()) == {*catalog.names(), "googlenet+aux", "inception_v3+aux"}
+    assert set(coverage.names()) == {*architectures.names(), "googlenet+aux", "inception_v3+aux"}
     assert coverage.subject("googlenet+aux").architecture.kwargs["aux_logits"] is True
     assert {name for name in coverage.names() if coverage.subject(name).architecture is None} == set(coverage.REDUCED)
 

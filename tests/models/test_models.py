@@ -14,7 +14,7 @@ from torch import nn
 
 from compress import models
 from compress.errors import CheckpointError, RequestError, StorageError
-from compress.models import Architecture, catalog
+from compress.models import Architecture, architectures
 from compress.preprocessing import Preprocessing
 
 RECIPE = Preprocessing(32, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
@@ -164,7 +164,7 @@ def test_an_architecture_that_torchvision_cannot_build_is_refused():
 def test_counts_equal_the_published_ones(name, size):
     weights = torchvision.models.get_model_weights(name).DEFAULT
     model = models.build(Architecture(name, 1000))
-    assert models.count_parameters(model) == catalog.published(name).parameters
+    assert models.count_parameters(model) == architectures.published(name).parameters
     assert models.count_macs(model, size) / 1e9 == pytest.approx(weights.meta["_ops"], abs=6e-4)
 
 
@@ -317,16 +317,16 @@ def test_a_changed_missing_or_damaged_file_is_found_before_anything_is_loaded(sh
 
 
 def test_the_catalog_lists_torchvisions_classifiers_with_what_is_published():
-    assert len(catalog.names()) == 80 and "fasterrcnn_resnet50_fpn" not in catalog.names()
-    resnet = catalog.published("resnet18")
+    assert len(architectures.names()) == 80 and "fasterrcnn_resnet50_fpn" not in architectures.names()
+    resnet = architectures.published("resnet18")
     assert resnet.preprocessing == Preprocessing(224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), 256, "bilinear")
     assert (len(resnet.class_names), resnet.class_names[0], resnet.parameters) == (1000, "tench", 11_689_512)
-    assert catalog.published("efficientnet_b0").preprocessing.interpolation == "bicubic"
-    assert catalog.published("inception_v3").preprocessing == Preprocessing(
+    assert architectures.published("efficientnet_b0").preprocessing.interpolation == "bicubic"
+    assert architectures.published("inception_v3").preprocessing == Preprocessing(
         299, (0.5,) * 3, (0.5,) * 3, 342, "bilinear"
     )
     with pytest.raises(RequestError, match="resnet19"):
-        catalog.published("resnet19")
+        architectures.published("resnet19")
 
 
 def test_inceptions_published_input_step_equals_its_normalisation_here():
@@ -347,7 +347,7 @@ def test_without_a_network_the_download_is_one_sentence(monkeypatch):
         CheckpointError,
         match=r"resnet18 cannot be downloaded here \(Name or service not known\): connect.*--checkpoint",
     ):
-        catalog.published_weights("resnet18")
+        architectures.published_weights("resnet18")
 
 
 # ---- with real pruning ----

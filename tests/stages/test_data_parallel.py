@@ -103,7 +103,7 @@ def test_a_process_that_is_killed_ends_the_others_and_says_so(prepared):
 def test_the_processes_end_with_the_one_that_started_them(prepared, tmp_path):
     (tmp_path / "request.json").write_text(ask(finetune_epochs=50).to_json())
     code = (
-        "from pathlib import Path; from compress import data_parallel as d; from compress.request import Request; import sys\n"
+        "from pathlib import Path; from compress.stages import data_parallel as d; from compress.request import Request; import sys\n"
         "d.fine_tune(Request.from_file(sys.argv[1]), Path(sys.argv[2]), None, lambda *told: print('told', flush=True))"
     )
     words = [sys.executable, "-c", code, str(tmp_path / "request.json"), str(prepared)]

@@ -60,12 +60,12 @@ def test_channels_last_never_meets_a_1x1_convolution_with_a_stride_and_few_chann
 def test_a_model_with_such_a_convolution_trains_with_right_gradients():
     """In a process of its own, as the heap is corrupted where the layout is taken."""
     script = (
-        "import sys; sys.path.insert(0, sys.argv[1]); import torch; torch.set_num_threads(1)\n"
+        "import sys; sys.path[:0] = sys.argv[1:]; import torch; torch.set_num_threads(1)\n"
         "from test_layouts import train; from user_modules_training import Shortcut\n"
         "assert all(torch.isfinite(p).all() for m in [Shortcut()] if train(m) for p in m.parameters())"
     )
     subprocess.run(
-        [sys.executable, "-c", script, str(TESTS / "networks")],
+        [sys.executable, "-c", script, *(str(TESTS / folder) for folder in ("networks", "training"))],
         check=True,
         timeout=90,
         cwd=ROOT,
@@ -84,7 +84,7 @@ def test_a_layout_that_stops_the_model_is_not_taken():
 
 def test_few_steps_are_not_worth_trials(monkeypatch):
     tried = []
-    monkeypatch.setattr("compress.training.fastest_format", lambda model, images: tried.append(model) or PLAIN)
+    monkeypatch.setattr("compress.training.loop.fastest_format", lambda model, images: tried.append(model) or PLAIN)
     for steps in (WORTH_TRIALS - 1, WORTH_TRIALS):
         fit(Viewing(), batches, steps, CONFIG)
     assert len(tried) == 1

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from compress.errors import TrainingError
-from compress.training import TrainingConfig, fit, loss_function, one_cycle, single_pixels_multiplied
+from compress.training import TrainingConfig, fit, loss_function, one_cycle, single_pixel_convs_as_matmul
 from compress.training.memory_format import Format, fastest_format
 
 
@@ -144,7 +144,7 @@ def test_the_format_is_measured_and_changes_nothing():
 
 
 @pytest.mark.parametrize(("kernel", "stride", "bias"), [(3, 1, False), (5, 2, True)])
-def test_single_pixels_multiplied_gives_the_same_answers_and_gradients(kernel, stride, bias):
+def test_single_pixel_convs_as_matmul_gives_the_same_answers_and_gradients(kernel, stride, bias):
     torch.manual_seed(0)
     layer = nn.Conv2d(4, 6, kernel, stride=stride, padding=kernel // 2, bias=bias)
     for size in (1, 3):
@@ -153,7 +153,7 @@ def test_single_pixels_multiplied_gives_the_same_answers_and_gradients(kernel, s
         expected.square().sum().backward()
         gradient = layer.weight.grad.clone()
         layer.zero_grad()
-        with single_pixels_multiplied(layer):
+        with single_pixel_convs_as_matmul(layer):
             got = layer(maps)
             got.square().sum().backward()
         assert torch.allclose(got, expected, atol=1e-5) and torch.allclose(layer.weight.grad, gradient, atol=1e-4)

@@ -22,7 +22,7 @@ from compress.pruning.nni.config import Masks, config_list, make_comparable
 from compress.pruning.plan import Group, Plan
 from compress.pruning.registry import Pruner
 from compress.tracing.graph import structure_copy
-from compress.training import device, single_pixels_multiplied
+from compress.training import device, single_pixel_convs_as_matmul
 
 _WEIGHTS_AT_ONCE = 8_000_000
 
@@ -50,7 +50,7 @@ def choose(
     heads = kept_channels(model, replace(plan, groups=tuple(with_heads)), "L1NormPruner") if with_heads else {}
     plan = replace(plan, groups=tuple(group for group in plan.groups if group not in with_heads))
     subject = copy.deepcopy(structure_copy(model)).to(device())
-    with nni_bridge.quiet(), torch.enable_grad(), single_pixels_multiplied(subject):
+    with nni_bridge.quiet(), torch.enable_grad(), single_pixel_convs_as_matmul(subject):
         torch.manual_seed(0)
         masks = _WITH_IMAGES[pruner.name](subject, example.to(device()), plan, training)
     return Choice(heads | _kept(plan, masks), _with_tensors_of(subject, model) if pruner.leaves_trained else model)
