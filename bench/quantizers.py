@@ -26,7 +26,7 @@ from compress.data.batches import calibration_images, iter_batches
 from compress.engines import RUNTIMES, BuildSpec
 from compress.equality import outputs
 from compress.files import write_text
-from compress.quantizers import QUANTIZERS
+from compress.methods.quantizers import QUANTIZERS
 from compress.stages import steps
 from compress.tasks import CLASSIFICATION, share
 from compress.workload import Workload, open_workload

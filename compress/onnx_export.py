@@ -24,9 +24,11 @@ import torch
 from torch import Tensor, nn
 
 from compress.errors import HandoffError
+from compress.methods.runtimes import Flavour
 from compress.quantization.convert import convert
-from compress.quantization.flavours import Flavour, apply_flavour, constant, free_suffix, remove_unused
+from compress.quantization.flavours import apply_flavour
 from compress.quantization.grids import Quantized
+from compress.quantization.onnx_graph import array, constant, free_suffix, is_constant, name_of, operand, remove_unused
 from compress.quantization.prepare import quantization_points
 from compress.report import Handoff
 from compress.tracing.folding import folded
@@ -79,7 +81,8 @@ class _HalfPrecision(nn.Module):
         self.model = model
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.model(images.half()).float()
+        logits: Tensor = self.model(images.half())
+        return logits.float()
 
 
 def _exported(model: nn.Module, input_size: int, precision: Precision) -> ir.Model:
@@ -98,6 +101,7 @@ def _exported(model: nn.Module, input_size: int, precision: Precision) -> ir.Mod
             f"torch.onnx cannot export {type(model).__name__} for a batch of any size{_culprit(error)}. Write it with other "
             "operations; the exporter's own words are in the log of the run."
         ) from error
+    assert program is not None  # it is None without dynamo only
     exported = program.model
     _name_layers(exported)
     _name_quantization(exported)
@@ -155,7 +159,8 @@ def _name_layers(model: ir.Model) -> None:
 
 def _scopes(node: ir.Node) -> list[str]:
     """Module paths from the outermost to the operation itself, as the exporter noted them."""
-    return ast.literal_eval(node.metadata_props.get(_SCOPES, "[]"))
+    scopes: list[str] = ast.literal_eval(node.metadata_props.get(_SCOPES, "[]"))
+    return scopes
 
 
 def _name_quantization(model: ir.Model) -> None:
@@ -166,30 +171,30 @@ def _name_quantization(model: ir.Model) -> None:
     shared codes and zero points ("Attempt to replace the existing tensor").
     """
     for node in list(model.graph):
-        if node.op_type == "DequantizeLinear" and node.inputs[0].is_initializer():
+        if node.op_type == "DequantizeLinear" and operand(node, 0).is_initializer():
             for user, index in list(node.outputs[0].uses())[1:]:
                 _own_weights(model, node, user, index)
     for node in model.graph:
         if node.op_type not in ("QuantizeLinear", "DequantizeLinear"):
             continue
-        codes = node.inputs[0]
+        codes = operand(node, 0)
         if codes.is_initializer():
-            layer, _, call = codes.name.rpartition(".codes")
+            layer, _, call = name_of(codes).rpartition(".codes")
             names = f"{layer}.scales{call}", f"{layer}.zero_points{call}"
         else:
             point = _scopes(node)[-2]
             node.name = f"{point}.{'quantize' if node.op_type == 'QuantizeLinear' else 'dequantize'}"
             names = f"{point}.scale", f"{point}.zero_point"
         for index, name in enumerate(names, start=1):
-            node.replace_input_with(index, constant(model, name, node.inputs[index].const_value.numpy()))
+            node.replace_input_with(index, constant(model, name, array(operand(node, index))))
     remove_unused(model)
 
 
 def _own_weights(model: ir.Model, dequantize: ir.Node, user: ir.Node, index: int) -> None:
     """Let `user` read a copy of the weights that `dequantize` gives."""
-    codes = dequantize.inputs[0]
-    name = codes.name + free_suffix(model, codes.name)
-    inputs = [constant(model, name, codes.const_value.numpy()), *dequantize.inputs[1:]]
+    codes = operand(dequantize, 0)
+    name = name_of(codes) + free_suffix(model, name_of(codes))
+    inputs = [constant(model, name, array(codes)), *dequantize.inputs[1:]]
     copied = ir.node("DequantizeLinear", inputs, attributes=dict(dequantize.attributes), name=f"{name}.dequantize")
     original = dequantize.outputs[0]
     copied.outputs[0].name, copied.outputs[0].shape, copied.outputs[0].type = (
@@ -204,11 +209,11 @@ def _own_weights(model: ir.Model, dequantize: ir.Node, user: ir.Node, index: int
 def _pool_instead_of_mean(model: ir.Model) -> None:
     """The mean over height and width as the pooling operator it is: runtimes have integer kernels only for that."""
     for node in list(model.graph):
-        if node.op_type != "ReduceMean" or len(node.inputs) < 2 or node.inputs[1].const_value is None:
+        if node.op_type != "ReduceMean" or len(node.inputs) < 2 or not is_constant(node.inputs[1]):
             continue
-        axes = sorted(int(axis) % 4 for axis in node.inputs[1].const_value.numpy().reshape(-1))
+        axes = sorted(int(axis) % 4 for axis in array(operand(node, 1)).reshape(-1))
         keeps = node.attributes.get_int("keepdims", 1) == 1
-        shape = node.inputs[0].shape
+        shape = operand(node, 0).shape
         if axes != [2, 3] or not keeps or shape is None or len(shape) != 4:
             continue
         pool = ir.node("GlobalAveragePool", [node.inputs[0]], name=node.name)
@@ -239,7 +244,7 @@ def _strip_metadata(model: ir.Model) -> None:
 
 
 def _save(model: ir.Model, path: Path) -> None:
-    size = sum(value.const_value.nbytes for value in model.graph.initializers.values())
+    size = sum(int(v.const_value.nbytes) for v in model.graph.initializers.values() if v.const_value is not None)
     path.parent.mkdir(parents=True, exist_ok=True)
     external = f"{path.name}.data" if size > _LARGEST_FILE else None
     ir.save(model, path, external_data=external)

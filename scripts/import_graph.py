@@ -18,7 +18,7 @@ LAYERS: list[tuple[str, set[str]]] = [
     (
         "without torch",
         {"errors", "files", "naming", "processes", "signing", "memory", "machine", "preprocessing", "runs"}
-        | {"quantizers", "request", "report"},
+        | {"methods", "request", "report"},
     ),
     (
         "models, data and checkpoints",

@@ -11,7 +11,9 @@ import typer
 
 from compress.cli import text
 from compress.cli.options import Json
+from compress.methods.runtimes import RUNTIMES
 
+_AHEAD_OF_TIME = " or ".join(runtime.name for runtime in RUNTIMES.values() if runtime.ahead_of_time)
 JobId = Annotated[str, typer.Argument(help="Id of a run, as `jobs list` prints it.", show_default=False)]
 ClusterAddress = Annotated[
     str | None,
@@ -48,7 +50,7 @@ def engine_check(
 @engine_cli.command("build")
 def engine_build(
     file: Annotated[Path, typer.Argument(help="An ONNX file of a finished run.", show_default=False)],
-    runtime: Annotated[str, typer.Option(help="tensorrt or tensorrt-rtx.")] = "tensorrt",
+    runtime: Annotated[str, typer.Option(help=f"{_AHEAD_OF_TIME}.")] = "tensorrt",
     batch_size: Annotated[int, typer.Option(min=1, max=1024, help="Batch size to optimize for.")] = 8,
     max_batch: Annotated[int, typer.Option(min=1, max=1024, help="Maximum batch size.")] = 32,
     target: Annotated[

@@ -71,7 +71,7 @@ class _ImageFiles:
 
 
 @dataclass(frozen=True)
-class Split(torch.utils.data.Dataset):
+class Split(torch.utils.data.Dataset[tuple[Tensor, int]]):
     """The train or the test part; item i is (uint8 [C, size, size], label), C is 1 (grey) or 3."""
 
     origin: Origin
@@ -222,7 +222,8 @@ def _open_idx(path: Path, source: str, preprocessing: Preprocessing, outputs: _O
         split = Split(_GreyArray(pixels), np.arange(len(pixels)), found, preprocessing, None)
         splits.append(replace(split, pixels=_fit_grey(split)) if fits else split)
     name = source if source == FASHION_MNIST else path.name
-    return Dataset(*splits, "labelled", class_names, name, _duplicate_note(int((~kept).sum())))
+    train, test = splits
+    return Dataset(train, test, "labelled", class_names, name, _duplicate_note(int((~kept).sum())))
 
 
 def _assign_numbers(names: tuple[str, ...], source: str, outputs: _Outputs) -> tuple[dict[str, int], tuple[str, ...]]:

@@ -10,22 +10,21 @@ with runtime.load(path, BuildSpec(input_size=224, threads=1)) as session:
 
 from __future__ import annotations
 
-from compress.engines.base import BuildSpec, Built, Hint, Kernel, Precision, Runtime, Session
-from compress.engines.onnxruntime import OnnxRuntime, OnnxRuntimeCuda, OnnxRuntimeTensorRT
-from compress.engines.openvino import OpenVino
-from compress.engines.tensorrt import TensorRT, TensorRTForRTX
+import importlib
+
+from compress.engines.base import BuildSpec, Built, Kernel, Runtime, Session
+from compress.methods import runtimes
+from compress.methods.runtimes import Hint, Precision, RuntimeEntry
 
 __all__ = ["RUNTIMES", "BuildSpec", "Built", "Hint", "Kernel", "Precision", "Runtime", "Session"]
 
-RUNTIMES: dict[str, Runtime] = {
-    runtime.name: runtime
-    for runtime in (
-        OnnxRuntime(),
-        OpenVino(),
-        OnnxRuntimeCuda(),
-        OnnxRuntimeTensorRT(),
-        TensorRT(),
-        TensorRTForRTX(),
-    )
-}
+
+def _implementation(entry: RuntimeEntry) -> Runtime:
+    module, _, name = entry.implementation.partition(":")
+    runtime = getattr(importlib.import_module(f"compress.engines.{module}"), name)()
+    assert isinstance(runtime, Runtime)
+    return runtime
+
+
+RUNTIMES: dict[str, Runtime] = {name: _implementation(entry) for name, entry in runtimes.RUNTIMES.items()}
 """In the order in which they are listed and measured."""

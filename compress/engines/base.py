@@ -9,19 +9,15 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import numpy as np
 import onnx
 
 from compress.engines import benchmark
 from compress.errors import HandoffError, RuntimeUnavailableError
+from compress.methods.runtimes import RUNTIMES, Flavour, Hint, Precision
 
-Precision = Literal["fp32", "bf16", "fp16", "int8"]
-Flavour = Literal["tensorrt", "onnxruntime"]
-"""The two Q/DQ conventions of a quantized ONNX file; see `compress.quantization.flavours`."""
-Hint = Literal["latency", "throughput"]
-"""One batch as soon as possible, or the most images per second with several requests under way."""
 LARGEST_SAFE_WEIGHT = 64
 """Kernels without an int8 dot product add two products of unsigned and signed bytes in 16 bits: 2 * 255 * 64 = 32640
 fits, 2 * 255 * 65 does not."""
@@ -147,11 +143,16 @@ class Runtime(ABC):
     name: str
     title: str
     flavour: Flavour
-    """The Q/DQ convention that it executes fastest."""
     ahead_of_time: bool = False
-    """Loads an engine that `build` made, never the ONNX file itself."""
     builds_for_targets: bool = False
-    """Builds engines for GPU architectures by name, whether one is here or not."""
+
+    def __init_subclass__(cls, *, name: str | None = None) -> None:
+        """`class OpenVino(OnnxLoader, name="openvino")` takes these attributes from `compress.methods.runtimes`."""
+        super().__init_subclass__()
+        if name is not None:
+            entry = RUNTIMES[name]
+            cls.name, cls.title, cls.flavour = entry.name, entry.title, entry.flavour
+            cls.ahead_of_time, cls.builds_for_targets = entry.ahead_of_time, entry.builds_for_targets
 
     @abstractmethod
     def missing(self) -> str | None:

@@ -17,7 +17,6 @@ import onnx
 from compress import machine
 from compress.engines.base import (
     BuildSpec,
-    Flavour,
     Kernel,
     OnnxLoader,
     Session,
@@ -35,7 +34,11 @@ _INTEGER_KERNELS = frozenset(
 )
 _FLOAT_KERNELS = frozenset({"Conv", "FusedConv", "NhwcFusedConv", "Gemm", "FusedGemm", "MatMul", "FusedMatMul"})
 _CONVERSIONS = frozenset({"QuantizeLinear", "DequantizeLinear"})
-_PRECISION = {onnx.TensorProto.FLOAT: "fp32", onnx.TensorProto.FLOAT16: "fp16", onnx.TensorProto.BFLOAT16: "bf16"}
+_PRECISION: dict[int, str] = {
+    onnx.TensorProto.FLOAT: "fp32",
+    onnx.TensorProto.FLOAT16: "fp16",
+    onnx.TensorProto.BFLOAT16: "bf16",
+}
 _FUSION_SUFFIX = re.compile(r"_token_\d+$")
 _ONLY_ERRORS = 3
 _RENAMING = "NchwcTransformer"
@@ -48,11 +51,9 @@ UNREADABLE_NOTE = (
 )
 
 
-class OnnxRuntime(OnnxLoader):
+class OnnxRuntime(OnnxLoader, name="onnxruntime"):
     """Loads ONNX files as they are; nothing is built ahead of time."""
 
-    name, title = "onnxruntime", "ONNX Runtime"
-    flavour: Flavour = "onnxruntime"
     module, how_loaded = "onnxruntime", "as it is"
     provider = _CPU
 
@@ -83,18 +84,15 @@ class _OnnxRuntimeOnGpu(OnnxRuntime):
         )
 
 
-class OnnxRuntimeCuda(_OnnxRuntimeOnGpu):
+class OnnxRuntimeCuda(_OnnxRuntimeOnGpu, name="onnxruntime-cuda"):
     """Quantized files run there in floating point between their Q/DQ pairs; the kernels read back say so."""
 
-    name, title = "onnxruntime-cuda", "ONNX Runtime on CUDA"
     provider = _CUDA
 
 
-class OnnxRuntimeTensorRT(_OnnxRuntimeOnGpu):
+class OnnxRuntimeTensorRT(_OnnxRuntimeOnGpu, name="onnxruntime-tensorrt"):
     """TensorRT inside ONNX Runtime: the engine is built while the file is loaded, and not kept."""
 
-    name, title = "onnxruntime-tensorrt", "ONNX Runtime on TensorRT"
-    flavour: Flavour = "tensorrt"
     provider = _TENSORRT
 
 
@@ -109,7 +107,8 @@ class _OnnxRuntimeSession(Session):
         self.notes = (_widened_note(widened),) if widened else ()
 
     def run(self, images: np.ndarray) -> np.ndarray:
-        return self._session.run(None, {"images": check_images(images, self._spec, None)})[0]
+        logits: np.ndarray = self._session.run(None, {"images": check_images(images, self._spec, None)})[0]
+        return logits
 
     def kernels(self) -> tuple[Kernel, ...]:
         return self._kernels

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from collections import deque
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -17,10 +16,8 @@ from compress import machine
 from compress.engines.base import (
     LARGEST_SAFE_WEIGHT,
     BuildSpec,
-    Flavour,
     Kernel,
     OnnxLoader,
-    Precision,
     Session,
     check_images,
     failing_part,
@@ -28,6 +25,7 @@ from compress.engines.base import (
 )
 from compress.engines.processes import remote
 from compress.errors import EngineError
+from compress.methods.runtimes import Precision
 
 _LAYERS = frozenset({"Convolution", "FullyConnected"})
 _PRECISION = {"f32": "fp32", "bf16": "bf16", "f16": "fp16", "i8": "int8", "u8": "int8"}
@@ -35,15 +33,13 @@ _HINT = {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}
 _KEEP_CODES = frozenset({"MaxPool", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze"})
 
 
-class OpenVino(OnnxLoader):
+class OpenVino(OnnxLoader, name="openvino"):
     """Compiles the ONNX file while it loads it; static shapes unless asked otherwise.
 
     It gets the `onnxruntime` flavour: measured on AVX2, that one fuses the residual additions into the convolutions
     and stays closer to the trained model.
     """
 
-    name, title = "openvino", "OpenVINO"
-    flavour: Flavour = "onnxruntime"
     module, how_loaded = "openvino", "and compiles it for the CPU it finds"
 
     @property
@@ -82,7 +78,8 @@ class _OpenVinoSession(Session):
 
     def run(self, images: np.ndarray) -> np.ndarray:
         images = check_images(images, self._spec, self._batch)
-        return self._request.infer({0: images}, share_inputs=True, share_outputs=True)[0].copy()
+        logits: np.ndarray = self._request.infer({0: images}, share_inputs=True, share_outputs=True)[0]
+        return logits.copy()
 
     def kernels(self) -> tuple[Kernel, ...]:
         return self._kernels
@@ -124,10 +121,11 @@ class _ThroughputSession(_OpenVinoSession):
 
 def _answer(request: Any) -> np.ndarray:
     request.wait()
-    return request.get_output_tensor(0).data.copy()
+    logits: np.ndarray = request.get_output_tensor(0).data
+    return logits.copy()
 
 
-def _import_openvino() -> ModuleType:
+def _import_openvino() -> Any:
     """Import OpenVINO without its telemetry, which otherwise writes an identifier into the home folder on import."""
     if "openvino" not in sys.modules:
         sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # makes its import fail; OpenVINO has a stub

@@ -48,7 +48,7 @@ def write(engine_path: Path, facts: dict[str, Any]) -> dict[str, Any]:
 def read(engine_path: Path) -> dict[str, Any]:
     """Raises `HandoffError` when there is no passport of ours beside the engine."""
     try:
-        passport = json.loads(path_of(engine_path).read_text(encoding="utf-8"))
+        passport: dict[str, Any] = json.loads(path_of(engine_path).read_text(encoding="utf-8"))
         needed = {"sha256", "runtime", "runtime_version", "targets", "platform", "layers", "rebuild"} - set(passport)
     except (OSError, ValueError, TypeError) as error:
         raise HandoffError(f"{engine_path.name} has no readable passport ({error}); build the engine again.") from error

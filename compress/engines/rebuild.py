@@ -64,7 +64,7 @@ def build(onnx_path: Path, runtime_name: str, *, batch_size: int, max_batch: int
     if runtime is None or not runtime.ahead_of_time:
         allowed = ", ".join(name for name, runtime in RUNTIMES.items() if runtime.ahead_of_time)
         raise RequestError("runtime", runtime_name, f"one that has engines: {allowed}")
-    if targets and runtime_name != "tensorrt-rtx":
+    if targets and not runtime.builds_for_targets:
         raise RequestError("target", targets[0], f"nothing, because {runtime_name} builds for the GPU that is present")
     spec = BuildSpec(_input_size(onnx_path), batch_size, max(batch_size, max_batch), targets=targets)
     engine_path = onnx_path.with_name(f"{onnx_path.stem}.{runtime.name}.engine")

@@ -15,7 +15,7 @@ from types import ModuleType
 from typing import Any
 
 from compress.engines import passport as passports
-from compress.engines.base import BuildSpec, Built, Flavour, Kernel, Runtime, Session, installed
+from compress.engines.base import BuildSpec, Built, Kernel, Runtime, Session, installed
 from compress.engines.processes.remote import compile_apart
 from compress.engines.processes.remote import load as load_apart
 from compress.engines.tensorrt_build import (
@@ -37,8 +37,6 @@ from compress.files import atomic, sha256
 class TensorRTRuntime(Runtime):
     """What the two editions share."""
 
-    flavour: Flavour = "tensorrt"
-    ahead_of_time = True
     module: str
     needs_gpu_to_build: bool
     how_to_install: str
@@ -165,10 +163,9 @@ class TensorRTRuntime(Runtime):
         """Architectures of the GPUs that can run the engine."""
 
 
-class TensorRT(TensorRTRuntime):
+class TensorRT(TensorRTRuntime, name="tensorrt"):
     """The data-centre edition, 10 or 11: builds for, and runs on, the GPU that is present."""
 
-    name, title = "tensorrt", "TensorRT"
     module, needs_gpu_to_build = "tensorrt", True
     how_to_install, oldest = GPU_PACKAGES, 10
     layers_source = "the engine inspector"
@@ -180,11 +177,9 @@ class TensorRT(TensorRTRuntime):
         return [gpu().architecture]
 
 
-class TensorRTForRTX(TensorRTRuntime):
+class TensorRTForRTX(TensorRTRuntime, name="tensorrt-rtx"):
     """The RTX edition: builds ahead of time for every supported RTX GPU or for those asked for, without one present."""
 
-    builds_for_targets = True
-    name, title = "tensorrt-rtx", "TensorRT for RTX"
     module, needs_gpu_to_build = "tensorrt_rtx", False
     how_to_install, oldest = "install it with `pip install tensorrt-rtx`", 1
     layers_source = "the builder's verbose log"

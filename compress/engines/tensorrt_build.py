@@ -46,9 +46,9 @@ _PRECISIONS = (
 @functools.cache
 def logger_of(module: str) -> Any:
     """TensorRT keeps the first logger of a process for good, so there is one per edition; it collects the build log."""
-    bindings = importlib.import_module(module)
+    base: Any = importlib.import_module(module).ILogger
 
-    class Collector(bindings.ILogger):
+    class Collector(base):  # type: ignore[misc]  # the class comes from the edition that is installed
         def __init__(self) -> None:
             super().__init__()
             self.messages: list[str] = []

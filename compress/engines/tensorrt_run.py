@@ -79,7 +79,7 @@ def inspect_engine(bindings: ModuleType, logger: Any, plan: bytes) -> str:
                 f"{bindings.__name__} cannot load the engine that it just built; the log has its reason."
             )
         inspector = engine.create_engine_inspector()
-        text = inspector.get_engine_information(bindings.LayerInformationFormat.JSON)
+        text: str = inspector.get_engine_information(bindings.LayerInformationFormat.JSON)
         del inspector, engine, runtime  # in this order, while the context is current
     return text
 
@@ -143,7 +143,8 @@ class TensorRTSession(Session):
             self._stream.synchronize()  # also after a failure: the copy still reads the host buffer
             if not done:
                 raise HandoffError(f"TensorRT could not run a batch of {count} images; the log has its reason.")
-        return self._logits[:count].copy()
+        logits: np.ndarray = self._logits[:count]
+        return logits.copy()
 
     def kernels(self) -> tuple[Kernel, ...]:
         return self._kernels

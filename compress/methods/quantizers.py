@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-CPU_RUNTIMES = ("onnxruntime", "openvino")
-ALL_RUNTIMES = (*CPU_RUNTIMES, "tensorrt", "tensorrt-rtx")
+from compress.methods.runtimes import RUNTIMES
 
-
+_INTEGER_RUNTIMES = tuple(runtime.name for runtime in RUNTIMES.values() if runtime.integer_kernels)
 NO_TENSORRT_FILE = (
     "TensorRT reads 8-bit integers whose zero is code 0, and learnt offsets of 8 bits need others; take lsq, or lsq-plus "
     "with at most 7 activation bits."
@@ -39,32 +38,32 @@ QUANTIZERS: dict[str, Quantizer] = {
     for quantizer in (
         Quantizer(
             "qat", "Quantization-aware training", "Trains with simulated rounding; ranges follow the tensors.",
-            True, _BITS, _BITS, ALL_RUNTIMES, "", "https://arxiv.org/abs/1712.05877",
+            True, _BITS, _BITS, _INTEGER_RUNTIMES, "", "https://arxiv.org/abs/1712.05877",
         ),
         Quantizer(
             "ptq", "Post-training quantization", "Only looks at images, in seconds; --calibration says how.",
-            False, _BITS, _BITS, ALL_RUNTIMES, "NNI 2.x calls it naive and observer, and these names lead here.",
+            False, _BITS, _BITS, _INTEGER_RUNTIMES, "NNI 2.x calls it naive and observer, and these names lead here.",
             "https://arxiv.org/abs/1806.08342",
         ),
         Quantizer(
             "lsq", "Learned step size", "Trains the scales as well, from the least squared error on; good below 8 bits.",
-            True, _BITS, _BITS, ALL_RUNTIMES, "", "https://arxiv.org/abs/1902.08153",
+            True, _BITS, _BITS, _INTEGER_RUNTIMES, "", "https://arxiv.org/abs/1902.08153",
         ),
         Quantizer(
             "lsq-plus", "Learned step size and offset", "LSQ whose signed activations learn an offset, too.",
-            True, _BITS, _BITS, ALL_RUNTIMES,
+            True, _BITS, _BITS, _INTEGER_RUNTIMES,
             "With 8-bit activations there is no TensorRT file: its zero must be code 0. With 7 and fewer there is, and "
             "tensors that keep 8 bits have no offset.",
             "https://arxiv.org/abs/2004.09576",
         ),
         Quantizer(
             "dorefa", "DoReFa", "Trains weights through tanh onto evenly spaced odd levels.",
-            True, tuple(range(2, 8)), _BITS, ALL_RUNTIMES, "8 bits of its levels do not fit an int8: take 7.",
+            True, tuple(range(2, 8)), _BITS, _INTEGER_RUNTIMES, "8 bits of its levels do not fit an int8: take 7.",
             "https://arxiv.org/abs/1606.06160",
         ),
         Quantizer(
             "bnn", "Binary weights", "Weights are +a or -a with one a for each channel; needs long training.",
-            True, (1,), _BITS, ALL_RUNTIMES,
+            True, (1,), _BITS, _INTEGER_RUNTIMES,
             "Activations keep 2 to 8 bits: behind a ReLU all signs are equal.", "https://arxiv.org/abs/1602.02830",
         ),
     )

@@ -17,18 +17,18 @@ from torch import Tensor, fx, nn
 
 from compress import equality
 from compress.errors import QuantizationError
+from compress.methods.quantizers import NO_TENSORRT_FILE, QUANTIZERS, Quantizer
+from compress.methods.runtimes import FLAVOURS, Flavour
 from compress.quantization.bits import BitPlan, LayerBits, assign_bits
 from compress.quantization.calibration import ESTIMATORS, Estimator
 from compress.quantization.config_list import translate as bits_of_config_list
 from compress.quantization.convert import convert, fake_quantized, weight_sqnr_db
 from compress.quantization.exclusion import exclude_layers
-from compress.quantization.flavours import FLAVOURS, Flavour
 from compress.quantization.grids import Grids, Quantized, restore, save
 from compress.quantization.layer_noise import LayerSqnr, file_noise, noisiest, quantization_noise, sqnr_by_layer
 from compress.quantization.mixed_precision import BitSearch, search_bits
 from compress.quantization.mixed_precision import sensitivity as layer_sensitivity
 from compress.quantization.prepare import PROOFS, left_float, prepare, quantization_points, quantized_layers
-from compress.quantizers import NO_TENSORRT_FILE, QUANTIZERS, Quantizer
 
 __all__ = [
     "BitPlan",

@@ -59,12 +59,14 @@ def trace(model: nn.Module, images: Tensor) -> fx.GraphModule:
 
 def products(graph_module: fx.GraphModule) -> dict[str, str]:
     """Name and type of each module that multiplies activations with each other; of the operation outside of any."""
-    images, found = _computed_from_images(graph_module), {}
+    images = _computed_from_images(graph_module)
+    kinds: dict[str, str] = {}
     for node in graph_module.graph.nodes:
         if node.target in _PRODUCTS and len(images.intersection(node.all_input_nodes)) > 1:
-            *_, (name, kind) = [(node.name, "operation"), *node.meta.get("nn_module_stack", {}).values()]
-            found[name] = getattr(kind, "__name__", kind)
-    return found
+            stack: list[tuple[str, Any]] = list(node.meta.get("nn_module_stack", {}).values())
+            name, kind = stack[-1] if stack else (node.name, "operation")
+            kinds[name] = getattr(kind, "__name__", kind)
+    return kinds
 
 
 def _fold_constants(graph_module: fx.GraphModule) -> None:
@@ -143,21 +145,22 @@ def _add_projections(module: nn.MultiheadAttention) -> str:
     """Plain Linear layers of the same parameters, and the first one's name; torch's `out_proj` is of a class of its own."""
     name = free_name(module, "in_proj")
     module.add_module(name, _linear(module.in_proj_weight, module.in_proj_bias))
-    module.out_proj = _linear(module.out_proj.weight, module.out_proj.bias)
+    module.add_module("out_proj", _linear(module.out_proj.weight, module.out_proj.bias))
     return name
 
 
-def _linear(weight: nn.Parameter, bias: nn.Parameter | None) -> nn.Linear:
+def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
-    linear.weight, linear.bias = weight, bias
+    for name, parameter in (("weight", weight), ("bias", bias)):
+        setattr(linear, name, parameter)
     return linear.eval()
 
 
 def _open_multihead(projection: str, module: nn.MultiheadAttention, query: Tensor) -> tuple[Tensor, None]:
     tokens = query if module.batch_first else query.transpose(0, 1)
     q, k, v = module.get_submodule(projection)(tokens).unflatten(-1, (3, module.num_heads, -1)).permute(2, 0, 3, 1, 4)
-    seen = F.scaled_dot_product_attention(q, k, v)
-    answer = module.out_proj(seen.transpose(1, 2).flatten(2))
+    attended = F.scaled_dot_product_attention(q, k, v)
+    answer = module.out_proj(attended.transpose(1, 2).flatten(2))
     return answer if module.batch_first else answer.transpose(0, 1), None
 
 
@@ -165,8 +168,8 @@ def _open_window(module: ShiftedWindowAttention, x: Tensor) -> Tensor:
     place = module.window_size, module.shift_size
     packed = module.qkv(attention.window_tokens(x, *place))
     bias, logit_scale = module.get_relative_position_bias(), getattr(module, "logit_scale", None)
-    seen = attention.attend_in_windows(x, packed, bias, logit_scale, place[0], module.num_heads, place[1])
-    return attention.maps_of_windows(x, module.proj(seen), *place)
+    attended = attention.attend_in_windows(x, packed, bias, logit_scale, place[0], module.num_heads, place[1])
+    return attention.maps_of_windows(x, module.proj(attended), *place)
 
 
 _OPENED: dict[type[nn.Module], Callable[[Any, Tensor], Any]] = {

@@ -84,9 +84,10 @@ def assign_bits(
         plan[name] = LayerBits(
             widened or max(weight_bits, first_last_bits), widened or max(activation_bits, first_last_bits)
         )
-    for wish in sorted(layer_bits or {}, key=len):
-        for name in _layers_of(wish, layers):
-            plan[name] = parse_bits(layer_bits[wish], activation_bits)
+    exceptions = sorted((layer_bits or {}).items(), key=lambda exception: len(exception[0]))
+    for selected, text in exceptions:
+        for name in _layers_of(selected, layers):
+            plan[name] = parse_bits(text, activation_bits)
     if all(bits.keep_float for bits in plan.values()):
         raise QuantizationError(
             "Every layer is asked to stay in floating point, so there is nothing to quantize; choose 32 bits for the "
@@ -103,8 +104,9 @@ def parse_bits(text: str, activation_bits: int) -> LayerBits:
     return LayerBits(int(weights), int(activations or activation_bits))
 
 
-def _layers_of(wish: str, layers: tuple[str, ...]) -> list[str]:
-    found = [name for name in layers if name == wish or name.startswith(wish + ".")]
-    if not found:
-        raise RequestError("layer_bits", wish, f"a layer to quantize, or a module with some{such_as(layers, wish)}")
-    return found
+def _layers_of(name: str, layers: tuple[str, ...]) -> list[str]:
+    """The layer of that name, or those inside the module of that name."""
+    matching = [layer for layer in layers if layer == name or layer.startswith(name + ".")]
+    if not matching:
+        raise RequestError("layer_bits", name, f"a layer to quantize, or a module with some{such_as(layers, name)}")
+    return matching

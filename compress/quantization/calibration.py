@@ -90,7 +90,7 @@ class _Observer:
         if estimator == "average":
             return lows.mean(), highs.mean()
         low, high = lows.amin(), highs.amax()
-        if self.histogram is None or self.histogram.counts is None:
+        if self.histogram is None or self.histogram.limit == 0:
             return low, high
         threshold = torch.tensor(_THRESHOLDS[estimator](self.histogram, levels))
         return low.clamp(min=-threshold), high.clamp(max=threshold)
@@ -100,8 +100,9 @@ class Histogram:
     """Counts of magnitudes in `BINS` bins from 0 to `limit`; a larger value doubles the limit and halves the detail."""
 
     def __init__(self) -> None:
-        self.counts: Tensor | None = None
+        self.counts = torch.zeros(BINS, dtype=torch.float64)
         self.limit = 0.0
+        """0 while every value was 0."""
 
     def add(self, values: Tensor) -> None:
         """Any shape, finite."""
@@ -109,8 +110,8 @@ class Histogram:
         largest = float(magnitudes.max())
         if largest == 0:
             return
-        if self.counts is None:
-            self.counts, self.limit = torch.zeros(BINS, dtype=torch.float64), largest
+        if self.limit == 0:
+            self.limit = largest
         while largest > self.limit:
             merged = self.counts.reshape(-1, 2).sum(1)
             self.counts = torch.cat([merged, torch.zeros(BINS // 2, dtype=torch.float64)])

@@ -16,8 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from compress.errors import QuantizationError
-from compress.quantization.flavours import Flavour, bias_codes, code_range
+from compress.methods.runtimes import Flavour
+from compress.quantization.flavours import bias_codes, code_range
 from compress.quantization.grids import Quantized, WeightGrid
+from compress.quantization.kinds import first_operand, layer_at
 from compress.quantization.prepare import quantization_points, readers_of
 from compress.tracing.names import free_name
 
@@ -27,6 +29,8 @@ CALLS = "calls"
 
 class FakeQuantize(nn.Module):
     """Moves a tensor onto `scale * code`, `qmin <= code <= qmax`; the arithmetic of NNI and of ONNX."""
+
+    scale: Tensor
 
     def __init__(self, scale: float, qmin: int, qmax: int) -> None:
         super().__init__()
@@ -46,11 +50,17 @@ class QuantizeDequantize(nn.Module):
 
     def forward(self, values: Tensor) -> Tensor:
         codes = torch.ops.quantized_decomposed.quantize_per_tensor(values, *self.arguments)
-        return torch.ops.quantized_decomposed.dequantize_per_tensor(codes, *self.arguments)
+        dequantized: Tensor = torch.ops.quantized_decomposed.dequantize_per_tensor(codes, *self.arguments)
+        return dequantized
 
 
 class IntegerWeightLayer(nn.Module):
     """A Conv2d or Linear whose weight is stored as int8 codes with one scale per output channel."""
+
+    codes: Tensor
+    scales: Tensor
+    zero_points: Tensor
+    _layer: nn.Conv2d | nn.Linear
 
     def __init__(self, layer: nn.Conv2d | nn.Linear, grid: WeightGrid) -> None:
         super().__init__()
@@ -69,7 +79,8 @@ class IntegerWeightLayer(nn.Module):
         )
         if isinstance(self._layer, nn.Linear):
             return F.linear(values, weight, self.bias)
-        return self._layer._conv_forward(values, weight, self.bias)
+        result: Tensor = self._layer._conv_forward(values, weight, self.bias)
+        return result
 
 
 def fake_quantized(quantized: Quantized, flavour: Flavour | None = None) -> fx.GraphModule:
@@ -82,16 +93,16 @@ def fake_quantized(quantized: Quantized, flavour: Flavour | None = None) -> fx.G
     model = _copy(quantized)
     readers = readers_of(model)
     for name, grid in _grids(model, quantized).items():
-        layer = model.get_submodule(name)
+        layer = layer_at(model, name)
         layer.weight = nn.Parameter(
             grid.dequantized(layer.weight), requires_grad=False
         )  # another's may be the same tensor
     for name, point in quantization_points(model).items():
-        grid = quantized.grids.activations[name]
+        activation = quantized.grids.activations[name]
         if flavour == "tensorrt" and point.only_onnxruntime:
             continue
-        qmin, qmax = (grid.qmin, grid.qmax) if flavour is None else code_range(point, grid, flavour)
-        model.set_submodule(name, FakeQuantize(grid.scale, qmin, qmax))
+        bounds = (activation.qmin, activation.qmax) if flavour is None else code_range(point, activation, flavour)
+        model.set_submodule(name, FakeQuantize(activation.scale, *bounds))
     if flavour == "onnxruntime":
         _round_biases(model, readers, quantized)
     return model
@@ -102,10 +113,10 @@ def _round_biases(model: fx.GraphModule, readers: Mapping[str, tuple[str, ...]],
     grids, calls = _grids(model, quantized), model.meta[CALLS]
     for name, layers in readers.items():
         for layer in layers:
-            module = model.get_submodule(layer)
+            module = layer_at(model, layer)
             if module.bias is None:
                 continue
-            _, scales = grids[layer].in_container(quantized.model.get_submodule(calls.get(layer, layer)).weight)
+            _, scales = grids[layer].in_container(layer_at(quantized.model, calls.get(layer, layer)).weight)
             unit = np.float32(quantized.grids.activations[name].scale) * scales.numpy()
             rounded = torch.from_numpy(bias_codes(module.bias.numpy(), unit) * unit)
             module.bias = nn.Parameter(rounded.to(module.bias.dtype), requires_grad=False)
@@ -121,14 +132,14 @@ def convert(quantized: Quantized) -> fx.GraphModule:
     for node in list(model.graph.nodes):
         point = points.get(str(node.target)) if node.op == "call_module" else None
         if point is not None and point.clipped_above:  # the grid ends below 6, so that quantizing clips as well
-            clipped = node.args[0]
+            clipped = first_operand(node)
             with model.graph.inserting_before(clipped):
                 rectified = model.graph.call_function(F.relu, (clipped.args[0],))
             clipped.replace_all_uses_with(rectified)
             model.graph.erase_node(clipped)
     model.recompile()
     for name, grid in _grids(model, quantized).items():
-        model.set_submodule(name, IntegerWeightLayer(model.get_submodule(name), grid))
+        model.set_submodule(name, IntegerWeightLayer(layer_at(model, name), grid))
     for name in points:
         model.set_submodule(name, QuantizeDequantize(quantized.grids.activations[name].scale))
     return model
@@ -138,7 +149,7 @@ def weight_sqnr_db(quantized: Quantized) -> dict[str, float]:
     """Signal to quantization noise ratio of each layer's weights, in decibels; higher is closer to the floats."""
     ratios = {}
     for name, grid in quantized.grids.weights.items():
-        weight = quantized.model.get_submodule(name).weight.detach().double()
+        weight = layer_at(quantized.model, name).weight.detach().double()
         noise = (weight - grid.dequantized(weight.float()).double()).square().mean().clamp_min(1e-30)
         ratios[name] = float(10 * torch.log10(weight.square().mean() / noise))
     return ratios

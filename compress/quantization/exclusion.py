@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
-from compress.engines.base import Flavour
-from compress.quantization.flavours import constant, dequantized_by, keep_float_layers_float, remove_unused
+from compress.methods.runtimes import Flavour
+from compress.quantization.flavours import keep_float_layers_float
+from compress.quantization.onnx_graph import array, constant, dequantized_by, name_of, operand, remove_unused
 
 
 def exclude_layers(source: Path, layers: Collection[str], flavour: Flavour, destination: Path) -> None:
@@ -30,17 +31,16 @@ def exclude_layers(source: Path, layers: Collection[str], flavour: Flavour, dest
 
 def _layer_of(node: ir.Node) -> str | None:
     """Whose integer weights the node reads: further calls of a layer have names of their own."""
-    dequantize = dequantized_by(node.inputs[1]) if node.op_type in ("Conv", "Gemm", "MatMul") else None
-    codes = dequantize and dequantize.inputs[0].name
-    return codes.rpartition(".codes")[0] if codes else None
+    dequantize = dequantized_by(operand(node, 1)) if node.op_type in ("Conv", "Gemm", "MatMul") else None
+    return name_of(operand(dequantize, 0)).rpartition(".codes")[0] if dequantize is not None else None
 
 
 def _read_floats(model: ir.Model, layer: ir.Node) -> None:
     for index, value in enumerate(layer.inputs):
-        dequantize = dequantized_by(value)
-        if dequantize is None:
+        dequantize = dequantized_by(value) if value is not None else None
+        if value is None or dequantize is None:
             continue
-        if dequantize.inputs[0].is_initializer():
+        if operand(dequantize, 0).is_initializer():
             weights = constant(model, f"{dequantize.outputs[0].name}.float", _values(dequantize))
             ir.convenience.replace_all_uses_with(dequantize.outputs[0], weights)
             model.graph.remove(dequantize, safe=True)
@@ -51,17 +51,19 @@ def _read_floats(model: ir.Model, layer: ir.Node) -> None:
 
 def _values(dequantize: ir.Node) -> np.ndarray:
     """float32, of the shape of the codes, which are symmetric: zero is code 0."""
-    codes, scales = (value.const_value.numpy() for value in dequantize.inputs[:2])
+    codes, scales = array(operand(dequantize, 0)), array(operand(dequantize, 1))
     shape = [1] * codes.ndim
     if scales.ndim:
         shape[dequantize.attributes.get_int("axis", 1)] = -1
-    return codes.astype(np.float32) * scales.reshape(shape)
+    values: np.ndarray = codes.astype(np.float32) * scales.reshape(shape)
+    return values
 
 
 def _quantize_before(dequantize: ir.Node) -> ir.Node:
-    node = dequantize.inputs[0].producer()
-    while node.op_type != "QuantizeLinear":
-        node = node.inputs[0].producer()  # a clip of integers
+    node = operand(dequantize, 0).producer()
+    while node is not None and node.op_type != "QuantizeLinear":
+        node = operand(node, 0).producer()  # a clip of integers
+    assert node is not None, f"{dequantize.name} has no QuantizeLinear before it"
     return node
 
 

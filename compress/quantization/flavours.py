@@ -18,13 +18,21 @@ from collections.abc import Mapping
 import numpy as np
 import onnx_ir as ir
 
-from compress.engines.base import Flavour
+from compress.methods.runtimes import Flavour
 from compress.quantization.grids import ActivationGrid, Grids
 from compress.quantization.kinds import QPoint
+from compress.quantization.onnx_graph import (
+    array,
+    clip,
+    constant,
+    dequantized_by,
+    free_suffix,
+    name_of,
+    operand,
+    remove_unused,
+)
 
 _BEYOND = 1e30
-_MOVES = ("MaxPool", "Reshape", "Flatten", "Transpose", "Clip")
-FLAVOURS: tuple[Flavour, ...] = ("tensorrt", "onnxruntime")
 
 
 def zero_point(point: QPoint, grid: ActivationGrid, flavour: Flavour) -> int:
@@ -68,13 +76,13 @@ def apply_flavour(neutral: ir.Model, points: Mapping[str, QPoint], grids: Grids,
 def _edit_for_tensorrt(model: ir.Model, quantize: ir.Node, point: QPoint, grid: ActivationGrid) -> None:
     ((dequantize, _),) = quantize.outputs[0].uses()
     if point.only_onnxruntime:
-        ir.convenience.replace_all_uses_with(dequantize.outputs[0], quantize.inputs[0])
+        ir.convenience.replace_all_uses_with(dequantize.outputs[0], operand(quantize, 0))
         model.graph.remove([dequantize, quantize], safe=True)
     elif _narrow(point, grid, "tensorrt"):
         low, high = (np.float32(code * grid.scale) for code in code_range(point, grid, "tensorrt"))
-        clip = _clip(model, quantize.inputs[0], point.name, low, high, ir.DataType.FLOAT)
-        model.graph.insert_before(quantize, clip)
-        quantize.replace_input_with(0, clip.outputs[0])
+        bound = clip(model, operand(quantize, 0), point.name, low, high, ir.DataType.FLOAT)
+        model.graph.insert_before(quantize, bound)
+        quantize.replace_input_with(0, bound.outputs[0])
 
 
 def _edit_for_onnxruntime(model: ir.Model, quantize: ir.Node, point: QPoint, grid: ActivationGrid) -> None:
@@ -86,19 +94,9 @@ def _edit_for_onnxruntime(model: ir.Model, quantize: ir.Node, point: QPoint, gri
     quantize.outputs[0].type = ir.TensorType(ir.DataType.UINT8)  # a clone shares its types with the original
     if _narrow(point, grid, "onnxruntime"):
         low, high = (np.uint8(code + zero) for code in code_range(point, grid, "onnxruntime"))
-        clip = _clip(model, quantize.outputs[0], point.name, low, high, ir.DataType.UINT8)
-        model.graph.insert_after(quantize, clip)
-        dequantize.replace_input_with(0, clip.outputs[0])
-
-
-def _clip(
-    model: ir.Model, value: ir.Value, name: str, low: np.generic, high: np.generic, dtype: ir.DataType
-) -> ir.Node:
-    sides = {"lowest": low, "highest": high}
-    bounds = [constant(model, f"{name}.{side}", np.array(bound)) for side, bound in sides.items()]
-    clip = ir.node("Clip", [value, *bounds], name=f"{name}.clip")
-    clip.outputs[0].name, clip.outputs[0].shape, clip.outputs[0].dtype = f"{name}.clipped", value.shape, dtype
-    return clip
+        bound = clip(model, quantize.outputs[0], point.name, low, high, ir.DataType.UINT8)
+        model.graph.insert_after(quantize, bound)
+        dequantize.replace_input_with(0, bound.outputs[0])
 
 
 def _quantize_biases(model: ir.Model) -> None:
@@ -108,16 +106,16 @@ def _quantize_biases(model: ir.Model) -> None:
     the file, it is the same for every layer and runtime, and `fake_quantized` can do the same.
     """
     for node in list(model.graph):
-        if node.op_type not in ("Conv", "Gemm") or len(node.inputs) < 3 or not node.inputs[2].is_initializer():
+        if node.op_type not in ("Conv", "Gemm") or len(node.inputs) < 3 or not operand(node, 2).is_initializer():
             continue
-        data, weight = dequantized_by(node.inputs[0]), dequantized_by(node.inputs[1])
+        data, weight = (dequantized_by(operand(node, index)) for index in range(2))
         if data is None or weight is None:
             continue
-        name, bias = node.inputs[2].name, node.inputs[2].const_value.numpy()
-        scale = data.inputs[1].const_value.numpy() * weight.inputs[1].const_value.numpy()
+        name, bias = name_of(operand(node, 2)), array(operand(node, 2))
+        scale = array(operand(data, 1)) * array(operand(weight, 1))
         call = free_suffix(model, f"{name}.codes")
         arrays = {"codes": bias_codes(bias, scale), "scales": scale, "zero_points": np.zeros(bias.shape, np.int32)}
-        inputs = [constant(model, f"{name}.{part}{call}", array) for part, array in arrays.items()]
+        inputs = [constant(model, f"{name}.{part}{call}", values) for part, values in arrays.items()]
         dequantize = ir.node("DequantizeLinear", inputs, attributes={"axis": 0}, name=f"{name}.dequantize{call}")
         dequantize.outputs[0].name = f"{name}.dequantized{call}"
         model.graph.insert_before(node, dequantize)
@@ -126,15 +124,8 @@ def _quantize_biases(model: ir.Model) -> None:
 
 def bias_codes(bias: np.ndarray, scale: np.ndarray) -> np.ndarray:
     """Whole multiples, int32, of `scale` (input scale times weight scale, float32 [channels]) nearest to the bias."""
-    return np.clip(np.rint(bias.astype(np.float64) / scale), -(2**31), 2**31 - 1).astype(np.int32)
-
-
-def dequantized_by(value: ir.Value) -> ir.Node | None:
-    """The DequantizeLinear that a layer's operand comes from, directly or through what only moves values."""
-    node = value.producer()
-    while node is not None and node.op_type in _MOVES:
-        node = node.inputs[0].producer()
-    return node if node is not None and node.op_type == "DequantizeLinear" else None
+    codes: np.ndarray = np.clip(np.rint(bias.astype(np.float64) / scale), -(2**31), 2**31 - 1)
+    return codes.astype(np.int32)
 
 
 def keep_float_layers_float(model: ir.Model) -> None:
@@ -144,34 +135,10 @@ def keep_float_layers_float(model: ir.Model) -> None:
     all channels (its WeightBiasQuantization), unless another operator stands in between.
     """
     for node in list(model.graph):
-        if node.op_type in ("Conv", "Gemm") and node.inputs[1].is_initializer() and not node.inputs[0].is_graph_input():
+        if node.op_type not in ("Conv", "Gemm") or not operand(node, 1).is_initializer():
+            continue
+        if not operand(node, 0).is_graph_input():
             low, high = np.float32(-_BEYOND), np.float32(_BEYOND)
-            clip = _clip(model, node.inputs[0], f"{node.name}.input", low, high, ir.DataType.FLOAT)
-            model.graph.insert_before(node, clip)
-            node.replace_input_with(0, clip.outputs[0])
-
-
-def constant(model: ir.Model, name: str, array: np.ndarray) -> ir.Value:
-    """The graph's initializer of that name, made from `array` when there is none yet."""
-    if name in model.graph.initializers:
-        return model.graph.initializers[name]
-    value = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(ir.DataType.from_numpy(array.dtype)),
-                     const_value=ir.tensor(array, name=name))  # fmt: skip
-    model.graph.register_initializer(value)
-    return value
-
-
-def free_suffix(model: ir.Model, name: str) -> str:
-    """What has to be added to `name` for a new initializer: nothing, or `_2`, `_3` ... where it is taken."""
-    suffix, number = "", 1
-    while f"{name}{suffix}" in model.graph.initializers:
-        number += 1
-        suffix = f"_{number}"
-    return suffix
-
-
-def remove_unused(model: ir.Model) -> None:
-    """Drop initializers that nothing reads any more."""
-    for name, value in list(model.graph.initializers.items()):
-        if not value.uses() and not value.is_graph_output():
-            del model.graph.initializers[name]
+            bound = clip(model, operand(node, 0), f"{node.name}.input", low, high, ir.DataType.FLOAT)
+            model.graph.insert_before(node, bound)
+            node.replace_input_with(0, bound.outputs[0])

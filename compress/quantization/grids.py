@@ -16,9 +16,9 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, fx, nn
 
-from compress.engines.base import Flavour
 from compress.errors import QuantizationError
 from compress.files import write_tensors, write_text
+from compress.methods.runtimes import Flavour
 from compress.quantization.prepare import prepare
 
 _VERSION = 2

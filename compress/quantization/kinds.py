@@ -68,6 +68,20 @@ def kind(node: fx.Node, graph_module: fx.GraphModule) -> str:
     return "other" if found == "add" and not _is_tensor_add(node) else found
 
 
+def layer_at(model: nn.Module, name: str) -> nn.Conv2d | nn.Linear:
+    """The layer with integer weights of that name."""
+    layer = model.get_submodule(name)
+    assert isinstance(layer, nn.Conv2d | nn.Linear), f"{name} is a {type(layer).__name__}"
+    return layer
+
+
+def first_operand(node: fx.Node) -> fx.Node:
+    """The node whose result `node` reads as its first argument."""
+    operand = node.args[0]
+    assert isinstance(operand, fx.Node), f"{node.name} reads {operand!r}"
+    return operand
+
+
 def is_float(layer: str, graph_module: fx.GraphModule) -> bool:
     """Whether this layer was asked to stay in floating point, or has to because the model reads its tensors itself."""
     return any(layer in graph_module.meta.get(key, ()) for key in (FLOAT_LAYERS, OWN_READS))
@@ -79,7 +93,8 @@ def operands(node: fx.Node, found: str) -> tuple[fx.Node, ...]:
         return tuple(arg for arg in node.args if isinstance(arg, fx.Node))
     if found == "concat":
         tensors = node.args[0] if node.args else node.kwargs["tensors"]
-        return (tensors,) if isinstance(tensors, fx.Node) else tuple(tensors)
+        listed = tensors if isinstance(tensors, list | tuple) else [tensors]
+        return tuple(tensor for tensor in listed if isinstance(tensor, fx.Node))
     first = node.args[0] if node.args else node.kwargs.get("input")
     return (first,) if isinstance(first, fx.Node) else ()
 
@@ -102,6 +117,7 @@ def _is_tensor_add(node: fx.Node) -> bool:
 
 def _drops(node: fx.Node) -> bool:
     """Whether a dropout function is called so that it drops in eval mode, too."""
+    assert callable(node.target)
     bound = inspect.signature(node.target).bind(*node.args, **node.kwargs)
     bound.apply_defaults()
     return bound.arguments["training"] is not False and bound.arguments["p"] != 0

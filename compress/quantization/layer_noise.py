@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from compress.methods.runtimes import Flavour
 from compress.quantization.convert import CALLS, fake_quantized
-from compress.quantization.flavours import Flavour
 from compress.quantization.grids import Quantized
 
 OUTPUT = "logits"

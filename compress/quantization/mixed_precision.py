@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 from compress.quantization.bits import FLOAT, BitPlan, LayerBits
 from compress.quantization.convert import FakeQuantize
 from compress.quantization.grids import Quantized
+from compress.quantization.kinds import layer_at
 from compress.quantization.prepare import readers_of
 
 Quantize = Callable[[BitPlan], Quantized]
@@ -84,7 +85,7 @@ def sensitivity(quantized: Quantized, images: Tensor) -> dict[str, float]:
 def _with_layer(model: fx.GraphModule, quantized: Quantized, layer: str) -> fx.GraphModule:
     """A copy of the float `model` in which one layer and what it reads are on their grids."""
     result = copy.deepcopy(model, {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]})
-    module = result.get_submodule(layer)
+    module = layer_at(result, layer)
     moved = quantized.grids.weights[layer].dequantized(module.weight)
     module.weight = nn.Parameter(moved, requires_grad=False)
     for name, readers in readers_of(model).items():
@@ -111,9 +112,9 @@ def _growing(most: int) -> Iterable[int]:
 
 
 def _mean_bits(quantized: Quantized) -> float:
-    sizes = {name: quantized.model.get_submodule(name).weight.numel() for name in quantized.grids.weights}
+    sizes = {name: layer_at(quantized.model, name).weight.numel() for name in quantized.grids.weights}
     bits = sum(size * quantized.grids.weights[name].bits for name, size in sizes.items())
-    kept = sum(quantized.model.get_submodule(name).weight.numel() for name in quantized.grids.keep_float)
+    kept = sum(layer_at(quantized.model, name).weight.numel() for name in quantized.grids.keep_float)
     return (bits + FLOAT * kept) / (sum(sizes.values()) + kept)
 
 

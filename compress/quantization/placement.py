@@ -2,9 +2,22 @@
 
 from __future__ import annotations
 
+import operator
+from functools import partial
+
 from torch import fx
 
-from compress.quantization.kinds import FLOAT_LAYERS, LAYERS, RELUS, QPoint, is_tensor, kind, makes_list, operands
+from compress.quantization.kinds import (
+    FLOAT_LAYERS,
+    LAYERS,
+    RELUS,
+    QPoint,
+    first_operand,
+    is_tensor,
+    kind,
+    makes_list,
+    operands,
+)
 from compress.tracing.names import free_name
 
 _INTEGER_WHEN_READ = ("add", "concat", "maxpool", "avgpool")
@@ -20,11 +33,11 @@ def insert_points(graph_module: fx.GraphModule) -> None:
         graph_module.add_submodule(name, point)
         with graph_module.graph.inserting_after(tensor):
             node = graph_module.graph.call_module(name, (tensor,))
-        tensor.replace_all_uses_with(node, delete_user_cb=lambda user, own=node: user is not own)
+        tensor.replace_all_uses_with(node, delete_user_cb=partial(operator.is_not, node))
         points[node] = point
     for node, point in points.items():
-        point.non_negative = _non_negative(node.args[0], graph_module)
-        point.clipped_above = kind(node.args[0], graph_module) == "relu6"
+        point.non_negative = _non_negative(first_operand(node), graph_module)
+        point.clipped_above = kind(first_operand(node), graph_module) == "relu6"
     _share_scales(graph_module, points)
     _mark_fused_by_tensorrt(graph_module, points)
 
@@ -90,9 +103,7 @@ def _after_relu(node: fx.Node, graph_module: fx.GraphModule) -> fx.Node:
     return only if only is not None and kind(only, graph_module) in RELUS else node
 
 
-def _non_negative(node: object, graph_module: fx.GraphModule) -> bool:
-    if not isinstance(node, fx.Node):
-        return False
+def _non_negative(node: fx.Node, graph_module: fx.GraphModule) -> bool:
     found = kind(node, graph_module)
     if found in (*RELUS, "sigmoid"):
         return True
@@ -105,7 +116,7 @@ def _share_scales(graph_module: fx.GraphModule, points: dict[fx.Node, QPoint]) -
     """Concatenation copies integers, so its inputs and its result must mean the same by them; so does what only moves
     them, which would round a second time and keep runtimes from dropping the pair."""
     for node, point in points.items():
-        made = node.args[0]
+        made = first_operand(node)
         found = kind(made, graph_module)
         if found == "concat":
             inputs = [_point_of(operand, graph_module, points) for operand in operands(made, found)]
@@ -143,7 +154,7 @@ def _mark_fused_by_tensorrt(graph_module: fx.GraphModule, points: dict[fx.Node, 
     taken: set[fx.Node] = set()
     readers = _integer_readers(graph_module)
     for node, point in points.items():
-        if kind(node.args[0], graph_module) != "conv":
+        if kind(first_operand(node), graph_module) != "conv":
             continue
         users = [user for user in node.users if user.op != "output"]
         if all(user not in readers for user in users):

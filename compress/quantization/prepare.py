@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 from compress import equality, tracing
 from compress.errors import CompressError, QuantizationError
 from compress.quantization import attention
-from compress.quantization.kinds import FLOAT_LAYERS, LAYERS, OWN_READS, SHAPE, QPoint, kind, makes_list
+from compress.quantization.kinds import FLOAT_LAYERS, LAYERS, OWN_READS, SHAPE, QPoint, first_operand, kind, makes_list
 from compress.quantization.placement import insert_points
 from compress.tracing.folding import fold
 
@@ -155,7 +155,7 @@ def _usual_images(model: nn.Module) -> Tensor:
     layers = [module for module in model.modules() if isinstance(module, nn.Conv2d | nn.Linear)]
     convolution = next((layer for layer in layers if isinstance(layer, nn.Conv2d)), None)
     channels = convolution.in_channels if convolution is not None else 3
-    shapes = [(channels, size, size) for size in _USUAL_SIZES]
+    shapes: list[tuple[int, ...]] = [(channels, size, size) for size in _USUAL_SIZES]
     shapes += [(layer.in_features,) for layer in layers[:1] if isinstance(layer, nn.Linear)]
     tried, generator = copy.deepcopy(model), torch.Generator().manual_seed(0)
     for shape in shapes:
@@ -222,9 +222,11 @@ def _sliced(node: fx.Node) -> fx.Node | None:
     if node.target is not operator.getitem:
         return None
     source, index = node.args
+    if not isinstance(source, fx.Node):
+        return None
     if makes_list(source):
         dim = source.args[2] if len(source.args) > 2 else source.kwargs.get("dim", 0)
-        return source.args[0] if dim != 0 and source.args else None
+        return first_operand(source) if dim != 0 and source.args else None
     parts = index if isinstance(index, tuple) else (index,)
     slices = all(part is ... or isinstance(part, slice) for part in parts)
     return source if slices and parts and parts[0] in (..., slice(None)) else None

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
-from compress.quantizers import FORMER_NAMES
+from compress.methods.quantizers import FORMER_NAMES, QUANTIZERS
+from compress.methods.runtimes import RUNTIMES, Hint
 
-RuntimeName = Literal[
-    "auto", "onnxruntime", "openvino", "onnxruntime-cuda", "onnxruntime-tensorrt", "tensorrt", "tensorrt-rtx"
-]
-RuntimeHint = Literal["latency", "throughput"]
 PrunerName = Literal[
     "l1-norm",
     "l2-norm",
@@ -33,7 +30,13 @@ PrunerName = Literal[
 RankingName = Literal["per-group", "global"]
 OptimizerName = Literal["adamw", "sgd"]
 EstimatorName = Literal["average", "minmax", "percentile", "mse", "entropy"]
-QuantizerNames = Literal["qat", "ptq", "lsq", "lsq-plus", "dorefa", "bnn", "none"]
+RuntimeHint = Hint
+if TYPE_CHECKING:  # a type checker knows literals only as they are written
+    RuntimeName = str
+    QuantizerNames = str
+else:
+    RuntimeName = Literal["auto", *RUNTIMES]
+    QuantizerNames = Literal[*QUANTIZERS, "none"]
 QuantizerName = Annotated[
     QuantizerNames, BeforeValidator(lambda value: FORMER_NAMES.get(value, value) if isinstance(value, str) else value)
 ]

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from compress.errors import RequestError
-from compress.quantizers import NO_TENSORRT_FILE, QUANTIZERS
+from compress.methods.quantizers import NO_TENSORRT_FILE, QUANTIZERS
+from compress.methods.runtimes import RUNTIMES
 
 if TYPE_CHECKING:
     from compress.request import Request
@@ -37,7 +38,7 @@ def refuse_contradictions(request: Request) -> None:
         )
     _refuse_contradictory_plan(request)
     _refuse_unshareable_training(request)
-    if request.runtime_hint == "throughput" and request.runtime not in ("auto", "openvino"):
+    if request.runtime != "auto" and request.runtime_hint not in RUNTIMES[request.runtime].hints:
         raise RequestError(
             "runtime_hint", request.runtime_hint, f"latency, because {request.runtime} has no such choice"
         )
@@ -74,7 +75,8 @@ def _refuse_contradictory_bits(request: Request) -> None:
         raise RequestError(
             changed[0], getattr(request, changed[0]), "nothing, because quantization_config_list is given and says it"
         )
-    if request.quantizer == "lsq-plus" and request.activation_bits == 8 and request.runtime.startswith("tensorrt"):
+    flavour = RUNTIMES[request.runtime].flavour if request.runtime != "auto" else None
+    if request.quantizer == "lsq-plus" and request.activation_bits == 8 and flavour == "tensorrt":
         raise RequestError("runtime", request.runtime, f"another one: {NO_TENSORRT_FILE.removesuffix('.')}")
     binary = next((name for name, bits in request.layer_bits.items() if bits.startswith("1")), None)
     if binary and request.quantizer != "bnn":

@@ -27,8 +27,9 @@ def require_machine(request: Request) -> None:
     if request.runtime != "auto" and (reason := RUNTIMES[request.runtime].missing()):
         raise RuntimeUnavailableError(f"runtime: got {request.runtime!r}, which is not available here. {reason}")
     data_parallel.require_devices(request.training_processes)
-    if request.engine_targets:
-        RUNTIMES["tensorrt-rtx"].check_targets(request.engine_targets)
+    for runtime in RUNTIMES.values():
+        if request.engine_targets and runtime.builds_for_targets:
+            runtime.check_targets(request.engine_targets)
 
 
 def require_plan(request: Request, workload: Workload) -> None:

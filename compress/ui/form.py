@@ -18,7 +18,7 @@ from gradio.components import Component
 
 from compress.errors import CompressError
 from compress.hub import SCHEME as HUB_SCHEME
-from compress.quantizers import QUANTIZERS
+from compress.methods.quantizers import QUANTIZERS
 from compress.request import CHECKPOINT_SOURCES, DATA_SOURCES, Request
 from compress.request.rules import FULL_PRECISION, HALF_PRECISION, QUANTIZED_BITS
 from compress.ui.texts import text

@@ -18,6 +18,7 @@ from torch import nn
 
 from compress.engines import RUNTIMES, BuildSpec
 from compress.errors import CompressError, RequestError
+from compress.methods.quantizers import QUANTIZERS
 from compress.onnx_export import export_flavours
 from compress.quantization import (
     assign_bits,
@@ -30,7 +31,6 @@ from compress.quantization import (
     save,
 )
 from compress.quantization.calibration import Histogram, calibrate, weight_thresholds
-from compress.quantizers import QUANTIZERS
 from compress.request import Request
 
 BITS = {"qat": (8, 8), "ptq": (8, 8), "lsq": (4, 4), "lsq-plus": (4, 4), "dorefa": (4, 8), "bnn": (1, 8)}

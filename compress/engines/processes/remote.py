@@ -19,9 +19,10 @@ from typing import Any
 import numpy as np
 
 from compress.engines import benchmark
-from compress.engines.base import BuildSpec, Kernel, Precision, Runtime, Session
+from compress.engines.base import BuildSpec, Kernel, Runtime, Session
 from compress.engines.processes.process import Retired, RuntimeProcess
 from compress.errors import EngineError
+from compress.methods.runtimes import Precision
 
 _processes: dict[tuple[int, type[Runtime], bool], RuntimeProcess] = {}
 """By thread, runtime, and whether it is for trials."""
@@ -79,7 +80,8 @@ def compile_apart(runtime: Runtime, onnx_path: Path, plan_path: Path, spec: Buil
 
 def half_precision(runtime: Runtime) -> Precision | None:
     """What `half_precision_here` of the runtime says in its process. Raises `EngineError`."""
-    return _ask(runtime, "half_precision", "was asked for its precisions", {})[1]["precision"]
+    precision: Precision | None = _ask(runtime, "half_precision", "was asked for its precisions", {})[1]["precision"]
+    return precision
 
 
 def release() -> None:
@@ -128,7 +130,8 @@ class RemoteSession(Session):
 
     def burst(self, images: np.ndarray, pace: benchmark.Pace) -> list[float]:
         doing = f"was timed with {self._file}, {len(images)} image(s) at once"
-        return self._process.ask("burst", doing, self._number | {"pace": asdict(pace)}, images)[0]["samples_ms"]
+        header, _ = self._process.ask("burst", doing, self._number | {"pace": asdict(pace)}, images)
+        return [float(sample) for sample in header["samples_ms"]]
 
     @property
     def usable(self) -> bool:  # type: ignore[override]

@@ -36,9 +36,10 @@ class Channel:
 
     def send(self, header: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> None:
         """Raises `OSError` when nobody reads any more."""
-        listed, end = [], 0
+        listed: list[tuple[str, str, list[int], int]] = []
+        end = 0
         for name, array in arrays.items():
-            listed.append([name, str(array.dtype), list(array.shape), end])
+            listed.append((name, str(array.dtype), list(array.shape), end))
             end += -(-array.nbytes // ALIGNED) * ALIGNED
         if end > os.fstat(self._memory).st_size:
             os.ftruncate(self._memory, end)
@@ -49,7 +50,8 @@ class Channel:
     def receive(self) -> tuple[dict[str, Any], Arrays]:
         """Raises `EOFError` or `OSError` when nobody writes any more, `ValueError` for what is no message."""
         header = json.loads(self._connection.recv_bytes())
-        return header, {name: self._at(*place).copy() for name, *place in header.pop("arrays")}
+        listed = header.pop("arrays")
+        return header, {name: self._at(dtype, shape, offset).copy() for name, dtype, shape, offset in listed}
 
     def close(self) -> None:
         self._connection.close()

@@ -73,7 +73,9 @@ class _Worker:
         return {}, answers if isinstance(answers, dict) else {"answers": answers}
 
     def burst(self, session: int, pace: dict[str, Any], images: np.ndarray) -> Answer:
-        return {"samples_ms": self.loaded[session].burst(images, benchmark.Pace(**pace))}, {}
+        timed = self.loaded[session].burst
+        assert timed is not None, "a recorder is not timed"
+        return {"samples_ms": timed(images, benchmark.Pace(**pace))}, {}
 
     def close(self, session: int) -> Answer:
         self.loaded.pop(session).close()
@@ -104,7 +106,8 @@ def serve(runtime: Runtime, channel: wire.Channel, idle_s: float) -> None:
 
 def _answered(worker: _Worker, order: str, arguments: dict[str, Any]) -> Answer:
     try:
-        return getattr(worker, order)(**arguments)
+        answer: Answer = getattr(worker, order)(**arguments)
+        return answer
     except CompressError as error:
         if error.__cause__ and _ran_out(error.__cause__):
             return {"failed": None, "memory": True, "detail": str(error.__cause__)}, {}
@@ -142,7 +145,7 @@ def _prepare(lifeline: int) -> None:
 def main() -> None:
     module, name, connection, shared, lifeline, idle_s = sys.argv[1:]
     _prepare(int(lifeline))
-    kind = functools.reduce(getattr, name.split("."), importlib.import_module(module))
+    kind: Any = functools.reduce(getattr, name.split("."), importlib.import_module(module))
     serve(kind(), wire.Channel(Connection(int(connection)), int(shared)), float(idle_s))
 
 

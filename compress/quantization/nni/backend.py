@@ -17,7 +17,7 @@ from compress.nni_bridge import import_nni, quiet
 from compress.quantization.bits import BitPlan
 from compress.quantization.calibration import Estimator, calibrate
 from compress.quantization.grids import Grids
-from compress.quantization.kinds import QPoint
+from compress.quantization.kinds import QPoint, layer_at
 from compress.quantization.nni.methods import (
     ACTIVATION_METHODS,
     OUTPUT,
@@ -82,7 +82,7 @@ def _weight_jobs(model: fx.GraphModule, plan: BitPlan, quantizer: str, estimator
     for name, bits in plan.layers.items():
         if bits.keep_float:
             continue
-        weight = model.get_submodule(name).weight.detach()
+        weight = layer_at(model, name).weight.detach()
         _check_weights(name, weight)
         how = quantizer if bits.weights == plan.weight_bits or quantizer in ("lsq", "lsq-plus", "ptq") else "qat"
         jobs.append((WEIGHT_METHODS[how], weight_target(name, weight, bits.weights, how, estimator), WEIGHT))

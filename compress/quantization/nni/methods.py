@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -52,15 +53,18 @@ class Target:
     @property
     def qmax(self) -> int:
         """The largest code."""
-        return 2**self.bits - 1 if self.unsigned else 2 ** (self.bits - 1) - 1
+        return (1 << self.bits) - 1 if self.unsigned else (1 << (self.bits - 1)) - 1
 
 
 def register_apply_methods(methods: dict[str, Any]) -> None:
     """Add to NNI's table of apply methods those that it lacks."""
-    stock = {name: methods[name] for name in ("dorefa_clamp_round_weight", "bnn_clamp_round", "lsq_plus_clamp_round")}
+    stock: dict[str, Callable[[Tensor, Any], Tensor]] = {
+        name: methods[name] for name in ("dorefa_clamp_round_weight", "bnn_clamp_round", "lsq_plus_clamp_round")
+    }
 
     def dorefa(weight: Tensor, space: Any) -> Tensor:
-        return stock["dorefa_clamp_round_weight"](weight, space) * space._wrapper.gain
+        gain: Tensor = space._wrapper.gain
+        return stock["dorefa_clamp_round_weight"](weight, space) * gain
 
     def binary(weight: Tensor, space: Any) -> Tensor:
         return stock["bnn_clamp_round"](weight, space) * _mean_magnitude(weight)
@@ -87,7 +91,7 @@ class _ClampRound(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, target: Tensor, space: Any) -> Tensor:
-        codes = target / space.scale
+        codes: Tensor = target / space.scale
         ctx.is_weight = space._target_name == WEIGHT
         if not ctx.is_weight:
             ctx.save_for_backward((codes >= space.qmin) & (codes <= space.qmax))
@@ -112,7 +116,7 @@ class Method(ABC):
     def config(self, target: Target, role: str) -> dict[str, Any]:
         """An entry of NNI's config list."""
         setting = {"quant_dtype": target.dtype, "quant_scheme": self.scheme}
-        entry = {"op_names": [target.name], "target_names": [role], **setting}
+        entry: dict[str, Any] = {"op_names": [target.name], "target_names": [role], **setting}
         if role == WEIGHT and self.per_channel:
             entry["target_settings"] = {WEIGHT: {**setting, "granularity": "out_channel"}}
         return entry
@@ -136,7 +140,8 @@ class Method(ABC):
 
     def final_weight(self, wrapper: Any) -> Tensor:
         """The float weight whose codes on the grid are the integers to deploy."""
-        return wrapper.weight.detach()
+        weight: Tensor = wrapper.weight
+        return weight.detach()
 
     def activation_grid(self, wrapper: Any, target: Target) -> ActivationGrid:
         scale = float(wrapper.quantization_target_spaces[OUTPUT].scale.detach())
@@ -298,7 +303,8 @@ class DoReFa(Method):
     def _simulated(self, wrapper: Any) -> Tensor:
         space = wrapper.quantization_target_spaces[WEIGHT]
         with torch.no_grad():
-            return wrapper._apply_quant_helper(wrapper.weight, space).detach()
+            simulated: Tensor = wrapper._apply_quant_helper(wrapper.weight, space)
+        return simulated.detach()
 
     def weight_grid(self, wrapper: Any, target: Target) -> WeightGrid:
         levels = 2**target.bits - 1

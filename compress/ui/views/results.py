@@ -7,6 +7,7 @@ from html import escape
 from typing import Any
 from urllib.parse import quote
 
+from compress.methods.runtimes import REFERENCE, RUNTIMES
 from compress.report import Report
 from compress.ui import views
 
@@ -82,14 +83,13 @@ def downloads(job_id: str, files: Mapping[str, Mapping[str, Any]]) -> str:
 
 def usage(job_id: str, report: Report, files: Mapping[str, Any]) -> str:
     """What to type to verify the zip, to classify an image with the deployed file, and to load the model in Python."""
-    runtime = report.verdict.runtime or "onnxruntime"
-    package = runtime.removesuffix("-cuda").removesuffix("-tensorrt")
+    runtime = RUNTIMES[report.verdict.runtime or REFERENCE]
     folder = folder_name(job_id)
     shell = [f"unzip {folder}.zip", f"cd {folder}", "sha256sum -c SHA256SUMS"]
     if "artifacts/infer.py" in files:
-        option = f" --runtime {runtime}" if runtime in ("openvino", "tensorrt", "tensorrt-rtx") else ""
-        pycuda = " pycuda" if runtime.startswith("tensorrt") else ""
-        shell += [f"pip install numpy pillow {package}{pycuda}", f"python artifacts/infer.py{option} photo.jpg"]
+        option = f" --runtime {runtime.infer_name}" if runtime.infer_name != REFERENCE else ""
+        packages = " ".join(("numpy", "pillow", *runtime.packages))
+        shell += [f"pip install {packages}", f"python artifacts/infer.py{option} photo.jpg"]
     python = f'import compress\n\nmodel = compress.load("{folder}")  # the pruned torch model, without NNI\n'
     parts = views.copied("In a shell", "\n".join(shell) + "\n") + views.copied("In Python", python)
     return views.folded("How to use these files", parts)
