@@ -122,7 +122,7 @@ def searches() -> str:
 
 
 def quantizers() -> str:
-    from compress.quantizers import QUANTIZERS
+    from compress.methods.quantizers import QUANTIZERS
 
     rows = [
         (code(q.name), q.summary, _bits(q.weight_bits), _bits(q.activation_bits), ", ".join(q.integer_runtimes), q.note, q.paper)
@@ -137,11 +137,10 @@ def _bits(bits: Sequence[int]) -> str:
 
 
 def runtimes() -> str:
-    from compress.engines import RUNTIMES
+    from compress.methods.runtimes import RUNTIMES
 
-    loads = {True: "an engine that is built ahead of time", False: "the ONNX file itself"}
-    rows = [(code(r.name), r.title, loads[r.ahead_of_time], code(f"{r.flavour}.onnx")) for r in RUNTIMES.values()]
-    return table(("runtime", "", "loads", "quantized file"), rows)
+    rows = [(code(r.name), r.title, r.summary, code(f"{r.flavour}.onnx")) for r in RUNTIMES.values()]
+    return table(("runtime", "", "what it does", "quantized file"), rows)
 
 
 # ---- the web app ----

@@ -60,7 +60,7 @@ class Folder:
 
     def __init__(self, root: Path) -> None:
         self._root = root
-        found = []
+        files = []
         for folder, folders, names in os.walk(root, followlinks=True, onerror=_refuse_unlisted):
             folders[:] = sorted(name for name in folders if not _is_litter(name))
             if len(Path(folder).relative_to(root).parts) > MAX_DEPTH:
@@ -70,8 +70,8 @@ class Folder:
             for name in [*folders, *names]:
                 if not _is_litter(name) and (flaw := naming.flaw(name)):
                     raise DataError(f"{root} holds {naming.shown(name)}, whose name holds {flaw}: rename it.")
-            found += [Path(folder, name).relative_to(root).as_posix() for name in names if not _is_litter(name)]
-        self.names = tuple(sorted(found))
+            files += [Path(folder, name).relative_to(root).as_posix() for name in names if not _is_litter(name)]
+        self.names = tuple(sorted(files))
 
     def read(self, name: str) -> bytes:
         path = self._root / name
@@ -114,7 +114,7 @@ class Zip:
 def _accepted(entries: tuple[zipfile.ZipInfo, ...]) -> dict[str, zipfile.ZipInfo]:
     """Every file entry by its name; raises Refused on anything that an honest zip of images does not have."""
     accepted: dict[str, zipfile.ZipInfo] = {}
-    seen: set[str] = set()
+    keys: set[str] = set()
     if sum(entry.file_size for entry in entries) > MAX_UNPACKED_BYTES:
         raise Refused("it would unpack to more than 4 GiB")
     for entry in entries:
@@ -128,9 +128,9 @@ def _accepted(entries: tuple[zipfile.ZipInfo, ...]) -> dict[str, zipfile.ZipInfo
         if entry.file_size > MAX_RATIO * max(entry.compress_size, 1):
             raise Refused(f"an entry unpacks to more than {MAX_RATIO} times its size")
         key = unicodedata.normalize("NFC", entry.filename).casefold()
-        if key in seen:
+        if key in keys:
             raise Refused("two entries have the same name")
-        seen.add(key)
+        keys.add(key)
         accepted[entry.filename] = entry
     return accepted
 

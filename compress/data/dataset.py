@@ -91,15 +91,15 @@ class Split(torch.utils.data.Dataset[tuple[Tensor, int]]):
 
     def take(self, chosen: Tensor, preprocessing: Preprocessing | None = None) -> Tensor:
         """Images `chosen` (int64 [n]) as uint8 [n, C, size, size], at the size of `preprocessing` if given."""
-        wanted = preprocessing or self.preprocessing
-        if self.pixels is not None and _same_geometry(wanted, self.preprocessing):
+        target = preprocessing or self.preprocessing
+        if self.pixels is not None and _same_geometry(target, self.preprocessing):
             return self.pixels[chosen]
         positions = self.positions[chosen.numpy()]
         channels = len(images.to_pixels(self.origin.image(int(positions[0])))) if len(positions) else 3
-        pixels = np.empty((len(positions), channels, wanted.input_size, wanted.input_size), dtype=np.uint8)
+        pixels = np.empty((len(positions), channels, target.input_size, target.input_size), dtype=np.uint8)
 
         def fill(row: int) -> None:
-            pixels[row] = images.to_pixels(images.fit(self.origin.image(int(positions[row])), wanted))
+            pixels[row] = images.to_pixels(images.fit(self.origin.image(int(positions[row])), target))
 
         _in_threads(fill, range(len(positions)))
         return torch.from_numpy(pixels)
@@ -218,8 +218,8 @@ def _open_idx(path: Path, source: str, preprocessing: Preprocessing, outputs: _O
         (parts.train_images[kept], parts.train_labels[kept]),
         (parts.test_images, parts.test_labels),
     ):
-        found = of_label[torch.from_numpy(numbers.astype(np.int64))]
-        split = Split(_GreyArray(pixels), np.arange(len(pixels)), found, preprocessing, None)
+        labels = of_label[torch.from_numpy(numbers.astype(np.int64))]
+        split = Split(_GreyArray(pixels), np.arange(len(pixels)), labels, preprocessing, None)
         splits.append(replace(split, pixels=_fit_grey(split)) if fits else split)
     name = source if source == FASHION_MNIST else path.name
     train, test = splits
@@ -274,15 +274,15 @@ def _open_images(
     usable = np.array(sorted(scanned.digests), dtype=np.int64)
     folders = [layout.folder_of.get(names[position], "") for position in usable]
     notes += scanned.notes + data_layout.check_counts(folders, path.name)
-    found = np.array([index_of.get(folder, UNKNOWN) for folder in folders], dtype=np.int64)
-    tests = usable >= len(layout.train) if layout.test is not None else _choose_test(found, test_fraction, seed)
+    labels = np.array([index_of.get(folder, UNKNOWN) for folder in folders], dtype=np.int64)
+    tests = usable >= len(layout.train) if layout.test is not None else _choose_test(labels, test_fraction, seed)
     tested = {scanned.digests[position] for position in usable[tests]}
     repeated = np.array([scanned.digests[position] in tested for position in usable]) & ~tests
     origin = _ImageFiles(files, names)
 
     def split(chosen: np.ndarray) -> Split:
         pixels = None if scanned.pixels is None else scanned.pixels[torch.from_numpy(usable[chosen])]
-        return Split(origin, usable[chosen], torch.from_numpy(found[chosen]), preprocessing, pixels)
+        return Split(origin, usable[chosen], torch.from_numpy(labels[chosen]), preprocessing, pixels)
 
     train, test = split(~tests & ~repeated), split(tests)
     if not len(train) or not len(test):
@@ -324,12 +324,12 @@ def _scan(files: Files, names: tuple[str, ...], preprocessing: Preprocessing, so
     return _Scanned(digests, pixels, notes)
 
 
-def _choose_test(found: np.ndarray, fraction: float, seed: int) -> np.ndarray:
+def _choose_test(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
     """bool [N]: a random `fraction` of every class, at least one image and never all of it."""
     rng = np.random.default_rng(seed)
-    chosen = np.zeros(len(found), dtype=bool)
-    for label in np.unique(found):
-        members = rng.permutation(np.flatnonzero(found == label))
+    chosen = np.zeros(len(labels), dtype=bool)
+    for label in np.unique(labels):
+        members = rng.permutation(np.flatnonzero(labels == label))
         chosen[members[: min(max(1, round(fraction * len(members))), len(members) - 1)]] = True
     return chosen
 

@@ -252,12 +252,14 @@ def failing_layer(path: Path, text: str) -> str | None:
 
 def check_images(images: np.ndarray, spec: BuildSpec, fixed_batch: int | None) -> np.ndarray:
     """Contiguous float32 images of the shape the session was made for; raises `HandoffError`."""
-    wanted = (fixed_batch, 3, spec.input_size, spec.input_size)
-    fits = images.ndim == 4 and images.shape[1:] == wanted[1:] and fixed_batch in (None, len(images))
+    expected = (fixed_batch, 3, spec.input_size, spec.input_size)
+    fits = images.ndim == 4 and images.shape[1:] == expected[1:] and fixed_batch in (None, len(images))
     if not fits or images.dtype != np.float32:
-        shape = " x ".join(str(side or "any number") for side in wanted)
-        given = " x ".join(map(str, images.shape))
-        raise HandoffError(f"Images of shape {given} ({images.dtype}) were given; the session takes {shape} (float32).")
+        shape = " x ".join(str(side or "any number") for side in expected)
+        actual = " x ".join(map(str, images.shape))
+        raise HandoffError(
+            f"Images of shape {actual} ({images.dtype}) were given; the session takes {shape} (float32)."
+        )
     return np.ascontiguousarray(images)
 
 

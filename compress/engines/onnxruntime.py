@@ -188,15 +188,15 @@ def recorder(path: Path, nodes: Mapping[str, str], threads: int) -> Callable[[np
 
     model = onnx.load(path, load_external_data=False)
     tensors = {node.name: node.output[0] for node in model.graph.node}
-    found = {key: tensors[name] for key, name in nodes.items() if name in tensors}
-    found |= {output.name: output.name for output in model.graph.output}
-    given = {output.name for output in model.graph.output}
-    model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in sorted(set(found.values()) - given))
+    outputs = {key: tensors[name] for key, name in nodes.items() if name in tensors}
+    outputs |= {output.name: output.name for output in model.graph.output}
+    declared = {output.name for output in model.graph.output}
+    model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in sorted(set(outputs.values()) - declared))
     options = _options(BuildSpec(input_size=0, threads=threads))
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
     session = _load(path, options, content=model.SerializeToString())
-    return lambda images: dict(zip(found, session.run(list(found.values()), {"images": images}), strict=True))
+    return lambda images: dict(zip(outputs, session.run(list(outputs.values()), {"images": images}), strict=True))
 
 
 def _options(spec: BuildSpec) -> Any:
@@ -256,14 +256,14 @@ def _widened(graph: onnx.GraphProto) -> int:
 def _read_kernels(graph: onnx.GraphProto) -> tuple[Kernel, ...]:
     constants = {tensor.name: tensor.data_type for tensor in graph.initializer}
     makers = {output: node for node in graph.node for output in node.output}
-    found = []
+    kernels = []
     for node in graph.node:
         name = _FUSION_SUFFIX.sub("", node.name)
         if node.op_type in _INTEGER_KERNELS:
-            found.append(Kernel(name, node.op_type, "int8"))
+            kernels.append(Kernel(name, node.op_type, "int8"))
         elif node.op_type in _FLOAT_KERNELS and (data_type := _weight_type(node, constants, makers)):
-            found.append(Kernel(name, node.op_type, _PRECISION.get(data_type, "fp32")))
-    return tuple(found)
+            kernels.append(Kernel(name, node.op_type, _PRECISION.get(data_type, "fp32")))
+    return tuple(kernels)
 
 
 def _widened_note(layers: int) -> str:

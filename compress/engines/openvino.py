@@ -154,15 +154,15 @@ def _compile(path: Path, spec: BuildSpec, batch: int | None) -> tuple[Any, list[
 
 
 def _read_kernels(compiled: Any) -> tuple[Kernel, ...]:
-    found = []
+    kernels = []
     for node in compiled.get_runtime_model().get_ordered_ops():
         facts = node.get_rt_info()
         kind = facts["layerType"].astype(str)
         if kind in _LAYERS:
             precision = facts["runtimePrecision"].astype(str)
             name = node.get_friendly_name().removesuffix("/WithoutBiases")
-            found.append(Kernel(name, kind, _PRECISION.get(precision, precision)))
-    return tuple(found)
+            kernels.append(Kernel(name, kind, _PRECISION.get(precision, precision)))
+    return tuple(kernels)
 
 
 def without_overflow(path: Path) -> tuple[bytes, list[str]]:

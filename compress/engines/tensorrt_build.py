@@ -133,25 +133,25 @@ def _set_targets(bindings: ModuleType, config: Any, targets: tuple[str, ...]) ->
 
 def layers_of_build_log(log: str) -> tuple[Kernel, ...]:
     """The convolutions and fully connected layers that the verbose log lists for the finished engine."""
-    found = []
+    kernels = []
     for line in _LAYER_LINE.finditer(log):
         if line["type"] == "gemm" and not _TENSOR_OF_WEIGHTS.search(line["constants"]):
             continue  # attention, which multiplies two activations
         types = re.findall(r"Datatype: (\w+)", line["inputs"])
         if kernel := _kernel(line["name"], line["type"], types):
-            found.append(kernel)
-    return tuple(found)
+            kernels.append(kernel)
+    return tuple(kernels)
 
 
 def layers_of_inspector(text: str) -> tuple[Kernel, ...]:
     """The same from what TensorRT's engine inspector says of a loaded engine (JSON, detailed profiling verbosity)."""
-    found = []
+    kernels = []
     for layer in json.loads(text)["Layers"]:
         inputs = layer.get("Inputs", [])
         types = [operand.get("Datatype") or operand.get("Format/Datatype", "") for operand in inputs]
         if kernel := _kernel(layer["Name"], layer["LayerType"], types):
-            found.append(kernel)
-    return tuple(found)
+            kernels.append(kernel)
+    return tuple(kernels)
 
 
 def _kernel(name: str, kind: str, input_types: list[str]) -> Kernel | None:

@@ -186,8 +186,8 @@ def recognise(tensors: Mapping[str, Tensor], expected: str | None) -> Architectu
     """
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if expected is not None:
-        architecture, wanted = _fitted(expected, shapes)
-        if wanted == shapes:
+        architecture, published = _fitted(expected, shapes)
+        if published == shapes:
             return architecture
     match = _search(shapes)
     if expected is None and match is not None:
@@ -200,7 +200,7 @@ def recognise(tensors: Mapping[str, Tensor], expected: str | None) -> Architectu
         example = ", ".join(f"{name} {_times(shape)}" for name, shape in list(shapes.items())[:2])
         raise CheckpointError(f"The checkpoint ({len(shapes)} tensors: {example}, ...) is not a known model. {advice}")
     raise CheckpointError(
-        f"The checkpoint is not a {expected}: {_first_difference(expected, wanted, shapes)}. {advice}"
+        f"The checkpoint is not a {expected}: {_first_difference(expected, published, shapes)}. {advice}"
     )
 
 
@@ -215,23 +215,23 @@ def _published_shapes(name: str, auxiliary: bool) -> dict[str, tuple[int, ...]]:
 def _fitted(name: str, shapes: Shapes) -> tuple[Architecture, dict[str, tuple[int, ...]]]:
     """Architecture `name` with the number of classes and the image size of `shapes`, and the shapes it then has."""
     prefixes = _AUXILIARY.get(name, ())
-    wanted = dict(_published_shapes(name, any(key.startswith(prefix) for key in shapes for prefix in prefixes)))
-    head = _head(wanted)
-    classes = default_classes = wanted[f"{head}.weight"][0]
-    if len(shapes.get(f"{head}.weight", ())) == len(wanted[f"{head}.weight"]):
+    fitted = dict(_published_shapes(name, any(key.startswith(prefix) for key in shapes for prefix in prefixes)))
+    head = _head(fitted)
+    classes = default_classes = fitted[f"{head}.weight"][0]
+    if len(shapes.get(f"{head}.weight", ())) == len(fitted[f"{head}.weight"]):
         classes = shapes[f"{head}.weight"][0]
-    for key, shape in wanted.items():
+    for key, shape in fitted.items():
         if key.startswith((f"{head}.", *prefixes)) and shape[:1] == (default_classes,):
-            wanted[key] = (classes, *shape[1:])
+            fitted[key] = (classes, *shape[1:])
     kwargs: dict[str, Any] = {}
-    if _POSITIONS in wanted and len(shapes.get(_POSITIONS, ())) == 3:
+    if _POSITIONS in fitted and len(shapes.get(_POSITIONS, ())) == 3:
         patches = shapes[_POSITIONS][1] - 1
         side = math.isqrt(max(patches, 0))
         if side > 0 and side * side == patches:
-            if wanted[_POSITIONS][1] != patches + 1:
-                kwargs["image_size"] = side * wanted["conv_proj.weight"][-1]
-            wanted[_POSITIONS] = (1, patches + 1, wanted[_POSITIONS][2])
-    return Architecture(name, classes, kwargs), wanted
+            if fitted[_POSITIONS][1] != patches + 1:
+                kwargs["image_size"] = side * fitted["conv_proj.weight"][-1]
+            fitted[_POSITIONS] = (1, patches + 1, fitted[_POSITIONS][2])
+    return Architecture(name, classes, kwargs), fitted
 
 
 def _head(shapes: Shapes) -> str | None:
@@ -250,20 +250,20 @@ def _search(shapes: Shapes) -> Architecture | None:
         flexible = name in _AUXILIARY and head == "fc" or name.startswith("vit_") and _POSITIONS in shapes
         if own + missing_classes * per_class != published(name).parameters and not flexible:
             continue
-        architecture, wanted = _fitted(name, shapes)
-        if wanted == shapes:
+        architecture, fitted = _fitted(name, shapes)
+        if fitted == shapes:
             return architecture
     return None
 
 
-def _first_difference(name: str, wanted: Shapes, shapes: Shapes) -> str:
-    for key, shape in wanted.items():
+def _first_difference(name: str, published: Shapes, shapes: Shapes) -> str:
+    for key, shape in published.items():
         if key in shapes and shapes[key] != shape:
             return f"{key} is {_times(shape)} in {name}, but {_times(shapes[key])} in the file"
-    for key, shape in wanted.items():
+    for key, shape in published.items():
         if key not in shapes:
             return f"{key} ({_times(shape)} in {name}) is missing in the file"
-    extra = next(key for key in shapes if key not in wanted)
+    extra = next(key for key in shapes if key not in published)
     return f"the file holds {extra} ({_times(shapes[extra])}), which {name} does not have"
 
 

@@ -60,9 +60,9 @@ def logits_of(answer: Any, classes: int | None = None) -> Tensor:
     Raises:
         ModelError: there is no such tensor.
     """
-    for found in _tensors(answer):
-        if found.ndim == 2 and found.is_floating_point() and classes in (None, found.shape[1]):
-            return found
+    for tensor in _tensors(answer):
+        if tensor.ndim == 2 and tensor.is_floating_point() and classes in (None, tensor.shape[1]):
+            return tensor
     columns = "classes" if classes is None else str(classes)
     raise ModelError(
         f"The model answers with {_described(answer)}, where scores of shape [images, {columns}] are "
@@ -103,7 +103,7 @@ def _tensors(answer: Any) -> Iterator[Tensor]:
 def _described(answer: Any) -> str:
     if isinstance(answer, Tensor):
         return f"a tensor of shape {list(answer.shape)}"
-    shapes = ", ".join(str(list(found.shape)) for found in _tensors(answer))
+    shapes = ", ".join(str(list(tensor.shape)) for tensor in _tensors(answer))
     return f"a {type(answer).__name__} of {f'tensors of shape {shapes}' if shapes else 'no tensors'}"
 
 

@@ -189,11 +189,11 @@ def _resize(model: nn.Module, sizes: Mapping[str, Mapping[str, Any]], tensors: M
 
 
 def _sizes(model: nn.Module) -> dict[str, dict[str, Any]]:
-    found = {  # of the instances: a class may derive one from the layers within, as timm's ConvNormAct does
+    sizes = {  # of the instances: a class may derive one from the layers within, as timm's ConvNormAct does
         name: {key: vars(module)[key] for key in _SIZES if isinstance(vars(module).get(key), int | tuple)}
         for name, module in model.named_modules()
     }
-    return {name: values for name, values in found.items() if values}
+    return {name: values for name, values in sizes.items() if values}
 
 
 def _changed_sizes(model: nn.Module, architecture: Architecture) -> dict[str, dict[str, Any]]:

@@ -101,8 +101,8 @@ def quantize(
     for field, bits in (("weight_bits", plan.weight_bits), ("activation_bits", plan.activation_bits)):
         if bits not in allowed[field]:
             numbers = allowed[field]
-            wanted = f"a whole number from {numbers[0]} to {numbers[-1]}" if len(numbers) > 1 else str(numbers[0])
-            raise QuantizationError(f"{field}: got {bits!r}, expected {wanted} with {quantizer}.")
+            expected = f"a whole number from {numbers[0]} to {numbers[-1]}" if len(numbers) > 1 else str(numbers[0])
+            raise QuantizationError(f"{field}: got {bits!r}, expected {expected} with {quantizer}.")
     batches = list(calibration)
     shown = equality.few(batches[0]) if batches else torch.empty(0)
     state, grids, simulated = quantize_with_nni(

@@ -99,11 +99,11 @@ def _fold_constants(graph_module: fx.GraphModule) -> None:
 
 def _computed_from_images(graph_module: fx.GraphModule) -> set[fx.Node]:
     """The nodes whose result is another for other images."""
-    found: set[fx.Node] = set()
+    computed: set[fx.Node] = set()
     for node in graph_module.graph.nodes:
-        if node.op in ("placeholder", "output") or not found.isdisjoint(node.all_input_nodes):
-            found.add(node)
-    return found
+        if node.op in ("placeholder", "output") or not computed.isdisjoint(node.all_input_nodes):
+            computed.add(node)
+    return computed
 
 
 class _Tracer(tracing.ValueTracer):

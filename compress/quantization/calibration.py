@@ -60,11 +60,11 @@ def calibrate(
     finally:
         for hook in hooks:
             hook.remove()
-    found = {}
+    ranges = {}
     for name, point in points.items():
         levels = 2 ** (bits[name] - (0 if point.non_negative and bits[name] < 8 else 1)) - 1
-        found[name] = observers[name].range(point.source, estimator, levels)
-    return found
+        ranges[name] = observers[name].range(point.source, estimator, levels)
+    return ranges
 
 
 class _Observer:

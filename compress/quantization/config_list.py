@@ -54,17 +54,17 @@ def translate(model: nn.Module, prepared: fx.GraphModule, entries: Sequence[Entr
     known = {name: kind for name, kind in types.items() if kind in (*_LAYERS, *_OTHERS)}
     selector = Selector(FIELD, known, "a layer", (*_LAYERS, *_OTHERS), "NNI quantizes these")
     selector.refuse_keys(entries, _NEW, _OLD, _REFUSED)
-    wanted: dict[str, Bits] = {}
+    targets: dict[str, Bits] = {}
     for number, entry in enumerate(entries, 1):
         selected, _ = selector.select(number, entry)
         if entry.get("exclude"):
             for name in selected:
-                wanted.pop(name, None)
+                targets.pop(name, None)
             continue
         bits = _bits_of(number, entry, selector, offsets)
         for name in selected:
-            wanted[name] = wanted.get(name, {}) | bits
-    return _plan(prepared, wanted, known, selector)
+            targets[name] = targets.get(name, {}) | bits
+    return _plan(prepared, targets, known, selector)
 
 
 def _bits_of(number: int, entry: Entry, selector: Selector, offsets: bool) -> Bits:
@@ -79,14 +79,14 @@ def _bits_of(number: int, entry: Entry, selector: Selector, offsets: bool) -> Bi
     settings = entry.get("target_settings", {})
     if not isinstance(settings, dict) or not all(isinstance(setting, dict) for setting in settings.values()):
         raise selector.refuse(f"target_settings in entry {number}", "an object of objects, as in NNI's manual")
-    found = {}
+    bits = {}
     for target in targets:
         setting = {**entry, **settings.get(target, {})}
         _refuse_scheme(number, setting, _TARGETS[target], selector, offsets)
-        found[_TARGETS[target]] = (
+        bits[_TARGETS[target]] = (
             _old_bits(number, entry, target, selector) if old else _new_bits(number, setting, selector)
         )
-    return found
+    return bits
 
 
 def _new_bits(number: int, setting: Mapping[str, Any], selector: Selector) -> int:
@@ -123,7 +123,7 @@ def _refuse_scheme(number: int, setting: Mapping[str, Any], target: str, selecto
         )
 
 
-def _plan(prepared: fx.GraphModule, wanted: dict[str, Bits], types: Mapping[str, str], selector: Selector) -> BitPlan:
+def _plan(prepared: fx.GraphModule, targets: dict[str, Bits], types: Mapping[str, str], selector: Selector) -> BitPlan:
     made_by = {name: point.source for name, point in quantization_points(prepared).items()}
     read_by: dict[str, list[str]] = {}
     for point, layers in readers_of(prepared).items():
@@ -131,12 +131,12 @@ def _plan(prepared: fx.GraphModule, wanted: dict[str, Bits], types: Mapping[str,
             read_by.setdefault(layer, []).append(made_by[point])
     plan = {}
     for layer in quantized_layers(prepared):
-        bits = wanted.get(layer, {})
+        bits = targets.get(layer, {})
         if "weight" not in bits:
             plan[layer] = LayerBits(FLOAT, FLOAT)
             continue
         inputs = bits.get("input") or max(
-            (wanted.get(s, {}).get("output", 0) for s in read_by.get(layer, [])), default=0
+            (targets.get(s, {}).get("output", 0) for s in read_by.get(layer, [])), default=0
         )
         if not inputs:
             raise selector.refuse(
@@ -147,23 +147,25 @@ def _plan(prepared: fx.GraphModule, wanted: dict[str, Bits], types: Mapping[str,
     quantized = [bits for bits in plan.values() if not bits.keep_float]
     if not quantized:
         raise selector.refuse("no weight of a layer", "at least one Conv2d or Linear with the target weight")
-    outputs = [bits["output"] for bits in wanted.values() if "output" in bits]
+    outputs = [bits["output"] for bits in targets.values() if "output" in bits]
     general = BitPlan(
         Counter(bits.weights for bits in quantized).most_common(1)[0][0],
         Counter(outputs or [bits.activations for bits in quantized]).most_common(1)[0][0],
         plan,
     )
-    _refuse_other_outputs(prepared, general, wanted, selector)
+    _refuse_other_outputs(prepared, general, targets, selector)
     return general
 
 
-def _refuse_other_outputs(prepared: fx.GraphModule, plan: BitPlan, wanted: dict[str, Bits], selector: Selector) -> None:
+def _refuse_other_outputs(
+    prepared: fx.GraphModule, plan: BitPlan, targets: dict[str, Bits], selector: Selector
+) -> None:
     """A tensor has one grid: what its maker's output and its readers' inputs ask must be the same."""
     points = quantization_points(prepared)
     for name, bits in plan.of_points(prepared).items():
-        asked = wanted.get(points[name].source, {}).get("output", bits)
-        if asked != bits:
+        listed = targets.get(points[name].source, {}).get("output", bits)
+        if listed != bits:
             raise selector.refuse(
-                f"{asked} bits for the output of {points[name].source}",
+                f"{listed} bits for the output of {points[name].source}",
                 f"{bits}, which the layers that read it ask for",
             )

@@ -62,10 +62,10 @@ def kind(node: fx.Node, graph_module: fx.GraphModule) -> str:
             return "other"
         module = graph_module.get_submodule(str(node.target))
         return "point" if isinstance(module, QPoint) else _KIND_OF.get(type(module), "other")
-    found = _KIND_OF.get(node.target, "other") if node.op in ("call_function", "call_method") else "other"
-    if found == "dropped" and _drops(node):
+    operation = _KIND_OF.get(node.target, "other") if node.op in ("call_function", "call_method") else "other"
+    if operation == "dropped" and _drops(node):
         return "other"
-    return "other" if found == "add" and not _is_tensor_add(node) else found
+    return "other" if operation == "add" and not _is_tensor_add(node) else operation
 
 
 def layer_at(model: nn.Module, name: str) -> nn.Conv2d | nn.Linear:
@@ -87,11 +87,11 @@ def is_float(layer: str, graph_module: fx.GraphModule) -> bool:
     return any(layer in graph_module.meta.get(key, ()) for key in (FLOAT_LAYERS, OWN_READS))
 
 
-def operands(node: fx.Node, found: str) -> tuple[fx.Node, ...]:
-    """The tensors that an operation of the kind `found` computes with; sizes and other arguments are none."""
-    if found == "add":
+def operands(node: fx.Node, operation: str) -> tuple[fx.Node, ...]:
+    """The tensors that an operation of the kind `operation` computes with; sizes and other arguments are none."""
+    if operation == "add":
         return tuple(arg for arg in node.args if isinstance(arg, fx.Node))
-    if found == "concat":
+    if operation == "concat":
         tensors = node.args[0] if node.args else node.kwargs["tensors"]
         listed = tensors if isinstance(tensors, list | tuple) else [tensors]
         return tuple(tensor for tensor in listed if isinstance(tensor, fx.Node))

@@ -85,11 +85,11 @@ def layer_sqnr(
 
 def sqnr_by_layer(noise: Sequence[LayerSqnr]) -> dict[str, float]:
     """Layer -> local SQNR of its output in decibels; the lowest where it is called more than once."""
-    found: dict[str, float] = {}
+    worst: dict[str, float] = {}
     for row in noise:
         for layer in row.layers:
-            found[layer] = min(row.sqnr_db, found.get(layer, row.sqnr_db))
-    return found
+            worst[layer] = min(row.sqnr_db, worst.get(layer, row.sqnr_db))
+    return worst
 
 
 def noisiest(noise: Sequence[LayerSqnr]) -> LayerSqnr:
@@ -173,11 +173,11 @@ def _has_weights(graph_module: fx.GraphModule, node: fx.Node) -> bool:
 
 def _stretch(stop: fx.Node, stops: Collection[fx.Node], graph: fx.Graph) -> list[fx.Node]:
     """The nodes that `stop` depends on without passing through another stop, in execution order."""
-    found: set[fx.Node] = set()
+    stretch: set[fx.Node] = set()
     queue = list(stop.all_input_nodes)
     while queue:
         node = queue.pop()
-        if node not in found and node not in stops:
-            found.add(node)
+        if node not in stretch and node not in stops:
+            stretch.add(node)
             queue.extend(node.all_input_nodes)
-    return [node for node in graph.nodes if node in found]
+    return [node for node in graph.nodes if node in stretch]

@@ -76,10 +76,10 @@ def sensitivity(quantized: Quantized, images: Tensor) -> dict[str, float]:
     model = copy.deepcopy(quantized.model).eval().requires_grad_(False)
     with torch.inference_mode():
         expected = model(images)
-        found = {
+        ratios = {
             name: _sqnr_db(expected, _with_layer(model, quantized, name)(images)) for name in quantized.grids.weights
         }
-    return dict(sorted(found.items(), key=lambda item: item[1]))
+    return dict(sorted(ratios.items(), key=lambda item: item[1]))
 
 
 def _with_layer(model: fx.GraphModule, quantized: Quantized, layer: str) -> fx.GraphModule:

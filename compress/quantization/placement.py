@@ -55,13 +55,13 @@ def _tensors_to_quantize(graph_module: fx.GraphModule) -> list[fx.Node]:
     read_by = {node for reader in readers for node in operands(reader, kind(reader, graph_module))}
     chosen: dict[fx.Node, None] = {}
     for node in graph_module.graph.nodes:
-        found = kind(node, graph_module)
+        operation = kind(node, graph_module)
         result = _after_relu(node, graph_module)
-        if found == "conv" and not _only_floats_read(result, graph_module):
+        if operation == "conv" and not _only_floats_read(result, graph_module):
             chosen[result] = None
-        if found == "concat" and node in readers:
+        if operation == "concat" and node in readers:
             chosen[node] = None
-        passes_scale = found == "maxpool" and node in readers
+        passes_scale = operation == "maxpool" and node in readers
         makes_tensor = node.op != "get_attr" and not makes_list(node) and is_tensor(node)
         if node in read_by and makes_tensor and not passes_scale:
             chosen[node] = None
@@ -87,14 +87,14 @@ def _integer_readers(graph_module: fx.GraphModule) -> set[fx.Node]:
     passes: set[fx.Node] = set()
     read: set[fx.Node] = set()
     for node in reversed(graph_module.graph.nodes):
-        found = kind(node, graph_module)
-        if found in LAYERS or (found in _INTEGER_WHEN_READ and node in read):
+        operation = kind(node, graph_module)
+        if operation in LAYERS or (operation in _INTEGER_WHEN_READ and node in read):
             readers.add(node)
-        elif found in (*RELUS, "shape", "point") and node in read:
+        elif operation in (*RELUS, "shape", "point") and node in read:
             passes.add(node)
         else:
             continue
-        read.update(operands(node, found))
+        read.update(operands(node, operation))
     return readers
 
 
@@ -104,11 +104,11 @@ def _after_relu(node: fx.Node, graph_module: fx.GraphModule) -> fx.Node:
 
 
 def _non_negative(node: fx.Node, graph_module: fx.GraphModule) -> bool:
-    found = kind(node, graph_module)
-    if found in (*RELUS, "sigmoid"):
+    operation = kind(node, graph_module)
+    if operation in (*RELUS, "sigmoid"):
         return True
-    if found in ("add", "concat", "maxpool", "avgpool", "shape", "point"):
-        return all(_non_negative(operand, graph_module) for operand in operands(node, found))
+    if operation in ("add", "concat", "maxpool", "avgpool", "shape", "point"):
+        return all(_non_negative(operand, graph_module) for operand in operands(node, operation))
     return False
 
 
@@ -117,10 +117,10 @@ def _share_scales(graph_module: fx.GraphModule, points: dict[fx.Node, QPoint]) -
     them, which would round a second time and keep runtimes from dropping the pair."""
     for node, point in points.items():
         made = first_operand(node)
-        found = kind(made, graph_module)
-        if found == "concat":
-            inputs = [_point_of(operand, graph_module, points) for operand in operands(made, found)]
-        elif found == "shape":
+        operation = kind(made, graph_module)
+        if operation == "concat":
+            inputs = [_point_of(operand, graph_module, points) for operand in operands(made, operation)]
+        elif operation == "shape":
             inputs = [_point_of(made, graph_module, points)]
         else:
             continue
@@ -128,7 +128,7 @@ def _share_scales(graph_module: fx.GraphModule, points: dict[fx.Node, QPoint]) -
         if len(members) == 1:
             continue
         merged = {member.scale_group for member in members} - {""}
-        group = f"{found}_{made.name}"
+        group = f"{operation}_{made.name}"
         for other in points.values():
             if other in members or other.scale_group in merged:
                 other.scale_group = group
@@ -140,8 +140,8 @@ def _share_scales(graph_module: fx.GraphModule, points: dict[fx.Node, QPoint]) -
 
 
 def _point_of(node: fx.Node, graph_module: fx.GraphModule, points: dict[fx.Node, QPoint]) -> QPoint | None:
-    while node not in points and (found := kind(node, graph_module)) in ("maxpool", "shape"):
-        (node,) = operands(node, found)
+    while node not in points and (operation := kind(node, graph_module)) in ("maxpool", "shape"):
+        (node,) = operands(node, operation)
     return points.get(node)
 
 

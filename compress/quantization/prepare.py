@@ -105,19 +105,19 @@ _LEARNED_CONSTANT = "a learned constant is added or multiplied in floating point
 
 def readers_of(prepared: fx.GraphModule) -> dict[str, tuple[str, ...]]:
     """The layers that read each quantization point's integers, directly or through pools and reshapes."""
-    found = {}
+    readers = {}
     for node in prepared.graph.nodes:
         if kind(node, prepared) == "point":
-            found[str(node.target)] = tuple(dict.fromkeys(_layers_behind(node, prepared)))
-    return found
+            readers[str(node.target)] = tuple(dict.fromkeys(_layers_behind(node, prepared)))
+    return readers
 
 
 def _layers_behind(node: fx.Node, prepared: fx.GraphModule) -> Iterator[str]:
     for user in node.users:
-        found = kind(user, prepared)
-        if found in LAYERS:
+        operation = kind(user, prepared)
+        if operation in LAYERS:
             yield str(user.target)
-        elif found in ("maxpool", "shape"):
+        elif operation in ("maxpool", "shape"):
             yield from _layers_behind(user, prepared)
 
 

@@ -114,7 +114,7 @@ def allows_channels_last(model: nn.Module, images: Tensor) -> bool:
             f"stride, whose gradients the CPU's library (oneDNN) computes wrongly below {SAFE_CHANNELS} channels: call "
             ".contiguous() on the input of that convolution, or set --finetune-epochs and --qat-epochs to 0."
         )
-    return not watch.found or images.device.type != "cpu"
+    return not watch.unsafe or images.device.type != "cpu"
 
 
 class _StridedPointwise(TorchDispatchMode):
@@ -122,7 +122,7 @@ class _StridedPointwise(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch gives it no types
-        self.found = False
+        self.unsafe = False
         self.channels_last = 0
         """Channels of one whose input is channels_last already; 0 when there is none."""
 
@@ -131,7 +131,7 @@ class _StridedPointwise(TorchDispatchMode):
             maps, weight, _, stride = args[:4]
             channels, kernel = weight.shape[1], weight.shape[2:]
             if max(kernel) == 1 and max(stride) > 1 and channels < SAFE_CHANNELS:
-                self.found = True
+                self.unsafe = True
                 if maps.device.type == "cpu" and channels > 1 and _is_channels_last(maps):
                     self.channels_last = channels
         return func(*args, **(kwargs or {}))
@@ -153,9 +153,9 @@ class _Trial:
         self.model.eval()
         self.step(images)
         self.model.train()
-        found = {name: parameter.grad for name, parameter in self.model.named_parameters()}
+        gradients = {name: parameter.grad for name, parameter in self.model.named_parameters()}
         self.model.zero_grad(set_to_none=True)
-        return {name: gradient.float() for name, gradient in found.items() if gradient is not None}
+        return {name: gradient.float() for name, gradient in gradients.items() if gradient is not None}
 
     def step(self, images: Tensor) -> bool:
         batch = images.contiguous(memory_format=self.layout.memory_format)
@@ -175,9 +175,9 @@ class _Trial:
 def _right(model: nn.Module, layout: Format, images: Tensor, expected: dict[str, Tensor] | None) -> _Trial | None:
     """The trial after a first step; None where the model cannot be computed in this format, or gets other gradients."""
     trial = _Trial(model, layout)
-    found = _attempt(lambda: trial.gradients(images))
+    actual = _attempt(lambda: trial.gradients(images))
     tolerance = HALF_TOLERANCE if layout.autocast else TOLERANCE
-    if expected is None or found is None or not agree(expected, found, tolerance):
+    if expected is None or actual is None or not agree(expected, actual, tolerance):
         return None
     trained = _attempt(lambda: trial.step(images))  # in training mode; it also pays for the selection of kernels
     return trial if trained else None
@@ -193,14 +193,14 @@ def _attempt(step: Callable[[], T]) -> T | None:
         return None
 
 
-def agree(expected: dict[str, Tensor], found: dict[str, Tensor], tolerance: float) -> bool:
+def agree(expected: dict[str, Tensor], actual: dict[str, Tensor], tolerance: float) -> bool:
     """Whether every parameter's gradient is within `tolerance` of the expected one, by their norms."""
-    if expected.keys() != found.keys():
+    if expected.keys() != actual.keys():
         return False
     norms = {name: float(gradient.norm()) for name, gradient in expected.items()}
     least = NEGLIGIBLE * max(norms.values(), default=0.0)
     return all(
-        float((found[name] - gradient).norm()) <= tolerance * max(norms[name], least)
+        float((actual[name] - gradient).norm()) <= tolerance * max(norms[name], least)
         for name, gradient in expected.items()
     )
 

@@ -65,7 +65,7 @@ def test_a_model_with_such_a_convolution_trains_with_right_gradients():
         "assert all(torch.isfinite(p).all() for m in [Shortcut()] if train(m) for p in m.parameters())"
     )
     subprocess.run(
-        [sys.executable, "-c", script, *(str(TESTS / folder) for folder in ("networks", "training"))],
+        [sys.executable, "-c", script, *(str(TESTS / folder) for folder in ("networks", "helpers", "training"))],
         check=True,
         timeout=90,
         cwd=ROOT,

@@ -117,8 +117,8 @@ class RemoteSession(Session):
         self.notes = tuple(facts["notes"])
 
     def run(self, images: np.ndarray) -> np.ndarray:
-        _, found = self._process.ask("run", _answered(images, self._file), self._number, images)
-        answers = found["answers"]
+        _, arrays = self._process.ask("run", _answered(images, self._file), self._number, images)
+        answers = arrays["answers"]
         if answers.ndim != 2 or len(answers) != len(images):
             shape = " x ".join(map(str, answers.shape))
             raise EngineError(

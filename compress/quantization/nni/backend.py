@@ -93,13 +93,13 @@ def _activation_jobs(
     model: fx.GraphModule, plan: BitPlan, quantizer: str, estimator: Estimator, calibration: Iterable[Tensor]
 ) -> list[Job]:
     points, bits = quantization_points(model), plan.of_points(model)
-    found = calibrate(model, calibration, estimator, bits)
-    for name, (low, high) in found.items():
+    calibrated = calibrate(model, calibration, estimator, bits)
+    for name, (low, high) in calibrated.items():
         _check_activation(points[name].source, low, high)
     jobs = []
     for name, point in points.items():
-        members = [found[other] for other in points if points[other].scale_group == point.scale_group]
-        ranges = members if point.scale_group else [found[name]]
+        members = [calibrated[other] for other in points if points[other].scale_group == point.scale_group]
+        ranges = members if point.scale_group else [calibrated[name]]
         low, high = (torch.stack(values) for values in zip(*ranges, strict=True))
         # An int8 container holds 0..127 but not 0..255: below 8 bits a tensor without negative values uses all levels.
         unsigned = point.non_negative and bits[name] < 8
