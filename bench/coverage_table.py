@@ -62,7 +62,7 @@ def _pruned(rows: list[Row]) -> list[str]:
         f"file to torch by ONNX Runtime (at most {FLOAT_TOLERANCE:g}). *Peak*: memory of the process up to the shrunk "
         "model.",
         "",
-        "| model | difference | parameters kept | MACs kept | reload | ONNX | seconds | peak | layers that stay whole |",
+        "| model | difference | parameters kept | MACs kept | reload | ONNX | seconds | peak | layers that are not pruned |",
         "|---|---|---|---|---|---|---|---|---|",
         *(line(row) for row in rows),
     ]
@@ -91,7 +91,7 @@ def _name(row: Row) -> str:
 
 
 def _stays(row: Row) -> str:
-    """How many layers stay whole, and the two commonest reasons without the names of single layers."""
+    """How many layers are not pruned, and the two commonest reasons without the names of single layers."""
     shortened = (_PATH.sub("a layer", reason.rpartition(", which ")[2]) for _, reason in row["left_out"])
     reasons = Counter(reason.partition(":")[0].partition(" (")[0] for reason in shortened)
     told = "; ".join(f"{count} {reason}" for reason, count in reasons.most_common(2))

@@ -1,4 +1,4 @@
-"""Pruning: a plan that can be read, NNI's pruners, and a shrunk model that is proved equal to the masked one."""
+"""Pruning: a plan that can be read, NNI's pruners, and a pruned model that is proved equal to the masked one."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 from compress.errors import RequestError
-from compress.pruning.interface import PrunedModel, PruningTraining, SparseModel
-from compress.pruning.plan import Group, Plan, Unpruned, plan, plan_without_shrinking
+from compress.pruning.interface import Group, Plan, PrunedModel, PruningTraining, SparseModel, Unpruned
+from compress.pruning.plan import plan, plan_without_shrinking
 from compress.pruning.registry import PRUNERS, SEARCHES, Pruner
 from compress.pruning.shortfall import shortfall
 from compress.tracing.graph import trace
@@ -52,7 +52,7 @@ def prune(
         RequestError: no such pruner, or it needs images and got none.
         PruningError: the plan was made for another model, or NNI cannot shrink a module.
         TrainingError: the training diverged, or there is not one batch.
-        HandoffError: the shrunk model is not equal to the masked model within 1e-4 of its scale, in float32.
+        HandoffError: the pruned model is not equal to the masked model within 1e-4 of its scale, in float32.
     """
     if pruner not in PRUNERS or PRUNERS[pruner].fine_grained:
         known = ", ".join(name for name, one in PRUNERS.items() if not one.fine_grained)

@@ -1,7 +1,7 @@
-"""What images and BatchNorms say about the channels of each group, wherever in the graph those channels are.
+"""Importance of channels from activations and from BatchNorm factors, wherever in the graph a group's channels are.
 
-Scores are float [channels]; smaller means less needed. A group's channels may be seen in several places, as on a
-residual stream: its score is the mean over them.
+Scores are float [channels]; smaller is less important. A group's channels may be in several places, as on a residual
+stream: its score is the mean over them.
 """
 
 from __future__ import annotations
@@ -14,42 +14,25 @@ import torch
 from torch import Tensor, fx, nn
 
 from compress.errors import RequestError
-from compress.pruning.channels import LAYERS, Channels
+from compress.pruning.channels import LAYERS, Channels, analyse
 from compress.pruning.graph.operations import operation_name
-from compress.pruning.plan import Plan
-from compress.tracing.graph import probe, traced_copy
+from compress.pruning.interface import Plan
 
 ACTIVATION_MODULES = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.RReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU,
                       nn.Mish, nn.Hardswish)  # fmt: skip
 ACTIVATIONS = frozenset(
-    {
-        *(
-            "relu",
-            "relu_",
-            "relu6",
-            "leaky_relu",
-            "leaky_relu_",
-            "prelu",
-            "elu",
-            "elu_",
-            "selu",
-            "celu",
-            "gelu",
-            "silu",
-        ),
-        *("mish", "hardswish"),
-    }
+    ("relu relu_ relu6 leaky_relu leaky_relu_ prelu elu elu_ selu celu gelu silu mish hardswish").split()
 )
-"""Functions that let positive values through. Sigmoid and tanh are gates: what they give is no activation."""
+"""Functions that let positive values through. Sigmoid and tanh are gates: their result is no activation."""
 
 STATISTICS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "activation-apoz": lambda values: (values > 0).float(),
     "activation-mean": torch.abs,
 }
-"""Per value of an activation; averaged over images and positions.
+"""Pruner -> statistic of each value of an activation; averaged over images and positions.
 
-The share of positive values is 1 - APoZ (Hu et al. 2016, equation 1) behind a ReLU, and goes on to mean something behind
-functions that give small negative values. Behind a ReLU the mean absolute value is the mean (Molchanov et al. 2016).
+The share of positive values is 1 - APoZ (Hu et al. 2016, equation 1) after a ReLU, and is still meaningful after functions
+that give small negative values. After a ReLU the mean absolute value is the mean (Molchanov et al. 2016).
 """
 
 
@@ -64,7 +47,7 @@ class Place:
     span: int
 
     def take(self, values: Tensor) -> Tensor:
-        """[channels, everything else] out of a tensor that carries its channels along `dim`."""
+        """The group's values, [channels, everything else], from a tensor that has its features along `dim`."""
         features = values.movedim(self.dim, 0).narrow(0, self.start, self.channels * self.span)
         return features.reshape(self.channels, -1)
 
@@ -72,33 +55,41 @@ class Place:
 def activation_scores(
     model: nn.Module, example: Tensor, plan: Plan, batches: Iterable[tuple[Tensor, Tensor]], statistic: str
 ) -> list[Tensor]:
-    """For each group of `plan` the mean of STATISTICS[statistic] in its activations, over all images and positions.
+    """The mean of a statistic over the activations of each group: float32 [channels], >= 0, over all images and positions.
 
-    Observed are the results of the activation functions (ACTIVATIONS) that carry the group's channels; where there is
-    none, as in a linear bottleneck, what the following layers read.
+    It is taken from the results of the activation functions (ACTIVATIONS) that carry the group's channels; where there is
+    none, as in a linear bottleneck, from what the following layers read.
+
+    Args:
+        example: float32 [N, C, H, W]; only the shape is used.
+        batches: (images float32 [N, C, H, W] on the model's device, labels), read once.
+        statistic: key into STATISTICS.
     """
-    graph_module, channels = _channels(model, example)
-    watch = _Watch(graph_module, _activation_places(graph_module, channels, plan), STATISTICS[statistic])
+    channels = analyse(model, example)
+    recorder = _Recorder(channels.graph_module, _activation_places(channels, plan), STATISTICS[statistic])
     with torch.no_grad():
         for images, _ in batches:
-            watch.run(images)
-    return watch.means(len(plan.groups))
+            recorder.run(images)
+    return recorder.means(len(plan.groups))
 
 
 def normalised_groups(model: nn.Module, example: Tensor, plan: Plan) -> list[list[tuple[str, Place]]]:
     """For each group of `plan` the BatchNorms whose trainable factors scale its channels, and where in them.
 
+    Args:
+        example: float32 [N, C, H, W]; only the shape is used.
+
     Raises:
         RequestError: no group has one, so that there is nothing to penalise.
     """
-    graph_module, channels = _channels(model, example)
+    channels = analyse(model, example)
     groups: list[list[tuple[str, Place]]] = [[] for _ in plan.groups]
     factors = {
         name
         for name, module in model.named_modules()
         if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d) and module.affine and module.weight.requires_grad
     }
-    for node in graph_module.graph.nodes:
+    for node in channels.graph_module.graph.nodes:
         if node.op == "call_module" and str(node.target) in factors:
             for place in _places(node, channels, plan):
                 groups[place.group].append((str(node.target), place))
@@ -114,23 +105,18 @@ def normalised_groups(model: nn.Module, example: Tensor, plan: Plan) -> list[lis
 def factor_scores(
     groups: list[list[tuple[str, Place]]], factors: Mapping[str, Tensor], fallback: Callable[[int], Tensor]
 ) -> list[Tensor]:
-    """For each group the mean size of its BatchNorm factors (Liu et al. 2017); `fallback(group)` where it has none.
+    """The mean absolute BatchNorm factor of each group's channels (Liu et al. 2017): float [channels], >= 0.
 
     Args:
         groups: from `normalised_groups`.
-        factors: BatchNorm -> its factors [features].
+        factors: BatchNorm -> its factors, float [features].
+        fallback: the scores of a group without BatchNorm, float [channels], from its index.
     """
     scores = []
     for index, norms in enumerate(groups):
         sizes = [place.take(factors[name].abs()[None]).mean(1) for name, place in norms]
         scores.append(torch.stack(sizes).mean(0) if sizes else fallback(index))
     return scores
-
-
-def _channels(model: nn.Module, example: Tensor) -> tuple[fx.GraphModule, Channels]:
-    graph_module = traced_copy(model, example)
-    probe(graph_module, example)
-    return graph_module, Channels(graph_module)
 
 
 def _places(node: fx.Node, channels: Channels, plan: Plan) -> Iterator[Place]:
@@ -146,23 +132,23 @@ def _places(node: fx.Node, channels: Channels, plan: Plan) -> Iterator[Place]:
         start += part.features
 
 
-def _activation_places(graph_module: fx.GraphModule, channels: Channels, plan: Plan) -> dict[fx.Node, list[Place]]:
+def _activation_places(channels: Channels, plan: Plan) -> dict[fx.Node, list[Place]]:
     places: dict[fx.Node, list[Place]] = {}
     read: dict[fx.Node, list[Place]] = {}
-    for node in graph_module.graph.nodes:
+    for node in channels.graph_module.graph.nodes:
         module = channels.modules[str(node.target)] if node.op == "call_module" else None
         if type(module) in LAYERS:
             read[node.all_input_nodes[0]] = list(_places(node.all_input_nodes[0], channels, plan))
         elif type(module) in ACTIVATION_MODULES or (module is None and operation_name(node) in ACTIVATIONS):
             places[node] = list(_places(node, channels, plan))
-    seen = {place.group for found in places.values() for place in found}
-    for node, found in read.items():
-        places.setdefault(node, []).extend(place for place in found if place.group not in seen)
-    return {node: found for node, found in places.items() if found}
+    activated = {place.group for at_node in places.values() for place in at_node}
+    for node, at_node in read.items():
+        places.setdefault(node, []).extend(place for place in at_node if place.group not in activated)
+    return {node: at_node for node, at_node in places.items() if at_node}
 
 
-class _Watch(fx.Interpreter):
-    """Runs the network and sums a statistic of the watched tensors, each as it is made."""
+class _Recorder(fx.Interpreter):
+    """Runs the network and sums a statistic of the tensors at some nodes, as each is computed."""
 
     def __init__(
         self, graph_module: fx.GraphModule, places: Mapping[fx.Node, list[Place]], statistic: Callable[[Tensor], Tensor]
@@ -181,7 +167,8 @@ class _Watch(fx.Interpreter):
         return result
 
     def means(self, groups: int) -> list[Tensor]:
-        found: list[list[Tensor]] = [[] for _ in range(groups)]
+        """For each group the mean over its places: float32 [channels] on the CPU."""
+        means: list[list[Tensor]] = [[] for _ in range(groups)]
         for (node, place), total in self._sums.items():
-            found[place.group].append((total / self._counts[node, place]).float().cpu())
-        return [torch.stack(means).mean(0) for means in found]
+            means[place.group].append((total / self._counts[node, place]).float().cpu())
+        return [torch.stack(of_group).mean(0) for of_group in means]

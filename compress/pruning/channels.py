@@ -21,9 +21,9 @@ import torch
 from torch import fx, nn
 
 from compress.models.attention import Heads
-from compress.pruning.channel_sets import ChannelSets
 from compress.pruning.graph import functions
 from compress.pruning.graph.axes import Axis, Part
+from compress.pruning.graph.channel_sets import ChannelSets, Kind
 from compress.pruning.graph.layouts import reshaped
 from compress.pruning.graph.operations import (
     CHANNELWISE_MODULES,
@@ -33,7 +33,7 @@ from compress.pruning.graph.operations import (
     operation_name,
 )
 from compress.pruning.graph.tensors import READS, Dims, Roles, owners, stored
-from compress.tracing.graph import call_counts, shape_of
+from compress.tracing.graph import call_counts, probe, shape_of, traced_copy
 
 LAYERS = (nn.Conv2d, nn.Linear)
 ANSWER = "gives the answer: its outputs are the classes"
@@ -57,6 +57,21 @@ class Call:
     reads: Axis | None
     given_shape: tuple[int, ...]
     gives: Axis | None
+
+
+def analyse(model: nn.Module, example: torch.Tensor) -> Channels:
+    """The channels of every tensor in `model`'s forward pass.
+
+    Args:
+        model: a module that can be traced, in either mode; only read.
+        example: images [N, C, H, W] on the model's device; only the shape is used.
+
+    Raises:
+        PruningError: the model cannot be traced.
+    """
+    graph_module = traced_copy(model, example)
+    probe(graph_module, example)
+    return Channels(graph_module)
 
 
 class Channels:
@@ -100,9 +115,9 @@ class Channels:
         if "attention" in node.meta:
             self._open_attention(node, node.meta["attention"])
         if node.op == "placeholder":
-            return self.unremovable(node, "is tied to the picture itself")
+            return self.frozen_axis(node, "is tied to the picture itself")
         if node.op == "output":
-            self.keep_inputs(node, ANSWER)
+            self.freeze_inputs(node, ANSWER, "answer")
             return None
         if node.op == "get_attr":
             return self.roles.axis_of(str(node.target), stored(self.graph_module, str(node.target)))
@@ -126,7 +141,7 @@ class Channels:
         if type(module) is nn.GroupNorm:
             return self._group_norm(node, name, module, source)
         if type(module) in POOLING_MODULES:
-            return self.along_dim_one(node, source, f"{type(module).__name__} ({name})")
+            return self.require_dim_one(node, source, f"{type(module).__name__} ({name})")
         if type(module) in (nn.Flatten, nn.Unflatten):
             return reshaped(self, node, source)
         if type(module) in functions.AS_MODULES:
@@ -134,7 +149,7 @@ class Channels:
         return self.opaque(node, f"feeds {type(module).__name__} ({name}), which mixes or counts its channels")
 
     def _channelwise(self, node: fx.Node, name: str, module: nn.Module, source: Axis | None) -> Axis | None:
-        axis = self.along_dim_one(node, source, f"{type(module).__name__} ({name})")
+        axis = self.require_dim_one(node, source, f"{type(module).__name__} ({name})")
         tensors = {key: tensor for key, tensor in _tensors(module).items() if tensor.numel() > 1}
         if axis is not None:
             self.note_call(node, name, axis)
@@ -152,15 +167,14 @@ class Channels:
         if any(part.span != 1 or part.channels % width for part in source.parts):
             return self.opaque(node, f"{what} through a concatenation with other boundaries than its groups")
         for part in source.parts:
-            self.sets.whole_units(
-                part.set_id, width, f"each of the {norm.num_groups} groups of {name} (GroupNorm) stays or goes whole"
-            )
+            reason = f"each of the {norm.num_groups} groups of {name} (GroupNorm) is kept or removed as a whole"
+            self.sets.require_units(part.set_id, width, reason)
         return self._channelwise(node, name, norm, source)
 
     def conv(self, node: fx.Node, name: str, conv: nn.Conv2d, source: Axis | None) -> Axis:
         """A convolution of the layer `name`, called as a module or as a function."""
         if source is not None and source.dim != 1:
-            self.keep(source, f"feeds {name} along another dimension than the channels")
+            self.freeze(source, f"feeds {name} along another dimension than the channels")
             source = None
         if source is not None and conv.groups > 1 and conv.groups == conv.in_channels == conv.out_channels:
             self._bind(node, name, conv, source, source, {0: source})
@@ -168,7 +182,7 @@ class Channels:
         result = self.open_set(name, conv.out_channels)
         if conv.groups > 1 and source is not None:
             if len(source.parts) > 1 or source.parts[0].span != 1:
-                self.keep(source, f"feeds the grouped convolution {name} through a concatenation")
+                self.freeze(source, f"feeds the grouped convolution {name} through a concatenation")
             elif all(one.layer != name for one in self.grouped):
                 self.grouped.append(GroupedConv(name, conv.groups, source.parts[0].set_id, result))
         elif conv.groups > 1:
@@ -185,8 +199,7 @@ class Channels:
         set_id = source.parts[0].set_id
         if name not in self.own_set:
             self.own_set[name] = set_id
-            self.sets[set_id].layers.append(name)
-            self.sets.whole_units(set_id, 1, "a depthwise convolution works channel by channel")
+            self.sets.add_layer(set_id, name, "a depthwise convolution works channel by channel")
         return source
 
     def linear(self, node: fx.Node, name: str, linear: nn.Linear, source: Axis | None) -> Axis | None:
@@ -195,7 +208,7 @@ class Channels:
         if shape is None:
             return None
         if source is not None and source.dim != len(shape) - 1:
-            self.keep(source, f"feeds {name}, which works across positions and not channels")
+            self.freeze(source, f"feeds {name}, which works across positions and not channels")
             source = None
         result = self.open_set(name, linear.out_features)
         gives = Axis(len(shape) - 1, (Part(result, linear.out_features),))
@@ -231,8 +244,8 @@ class Channels:
     def open_set(self, name: str, channels: int) -> int:
         """The set of layer `name`: a new one at its first call."""
         if name not in self.own_set:
-            kept = ANSWER if name in self.answers else None
-            self.own_set[name] = self.sets.new(channels, layer=name, kept=kept)
+            frozen = ANSWER if name in self.answers else None
+            self.own_set[name] = self.sets.new(channels, layer=name, frozen=frozen, kind="answer")
         return self.own_set[name]
 
     # -- attention -----------------------------------------------------------------------------------------------
@@ -241,20 +254,19 @@ class Channels:
         """A set of what the heads give: read inside the module alone, so no other layer's channels are tied to it."""
         if name not in self.own_set:
             heads = self.attentions[name]
-            self.own_set[name] = self.sets.new(heads.channels, layer=name, kept=heads.refusal)
-            self.sets.whole_units(
-                self.own_set[name],
-                heads.width,
-                f"each of the {heads.count} attention heads of {heads.width} channels stays or goes whole",
+            self.own_set[name] = self.sets.new(heads.channels, layer=name, frozen=heads.refusal)
+            reason = (
+                f"each of the {heads.count} attention heads of {heads.width} channels is kept or removed as a whole"
             )
+            self.sets.require_units(self.own_set[name], heads.width, reason)
         if isinstance(self.modules.get(str(node.target)), nn.MultiheadAttention):
             if not _is_plain_self_attention(node):
                 reason = (
                     "is called otherwise than as attention(x, x, x, need_weights=False), which is what can be pruned"
                 )
-                self.sets.keep(self.own_set[name], reason)
+                self.sets.freeze(self.own_set[name], reason)
             elif self._counts[str(node.target)] > 1:
-                self.sets.keep(self.own_set[name], "is an attention that the forward pass uses more than once")
+                self.sets.freeze(self.own_set[name], "is an attention that the forward pass uses more than once")
 
     def _keep_shared_attention(self) -> None:
         """Heads are cut out of an attention alone: another owner of one of its tensors would keep the whole."""
@@ -263,7 +275,7 @@ class Channels:
             for tensor in self.modules[name].parameters():
                 other = next((one for one in owned[id(tensor)] if not one.startswith(f"{name}.")), None)
                 if other is not None and name in self.own_set:
-                    self.sets.keep(self.own_set[name], f"is an attention that shares a weight with {other}")
+                    self.sets.freeze(self.own_set[name], f"is an attention that shares a weight with {other}")
 
     # -- functions and methods -----------------------------------------------------------------------------------
 
@@ -273,24 +285,26 @@ class Channels:
             return None
         handler = functions.HANDLERS.get(name)
         if handler is None:
-            return self.opaque(node, f"its channels go through {self.where(node)}")
+            return self.opaque(node, f"its channels go through {self.call_text(node)}")
         axis = handler(self, node, source)
         for item in node.all_input_nodes:
             if item.op == "get_attr" and self.axes[item] is None and name not in functions.READ_WEIGHTS:
-                self.roles.freeze(stored(self.graph_module, str(item.target)), f"is read by {self.where(node)} as well")
+                self.roles.freeze(
+                    stored(self.graph_module, str(item.target)), f"is read by {self.call_text(node)} as well"
+                )
         return axis
 
     # -- shared with the operations ------------------------------------------------------------------------------
 
-    def join(self, first: Axis, other: Axis, bond: str) -> bool:
+    def join(self, first: Axis, other: Axis, reason: str) -> bool:
         """Unite the sets of two axes part by part; False where their boundaries differ."""
         if first.boundaries != other.boundaries:
             return False
         for one, two in zip(first.parts, other.parts, strict=True):
-            self.sets.join(one.set_id, two.set_id, bond)
+            self.sets.join(one.set_id, two.set_id, reason)
         return True
 
-    def along_dim_one(self, node: fx.Node, source: Axis | None, what: str) -> Axis | None:
+    def require_dim_one(self, node: fx.Node, source: Axis | None, what: str) -> Axis | None:
         """`source`, where its channels lie along dimension 1; else they stay."""
         if source is not None and source.dim != 1:
             return self.opaque(node, f"feeds {what} along another dimension than the channels")
@@ -298,32 +312,34 @@ class Channels:
 
     def opaque(self, node: fx.Node, reason: str) -> Axis | None:
         """Keep every channel that `node` reads, and what is united with its result."""
-        self.keep_inputs(node, reason)
-        return self.unremovable(node, f"is tied to the result of {self.where(node)}")
+        self.freeze_inputs(node, reason)
+        return self.frozen_axis(node, f"is tied to the result of {self.call_text(node)}")
 
-    def unremovable(self, node: fx.Node, reason: str) -> Axis | None:
+    def frozen_axis(self, node: fx.Node, reason: str) -> Axis | None:
         """Channels that no layer in reach can drop; a later join keeps its partners with this reason."""
         shape = shape_of(node)
         if shape is None or len(shape) < 2:
             return None
-        return Axis(1, (Part(self.sets.new(shape[1], kept=reason), shape[1]),))
+        return Axis(1, (Part(self.sets.new(shape[1], frozen=reason), shape[1]),))
 
     def fixed_reason(self, axes: list[Axis]) -> str | None:
         """The reason of the first operand whose channels belong to no layer at all."""
-        found = (self.sets[part.set_id] for axis in axes for part in axis.parts)
-        return next((one.kept for one in found if one.kept and not one.layers), None)
+        sets = (self.sets[part.set_id] for axis in axes for part in axis.parts)
+        return next((one.frozen_reason for one in sets if one.frozen_reason and not one.layers), None)
 
-    def keep_inputs(self, node: fx.Node, reason: str) -> None:
+    def freeze_inputs(self, node: fx.Node, reason: str, kind: Kind = "structure") -> None:
+        """Rule that no channel of any tensor that `node` reads is removed."""
         for item in node.all_input_nodes:
             axis = self.axes.get(item)
             if axis is not None:
-                self.keep(axis, reason)
+                self.freeze(axis, reason, kind)
             if item.op == "get_attr":
-                self.roles.freeze(stored(self.graph_module, str(item.target)), reason)
+                self.roles.freeze(stored(self.graph_module, str(item.target)), reason, kind)
 
-    def keep(self, axis: Axis, reason: str) -> None:
+    def freeze(self, axis: Axis, reason: str, kind: Kind = "structure") -> None:
+        """Rule that no channel of `axis` is removed."""
         for part in axis.parts:
-            self.sets.keep(part.set_id, reason)
+            self.sets.freeze(part.set_id, reason, kind=kind)
 
     def tensor_inputs(self, node: fx.Node) -> list[fx.Node]:
         return [item for item in node.all_input_nodes if shape_of(item) is not None]
@@ -335,7 +351,7 @@ class Channels:
         inputs = self.tensor_inputs(node)
         return self.axes[inputs[0]] if inputs else None
 
-    def where(self, node: fx.Node) -> str:
+    def call_text(self, node: fx.Node) -> str:
         """The operation and the user's own line."""
         source = node.meta.get("source")
         call = f"{operation_name(node).strip('()')}()"
@@ -346,19 +362,19 @@ class Channels:
 
 def _answer_layers(graph_module: fx.GraphModule, modules: Mapping[str, nn.Module]) -> set[str]:
     """The Conv2d and Linear layers nearest to the output on every path back from it."""
-    found: set[str] = set()
+    layers: set[str] = set()
     stack = [node for node in graph_module.graph.nodes if node.op == "output"]
-    seen = set(stack)
+    visited = set(stack)
     while stack:
         for node in stack.pop().all_input_nodes:
-            if node in seen:
+            if node in visited:
                 continue
-            seen.add(node)
+            visited.add(node)
             if node.op == "call_module" and type(modules[str(node.target)]) in LAYERS:
-                found.add(str(node.target))
+                layers.add(str(node.target))
             else:
                 stack.append(node)
-    return found
+    return layers
 
 
 def _is_plain_self_attention(node: fx.Node) -> bool:

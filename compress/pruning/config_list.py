@@ -6,7 +6,7 @@ types, less what it excludes; a later entry overrides an earlier one. What a pla
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,16 +38,18 @@ class _Entry:
     ratio: float | None
     """None: an exclusion."""
     pool: Any
-    cap: float | None
-    named: tuple[str, ...]
-    without: tuple[str, ...]
+    """The global group in which the layers compete; None where they do not."""
+    max_ratio: float | None
+    op_names: tuple[str, ...]
+    """As the entry has them."""
+    excluded: tuple[str, ...]
     """Layers that the entry excludes from its own selection."""
 
 
 def translate(model: nn.Module, layers: Sequence[str], entries: Sequence[Mapping[str, Any]]) -> Constraints:
-    """The constraints that a config list means for `model`, whose prunable kinds of layers are `layers`.
+    """The constraints that a config list sets for `model`, whose Conv2d, Linear and attention layers are `layers`.
 
-    Layers that no entry selects stay, unless they share channels with one that is selected.
+    Layers that no entry selects are not pruned, unless they share channels with one that is selected.
 
     Raises:
         RequestError: an unknown key, both styles of keys, a name that does not exist, or what a plan cannot honour.
@@ -57,43 +59,47 @@ def translate(model: nn.Module, layers: Sequence[str], entries: Sequence[Mapping
         "config_list", types, "a Conv2d or Linear layer", ("Conv2d", "Linear"), "only their channels are removed"
     )
     selector.refuse_keys(entries, _NEW, _OLD, _REFUSED)
-    read = [_read(number, entry, selector) for number, entry in enumerate(entries, 1)]
-    chosen: dict[str, _Entry] = {}
-    excluded = {layer for entry in read for layer in entry.without}
-    for entry in read:
+    parsed = [_parse(number, entry, selector) for number, entry in enumerate(entries, 1)]
+    selected: dict[str, _Entry] = {}
+    for entry in parsed:
         if entry.ratio is not None:
-            chosen |= dict.fromkeys(entry.layers, entry)
-    forbidden = {layer for entry in read if entry.ratio is None for layer in entry.layers}
-    excluded = (excluded - set(chosen)) | forbidden
-    chosen = {layer: entry for layer, entry in chosen.items() if layer not in forbidden}
-    if not chosen:
+            selected |= dict.fromkeys(entry.layers, entry)
+    forbidden = {layer for entry in parsed if entry.ratio is None for layer in entry.layers}
+    excluded = ({layer for entry in parsed for layer in entry.excluded} - set(selected)) | forbidden
+    selected = {layer: entry for layer, entry in selected.items() if layer not in forbidden}
+    if not selected:
         raise RequestError("config_list", list(entries), "at least one entry with a ratio that selects a layer")
-    pools = {(entry.pool, entry.ratio, entry.cap) for entry in chosen.values() if entry.pool is not None}
-    if len(pools) > 1:
-        raise RequestError(
-            "config_list", sorted(str(pool) for pool, _, _ in pools), "one global group with one ratio and one limit"
-        )
-    pool = next(iter(pools), None)
-    fixed = {layer: entry.ratio for layer, entry in chosen.items() if entry.pool is None}
+    pool = _only_pool(selected.values())
     return Constraints(
-        sparsity=pool[1] if pool else 0.5,  # without a pool nothing reads it: `chosen` is empty
-        ratios={layer: ratio for layer, ratio in fixed.items() if ratio is not None},
-        chosen=frozenset(layer for layer, entry in chosen.items() if entry.pool is not None),
+        sparsity=pool.ratio if pool and pool.ratio else 0.5,  # without a pool nothing reads it: `selected` is empty
+        ratios={
+            layer: entry.ratio for layer, entry in selected.items() if entry.pool is None and entry.ratio is not None
+        },
+        selected=frozenset(layer for layer, entry in selected.items() if entry.pool is not None),
         excluded=tuple(layer for layer in layers if layer in excluded),
         ranking="global" if pool else "per-group",
-        cap=pool[2] if pool else None,
-        named={name: (name,) for name, entry in chosen.items() if name in entry.named and entry.ratio},
-        where="config_list",
+        max_layer_sparsity=pool.max_ratio if pool else None,
+        names={name: (name,) for name, entry in selected.items() if name in entry.op_names and entry.ratio},
+        request_field="config_list",
     )
 
 
-def _read(number: int, entry: Mapping[str, Any], selector: Selector) -> _Entry:
-    selected, without = selector.select(number, entry)
-    named = tuple(selector.strings(number, entry, "op_names"))
+def _only_pool(entries: Iterable[_Entry]) -> _Entry | None:
+    """An entry of the global group; None where there is no such group."""
+    pools = {(entry.pool, entry.ratio, entry.max_ratio): entry for entry in entries if entry.pool is not None}
+    if len(pools) > 1:
+        names = sorted(str(pool) for pool, _, _ in pools)
+        raise RequestError("config_list", names, "one global group with one ratio and one limit")
+    return next(iter(pools.values()), None)
+
+
+def _parse(number: int, entry: Mapping[str, Any], selector: Selector) -> _Entry:
+    layers, excluded = selector.select(number, entry)
+    op_names = tuple(selector.strings(number, entry, "op_names"))
     if "exclude" in entry:
         if entry["exclude"] is not True or _ratio_keys(entry):
             raise RequestError("config_list", f"exclude in entry {number}", "exclude: true without a ratio beside it")
-        return _Entry(selected, None, None, None, named, ())
+        return _Entry(layers, None, None, None, op_names, ())
     keys = _ratio_keys(entry)
     if len(keys) != 1:
         raise RequestError(
@@ -103,12 +109,12 @@ def _read(number: int, entry: Mapping[str, Any], selector: Selector) -> _Entry:
     _refuse_targets(number, entry)
     pool = entry.get("global_group_id", f"entry {number}" if keys[0] == "total_sparsity" else None)
     limit = next((key for key in ("max_sparse_ratio", "max_sparsity_per_layer") if key in entry), None)
-    cap = None if limit is None or entry[limit] == 1 else _fraction(number, entry, limit)
-    if cap is not None and cap < ratio:
-        raise RequestError("config_list", f"{limit}={cap:g} in entry {number}", f"at least {keys[0]}, {ratio:g}")
+    max_ratio = None if limit is None or entry[limit] == 1 else _fraction(number, entry, limit)
+    if max_ratio is not None and max_ratio < ratio:
+        raise RequestError("config_list", f"{limit}={max_ratio:g} in entry {number}", f"at least {keys[0]}, {ratio:g}")
     if pool is not None and not ratio:
         raise RequestError("config_list", f"{keys[0]}=0 in entry {number}", "more than 0 for a global group")
-    return _Entry(selected, ratio, pool, cap, named, without)
+    return _Entry(layers, ratio, pool, max_ratio, op_names, excluded)
 
 
 def _ratio_keys(entry: Mapping[str, Any]) -> list[str]:
@@ -128,9 +134,9 @@ def _refuse_targets(number: int, entry: Mapping[str, Any]) -> None:
         raise RequestError(
             "config_list", f"target_settings in entry {number}", "an object of objects, as in NNI's manual"
         )
-    strange = sorted({*entry.get("target_names", ()), *settings} - {"weight", "bias"})
-    if strange:
-        raise RequestError("config_list", f"the target {strange[0]} in entry {number}", "weight or bias")
+    unknown = sorted({*entry.get("target_names", ()), *settings} - {"weight", "bias"})
+    if unknown:
+        raise RequestError("config_list", f"the target {unknown[0]} in entry {number}", "weight or bias")
     for target, setting in settings.items():
         for key, value in setting.items():
             if key != "granularity" or value not in ("default", "out_channel"):

@@ -13,41 +13,41 @@ Ranking = Literal["per-group", "global"]
 
 @dataclass(frozen=True)
 class Constraints:
-    """What is asked of the layers; a group of layers takes what is asked of its members."""
+    """What the user sets for single layers; it holds for the whole group that a layer shares its channels with."""
 
     sparsity: float
-    """Fraction of output channels that goes where `ratios` says nothing else; 0 < sparsity < 1."""
+    """Fraction of output channels removed where `ratios` has no other; 0 < sparsity < 1."""
     ratios: Mapping[str, float] = field(default_factory=dict)
-    """Layer -> its own fraction; 0 keeps it whole."""
-    chosen: frozenset[str] | None = None
+    """Layer -> its own fraction; with 0 it is not pruned."""
+    selected: frozenset[str] | None = None
     """The layers that `sparsity` is meant for; None: all."""
     excluded: tuple[str, ...] = ()
     ranking: Ranking = "per-group"
-    cap: float | None = None
+    max_layer_sparsity: float | None = None
     """With global ranking, the largest fraction that any layer loses."""
-    named: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    """Names that the user wrote -> their layers; refused when nothing can go from any of them."""
-    where: str = "layer_sparsity"
-    """The field of the request that a refusal of a ratio names."""
+    names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Names that the user set a fraction for -> their layers; refused when none of these can be pruned."""
+    request_field: str = "layer_sparsity"
+    """The field of the request that a refusal of a fraction names."""
 
     def ratio(self, layers: Sequence[str]) -> float | None:
-        """The fraction asked of a group; None when nothing is asked of it.
+        """The fraction to remove from a group; None when the user selected none of its layers.
 
         Raises:
-            RequestError: its members are asked for different fractions.
+            RequestError: the user set different fractions for its layers.
         """
-        asked = {layer: self.ratios[layer] for layer in layers if layer in self.ratios}
-        if len(set(asked.values())) > 1:
-            first = next(iter(asked))
-            second = next(layer for layer in asked if asked[layer] != asked[first])
+        own = {layer: self.ratios[layer] for layer in layers if layer in self.ratios}
+        if len(set(own.values())) > 1:
+            first = next(iter(own))
+            second = next(layer for layer in own if own[layer] != own[first])
             raise RequestError(
-                self.where,
-                f"{first}={asked[first]:g} and {second}={asked[second]:g}",
+                self.request_field,
+                f"{first}={own[first]:g} and {second}={own[second]:g}",
                 "one fraction for both, because they lose the same channels",
             )
-        if asked:
-            return next(iter(asked.values()))
-        return self.sparsity if self.chosen is None or self.chosen & set(layers) else None
+        if own:
+            return next(iter(own.values()))
+        return self.sparsity if self.selected is None or self.selected & set(layers) else None
 
     def competes(self, layers: Sequence[str]) -> bool:
         """Whether a group takes part in the global ranking: its own fraction takes it out."""
@@ -57,32 +57,36 @@ class Constraints:
 def by_name(
     layers: Sequence[str],
     sparsity: float,
-    exclude: Sequence[str],
-    layer_sparsity: Mapping[str, float],
-    **others: object,
+    exclude: Sequence[str] = (),
+    layer_sparsity: Mapping[str, float] | None = None,
+    *,
+    ranking: Ranking = "per-group",
+    max_layer_sparsity: float | None = None,
 ) -> Constraints:
-    """Constraints from names of layers or of modules with layers inside; the longer of two names wins.
+    """Constraints from names of layers, or of modules with layers inside; the longer of two names wins.
 
     Raises:
         RequestError: a name that has no such layer, or a fraction out of range.
     """
     ratios: dict[str, float] = {}
-    named = {}
-    for name, ratio in sorted(layer_sparsity.items(), key=lambda item: item[0].count(".")):
+    names: dict[str, tuple[str, ...]] = {}
+    for name, ratio in sorted((layer_sparsity or {}).items(), key=lambda item: item[0].count(".")):
         if not 0 <= ratio < 1:
             raise RequestError("layer_sparsity", f"{name}={ratio:g}", "a fraction from 0 to below 1")
-        named[name] = tuple(layers_inside(layers, name, "layer_sparsity"))
-        ratios |= dict.fromkeys(named[name], ratio)
+        names[name] = tuple(layers_inside(layers, name, "layer_sparsity"))
+        ratios |= dict.fromkeys(names[name], ratio)
     excluded = tuple(layer for name in exclude for layer in layers_inside(layers, name, "exclude"))
-    named = {name: inside for name, inside in named.items() if any(ratios[layer] for layer in inside)}
-    return Constraints(sparsity, ratios, excluded=excluded, named=named, **others)  # type: ignore[arg-type]
+    names = {name: inside for name, inside in names.items() if any(ratios[layer] for layer in inside)}
+    return Constraints(
+        sparsity, ratios, excluded=excluded, ranking=ranking, max_layer_sparsity=max_layer_sparsity, names=names
+    )
 
 
-def layers_inside(layers: Sequence[str], name: str, where: str) -> list[str]:
-    """The layer of this name, or the layers of the module of this name; `where` is the field that is refused."""
+def layers_inside(layers: Sequence[str], name: str, field: str) -> list[str]:
+    """The layer of this name, or the layers inside the module of this name; `field` is the field that is refused."""
     inside = [layer for layer in layers if layer == name or layer.startswith(f"{name}.")]
     if not inside:
         raise RequestError(
-            where, name, f"the name of a Conv2d or Linear layer, or of a part with some{such_as(layers, name)}"
+            field, name, f"the name of a Conv2d or Linear layer, or of a module with some{such_as(layers, name)}"
         )
     return inside

@@ -1,7 +1,7 @@
-"""What pruning would leave of a model at any sparsity, counted from the plan; nothing is pruned, no weight is read.
+"""Parameters and MACs after pruning at any sparsity, counted from the plan: nothing is pruned, no weight is read.
 
-A layer's weights shrink with the channels that it gives and with those that it reads. Which those are is what the plan
-is made from, so the counts are those of the shrunk model itself: equal to docs/coverage.json, which was made by shrinking.
+A layer's weights shrink with its output channels and with its input channels, and the plan knows both. So the counts are
+those of the pruned model itself: equal to docs/coverage.json, which was made by pruning.
 """
 
 from __future__ import annotations
@@ -14,11 +14,13 @@ from torch import fx, nn
 
 from compress.models.attention import keep_heads
 from compress.models.counting import count_macs, count_parameters, macs_by_module
+from compress.pruning.allocation import allocate, settle_grouped
 from compress.pruning.channels import Channels
 from compress.pruning.constraints import by_name
 from compress.pruning.graph.axes import Axis
 from compress.pruning.graph.tensors import stored
-from compress.pruning.plan import DEFAULT_MULTIPLE, Plan, decide, settle_grouped
+from compress.pruning.interface import Plan
+from compress.pruning.plan import DEFAULT_MULTIPLE
 from compress.tracing.graph import probe, traced_copy
 
 
@@ -30,13 +32,13 @@ class Estimate:
     parameters: int
     macs: int
     """Multiply-accumulates of one image, counted as `counting.count_macs` does; of Swin v2, whose tables of positions do
-    not all go with the heads, within about 1 %."""
+    not all shrink with the heads, within about 1 %."""
     plan: Plan
 
 
 @dataclass(frozen=True)
 class _Term:
-    """Numbers of a module that go with the channels it gives and, for `weights`, with those it reads."""
+    """Counts of a module that are proportional to its output channels and, `weights` and `macs`, to its input channels."""
 
     weights: int
     others: int
@@ -48,7 +50,7 @@ class _Term:
 def estimates(
     model: nn.Module, example: torch.Tensor, sparsities: Sequence[float], *, multiple: int = DEFAULT_MULTIPLE
 ) -> Iterator[Estimate]:
-    """One estimate for each sparsity, every group of layers losing it alike.
+    """One estimate for each sparsity, which every group of layers loses alike.
 
     Args:
         model: a float32 module that can be traced; its parameters may be on the meta device.
@@ -64,10 +66,10 @@ def estimates(
     probe(graph_module, example)
     for sparsity in sparsities:
         channels = Channels(graph_module)
-        constraints = by_name(channels.layers(), sparsity, (), {})
+        constraints = by_name(channels.layers(), sparsity)
         for conv in channels.grouped:
             settle_grouped(channels.sets, conv, constraints, multiple)
-        plan = Plan(*decide(channels, model, constraints, multiple))
+        plan = Plan(*allocate(channels, model, constraints, multiple))
         shares = _Shares(channels, plan)
         cut = _attentions_after(model, channels, plan)
         lost_parameters = float(sum(_lost(model, name, smaller) for name, smaller in cut.items()))
@@ -80,7 +82,7 @@ def estimates(
 
 
 class _Shares:
-    """Which share of an axis' channels stays."""
+    """Which share of the channels of an axis is kept."""
 
     def __init__(self, channels: Channels, plan: Plan) -> None:
         self._sets, self._layers = channels.sets, plan.layers
@@ -90,7 +92,7 @@ class _Shares:
         }
 
     def heads(self, name: str) -> float:
-        """Of an attention that loses some; what it computes is spread over its heads."""
+        """Share of the heads of an attention that are kept; its work is spread evenly over them."""
         return self._layers[name].channels_after / self._layers[name].channels_before
 
     def of(self, axis: Axis | None) -> float:
@@ -104,16 +106,16 @@ class _Shares:
 def _terms(
     graph_module: fx.GraphModule, channels: Channels, by_module: Mapping[str, int], cut: Mapping[str, nn.Module]
 ) -> Iterator[_Term]:
-    """What has a size that depends on the plan, each once, inside an attention as it is when its heads are gone."""
-    seen: set[str] = set()
+    """Every module and parameter whose size depends on the plan, once; those of an attention without its removed heads."""
+    visited: set[str] = set()
     counted: set[int] = set()
     for node in graph_module.graph.nodes:
         name, attention = str(node.target), node.meta.get("attention")
         if node.op == "get_attr" and attention not in cut:
             yield from _attribute(channels, node, counted)
-        if node.op != "call_module" or name == attention or name in seen:
+        if node.op != "call_module" or name == attention or name in visited:
             continue
-        seen.add(name)
+        visited.add(name)
         module, gives = channels.modules[name], channels.axes[node]
         if attention in cut:
             module = cut[attention].get_submodule(name.removeprefix(f"{attention}."))

@@ -1,4 +1,4 @@
-"""What pruning would leave of an architecture at every whole percent, as one small JSON object that a page can look up."""
+"""Parameters and MACs of an architecture pruned at every whole percent, as one small JSON object for the web page."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ def profile(model: str, classes: int, input_size: int | None, multiple: int) -> 
 
     Returns:
         model, classes, input_size, multiple, parameters, macs; words: texts that are referred to by index; and rows,
-        by percent: parameters, macs, groups [words index of the layers, channels, kept, words index of the reason] and
-        left_out [words index of the layer, words index of the reason] and short, the words index of what to tell where the
-        plan removes far less than asked for, else null.
+        by percent: parameters, macs, groups [words index of the layers, channels, kept, words index of the reason],
+        left_out [words index of the layer, words index of the reason] and short, the words index of the text for a plan
+        that removes far less than the sparsity, else null.
 
     Raises:
         RequestError: torchvision has no such classifier.
@@ -39,7 +39,7 @@ def profile(model: str, classes: int, input_size: int | None, multiple: int) -> 
     network = build(architectures.fresh(model, classes, size))
     words: dict[str, int] = {}
     example = torch.zeros(1, 3, size, size, device=next(network.parameters()).device)
-    found = estimates(network, example, [percent / 100 for percent in PERCENTS], multiple=multiple)
+    counts = estimates(network, example, [percent / 100 for percent in PERCENTS], multiple=multiple)
     return {
         "model": model,
         "classes": classes,
@@ -48,7 +48,7 @@ def profile(model: str, classes: int, input_size: int | None, multiple: int) -> 
         "parameters": counting.count_parameters(network),
         "macs": counting.count_macs(network, size),
         "rows": {
-            str(percent): _row(network, multiple, one, words) for percent, one in zip(PERCENTS, found, strict=True)
+            str(percent): _row(network, multiple, one, words) for percent, one in zip(PERCENTS, counts, strict=True)
         },
         "words": list(words),
     }

@@ -1,11 +1,11 @@
 """Least-squares reconstruction: the weights that stay take over from those that went, before anything is trained.
 
-Each layer of the shrunk model is refitted, in the order of the forward pass, so that on a few hundred training images
+Each layer of the pruned model is refitted, in the order of the forward pass, so that on a few hundred training images
 its outputs come as near as they can to the dense model's outputs in the kept channels:
 
     minimise over W:  ||Y - X W||^2 + n s^2 ||W||^2 + damping * ||diag(X'X)^(1/2) (W - W_pruned)||^2
 
-X is what the layer reads in the shrunk model, with all layers before it refitted already; Y is what the dense layer
+X is what the layer reads in the pruned model, with all layers before it refitted already; Y is what the dense layer
 answers. The second term is what rounding the n rows of X to integers will add, s being the deviation of the rounding
 (noise on inputs is a ridge: Bishop 1995, "Training with Noise is Equivalent to Tikhonov Regularization"). Without it
 large weights that cancel each other fit best, and 8 bits make noise of them. The first and the last term are the

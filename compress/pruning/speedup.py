@@ -19,16 +19,16 @@ from torch import Tensor, nn
 from compress import nni_bridge
 from compress.errors import PruningError
 from compress.models.attention import heads_of, is_attention, keep_heads
-from compress.pruning.channels import Call, Channels
+from compress.pruning.channels import Call, Channels, analyse
 from compress.pruning.equivalence import Difference, check_equal
 from compress.pruning.graph.axes import Axis, kept_features
 from compress.pruning.graph.tensors import owners, stored
-from compress.pruning.interface import PrunedModel, PruningTraining
+from compress.pruning.interface import Plan, PrunedModel, PruningTraining
 from compress.pruning.nni import backend
-from compress.pruning.plan import Plan, check_example
+from compress.pruning.plan import check_example
 from compress.pruning.registry import Pruner
 from compress.tracing import type_name
-from compress.tracing.graph import probe, structure_copy, traced_copy
+from compress.tracing.graph import structure_copy
 
 _SIZES = ("in_channels", "out_channels", "groups", "in_features", "out_features", "num_features", "num_parameters",
           "num_groups", "num_channels")  # fmt: skip
@@ -49,9 +49,7 @@ def shrink(
 
 
 def _shrunk(model: nn.Module, example: Tensor, kept: dict[str, Tensor]) -> tuple[nn.Module, Difference]:
-    graph_module = traced_copy(model, example)
-    probe(graph_module, example)
-    channels = Channels(graph_module)
+    channels = analyse(model, example)
     result = structure_copy(model)
     rows = {channels.sets.root(channels.own_set[layer]): kept[layer] for layer in kept}
     shared = _shared(result)
@@ -62,7 +60,7 @@ def _shrunk(model: nn.Module, example: Tensor, kept: dict[str, Tensor]) -> tuple
     _tie(shared)
     _remove_heads(result, kept)
     _own_tensors(result, model)
-    return result, check_equal(graph_module, channels, kept, result, _check_images(example))
+    return result, check_equal(channels, kept, result, _check_images(example))
 
 
 @contextlib.contextmanager

@@ -201,7 +201,7 @@ class Layer(_Facts):
     file_sqnr_db: dict[str, float]
     """Local SQNR of its output in each ONNX file against the fake-quantized model; 144.5 when they are equal."""
     group: str | None
-    """Layers of one group lose the same channels; null when the layer stays whole."""
+    """Layers of one group lose the same channels; null when the layer is not pruned."""
     reason: str
     """Why it is pruned together, or why it stays."""
     pruned_error: float | None

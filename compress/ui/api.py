@@ -185,7 +185,7 @@ Args:
 Returns:
     The run's status. job_id leads to it, and whoever has that may look at it; key lets its holder cancel and resume it.
 """
-_CHECK = """What a run would do, without training: the plan, the layers that stay whole and why, the runtimes.
+_CHECK = """What a run would do, without training: the plan, the layers that are not pruned and why, the runtimes.
 
 Args:
 {arguments}

@@ -51,7 +51,7 @@ class Estimate:
     groups: tuple[tuple[str, int, int, str], ...]
     """Layers, channels, kept, why together."""
     left_out: tuple[tuple[str, str], ...]
-    """Layer, why it stays whole."""
+    """Layer, why it is not pruned."""
     uncounted: tuple[str, ...]
     """Fields of the request that change the plan and are not counted."""
     shortfall: str | None = None

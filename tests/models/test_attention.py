@@ -113,7 +113,7 @@ def test_whole_heads_go_and_the_rest_is_equal_to_the_masked_model(family):
     assert (group.channels_before, group.channels_after, group.unit) == (channels, channels // 2, family.width)
     assert group.reason == (
         f"no other layer shares its channels; each of the {family.heads} attention heads of {family.width} channels "
-        "stays or goes whole"
+        "is kept or removed as a whole"
     )
     assert family.result.max_abs_diff <= 1e-5 * family.result.reference_scale
     assert list(family.result.model.state_dict()) == list(family.model.state_dict())
@@ -347,7 +347,7 @@ def test_a_wrong_head_is_caught(monkeypatch):
         return keep(module, [head for head in range(4) if head not in kept])
 
     monkeypatch.setattr(speedup, "keep_heads", wrong)
-    with pytest.raises(HandoffError, match="of the shrunk model differ from the masked model's"):
+    with pytest.raises(HandoffError, match="of the pruned model differ from the masked model's"):
         halved(randomised(vit()), images())
 
 

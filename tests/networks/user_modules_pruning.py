@@ -177,7 +177,7 @@ STAYS: dict[str, tuple[Callable[[Spelled, Tensor], Tensor], str]] = {
     "unknown": (lambda m, x: torch.trapezoid(x, dim=3)[..., None], r"trapezoid\(\) in <lambda> \(user_modules_pruning"),
     "made in forward": (lambda m, x: x * torch.arange(32.0).view(1, -1, 1, 1), r"fixed"),
 }
-"""What has to stay whole, and what the reason has to name."""
+"""What must not be pruned, and what the reason has to name."""
 
 
 class Tied(nn.Module):

@@ -47,7 +47,7 @@ def test_a_group_takes_the_fraction_of_its_members():
 
 def test_a_fraction_of_zero_keeps_the_layer_whole():
     assert kept(chain(64, 64), layer_sparsity={"0": 0.0}) == {"1.0": 32}
-    assert reasons(chain(64, 64), layer_sparsity={"0": 0.0})["0.0"] == "is kept whole by you, with a sparsity of 0"
+    assert reasons(chain(64, 64), layer_sparsity={"0": 0.0})["0.0"] == "has a sparsity of 0, as you set it"
 
 
 @pytest.mark.parametrize(
@@ -65,7 +65,7 @@ def test_a_fraction_of_zero_keeps_the_layer_whole():
         ),
         (
             {"layer1.0.con1": 0.5},
-            "layer_sparsity: got 'layer1.0.con1', expected the name of a Conv2d or Linear layer, or of a part with some, "
+            "layer_sparsity: got 'layer1.0.con1', expected the name of a Conv2d or Linear layer, or of a module with some, "
             "such as layer1.0.conv1",
         ),
         ({"conv1": 1.0}, "layer_sparsity: got 'conv1=1', expected a fraction from 0 to below 1."),

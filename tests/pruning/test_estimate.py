@@ -1,4 +1,4 @@
-"""The estimate before a run: counted from the plan, and equal to what the shrunk model really has."""
+"""The estimate before a run: counted from the plan, and equal to what the pruned model really has."""
 
 from __future__ import annotations
 

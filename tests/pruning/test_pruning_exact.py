@@ -1,4 +1,4 @@
-"""A shrunk model gives the masked model's answers, exactly what was planned is gone, and nothing else has changed."""
+"""A pruned model gives the masked model's answers, exactly what was planned is gone, and nothing else has changed."""
 
 from __future__ import annotations
 
@@ -190,7 +190,7 @@ def test_auxiliary_heads_follow_what_they_read(name):
 
 def test_a_wrong_auxiliary_head_is_caught(monkeypatch):
     _break_one_weight(monkeypatch, "aux.4")
-    with pytest.raises(HandoffError, match="The outputs of the shrunk model differ from the masked model's"):
+    with pytest.raises(HandoffError, match="The outputs of the pruned model differ from the masked model's"):
         shrunk(randomise(Auxiliary()), size=28)
 
 
@@ -293,7 +293,7 @@ def test_a_wrong_model_is_caught_even_under_a_head_that_is_zero(monkeypatch):
     model = randomise(small_resnet())
     nn.init.zeros_(model.fc.weight)
     _break_one_weight(monkeypatch, "layer3.0.conv1")
-    with pytest.raises(HandoffError, match="The inputs of fc of the shrunk model differ"):
+    with pytest.raises(HandoffError, match="The inputs of fc of the pruned model differ"):
         shrunk(model)
 
 
@@ -360,7 +360,7 @@ def test_a_shrunk_model_that_does_not_run_names_the_layer(monkeypatch):
     with pytest.raises(HandoffError) as caught:
         shrunk(randomise(small_resnet()))
     assert str(caught.value).startswith(
-        "The shrunk model does not run. The first layer that differs is layer3.0.conv1, "
+        "The pruned model does not run. The first layer that differs is layer3.0.conv1, "
     )
     assert "exclude layer2.0.conv2, layer2.0.downsample.0, " in str(caught.value)
     assert "size" not in str(caught.value)  # torch's own words go to the log

@@ -124,7 +124,7 @@ def test_excluding_one_member_keeps_its_group():
     found = plan(models.resnet18(weights=None), IMAGE, sparsity=0.5, exclude=["layer1.0.conv2", "layer4"])
     left = reasons(found)
     assert left["layer1.0.conv2"] == "is excluded by you"
-    assert left["conv1"] == "goes together with layer1.0.conv2, which is excluded by you"
+    assert left["conv1"] == "shares its channels with layer1.0.conv2, which is excluded by you"
     assert left["layer4.1.conv1"] == "is excluded by you"
     assert group_of(found, "layer3.0.conv1").channels_after == 128
 

@@ -54,7 +54,7 @@ def test_a_tie_survives_saving_rebuilding_and_training(tmp_path):
     assert torch.equal(rebuilt.one.weight, rebuilt.two.weight)
 
 
-def test_a_weight_that_is_also_read_in_another_way_stays_whole():
+def test_a_weight_that_is_also_read_in_another_way_is_not_pruned():
     result = shrunk(TiedOtherwise)
     told = reasons(result.plan)["body"]
     assert told.startswith("its channels are rearranged by transpose() in forward (user_modules_pruning.py, line ")
@@ -127,7 +127,7 @@ def test_a_plan_that_removes_little_says_why_and_what_would_help():
     told = shortfall(Mostly(), result.plan, 0.5, 8, kept, 0.1)
     assert told is not None and told.startswith(
         "Only 10 % of the parameters (10 % of the multiply-accumulates) can be removed at 50 % sparsity: 100 % of them are "
-        "in layers that stay whole: 80 % in wider (its channels go through sort() in forward (user_modules_pruning.py, line "
+        "in layers that are not pruned: 80 % in wider (its channels go through sort() in forward (user_modules_pruning.py, line "
     )
     assert "20 % in wide (its channels are rearranged by view() in channel_shuffle" in told and "head" not in told
     assert told.endswith("or take a smaller network.") and "write the operations named here" in told

@@ -16,7 +16,7 @@ from compress.workload import open_workload
 
 
 class Odd(nn.Module):
-    """A convolution that shrinks, one whose channels are averaged and so stays whole, and the answer."""
+    """A convolution that shrinks, one whose channels are averaged and so is not pruned, and the answer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -44,9 +44,9 @@ def test_each_layer_has_a_line_of_its_level(found):
     assert lines["free.0"] == ("green", "32 to 16 channels, integers")
     level, text = lines["held"]
     assert level == "amber" and text.startswith(
-        "stays whole: its channels go through mean() in forward (test_rehearsal.py, line "
+        "not pruned: its channels go through mean() in forward (test_rehearsal.py, line "
     )
-    assert lines["head"] == ("amber", "stays whole: it gives the answer: its outputs are the classes")
+    assert lines["head"] == ("amber", "not pruned: it gives the answer: its outputs are the classes")
     assert found["possible"] and not found["problems"]
 
 

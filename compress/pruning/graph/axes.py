@@ -8,7 +8,7 @@ from fractions import Fraction
 
 import torch
 
-from compress.pruning.channel_sets import ChannelSets
+from compress.pruning.graph.channel_sets import ChannelSets
 
 
 @dataclass(frozen=True)

@@ -63,10 +63,10 @@ def _elementwise(channels: Channels, node: fx.Node, source: Axis | None) -> Axis
 def _pointwise(channels: Channels, node: fx.Node, source: Axis | None) -> Axis | None:
     """Broadcast tensors, value by value: channels in the same place are united."""
     shape, inputs = shape_of(node), channels.tensor_inputs(node)
-    where, name = channels.where(node), operation_name(node)
+    where, name = channels.call_text(node), operation_name(node)
     tracked = [(item, axis) for item in inputs if (axis := channels.axes[item]) is not None]
     if not tracked or shape is None:
-        return channels.unremovable(node, f"is combined with {where}")
+        return channels.frozen_axis(node, f"is combined with {where}")
     dims = _channel_dims(channels, tracked)
     (dim, *others) = dims
     if not others:
@@ -82,7 +82,7 @@ def _pointwise(channels: Channels, node: fx.Node, source: Axis | None) -> Axis |
             reason = f"meets {parameter} in {where}, which stays as it is"
         return channels.opaque(node, reason or f"meets a tensor of another shape in {where}")
     for axis in elsewhere.values():
-        channels.keep(axis, f"is combined with {where}")
+        channels.freeze(axis, f"is combined with {where}")
     bond = "their outputs are multiplied" if name in MULTIPLICATIVE else "their outputs are added"
     if name not in MULTIPLICATIVE and name not in _SUMS:
         bond = f"their outputs are combined in {where}"
@@ -122,7 +122,7 @@ def _open_parameters(channels: Channels, inputs: Sequence[fx.Node], dim: int) ->
 def _pooling(channels: Channels, node: fx.Node, source: Axis | None) -> Axis | None:
     if source is None:
         return untracked(channels, node)
-    return channels.along_dim_one(node, source, channels.where(node))
+    return channels.require_dim_one(node, source, channels.call_text(node))
 
 
 def _along(position: int, default: Any = None) -> Handler:
@@ -156,7 +156,7 @@ def _reduction(position: int, *, exact: bool = False) -> Handler:
         dims = dim_argument(node, position, len(old)) or set(range(len(old)))
         if source.dim in dims:
             if exact:
-                return channels.unremovable(node, f"is tied to the result of {channels.where(node)}")
+                return channels.frozen_axis(node, f"is tied to the result of {channels.call_text(node)}")
             return through(channels, node)
         keeps = argument(node, position + 1, "keepdim", "keepdims", default=False)
         gone = 0 if keeps else sum(dim < source.dim for dim in dims)
@@ -173,7 +173,7 @@ def _split(channels: Channels, node: fx.Node, source: Axis | None) -> Axis | Non
     count = rank(channels.tensor_inputs(node)[0])
     dims = dim_argument(node, 1 if narrows else 2, count, 0)
     if dims is None or source.dim in dims:
-        return channels.opaque(node, f"its channels are divided by {channels.where(node)}")
+        return channels.opaque(node, f"its channels are divided by {channels.call_text(node)}")
     return source
 
 
@@ -183,7 +183,7 @@ def _unbound(channels: Channels, node: fx.Node, source: Axis | None) -> Axis | N
         return untracked(channels, node)
     dims = dim_argument(node, 1, rank(channels.tensor_inputs(node)[0]), 0)
     if dims is None or source.dim in dims:
-        return channels.opaque(node, f"its channels are divided by {channels.where(node)}")
+        return channels.opaque(node, f"its channels are divided by {channels.call_text(node)}")
     return replace(source, dim=source.dim - (min(dims) < source.dim))
 
 
@@ -195,7 +195,7 @@ def _padded(channels: Channels, node: fx.Node, source: Axis | None) -> Axis | No
     behind = rank(node) - 1 - source.dim
     own = widths[2 * behind : 2 * behind + 2]
     if any(width != 0 for width in own):
-        return channels.opaque(node, f"its channels are padded by {channels.where(node)}")
+        return channels.opaque(node, f"its channels are padded by {channels.call_text(node)}")
     return source
 
 
@@ -205,7 +205,7 @@ def _padded(channels: Channels, node: fx.Node, source: Axis | None) -> Axis | No
 def _concatenate(channels: Channels, node: fx.Node, source: Axis | None) -> Axis | None:
     """Along the channels they follow each other; along another dimension they are the same channels."""
     shape, items = shape_of(node), argument(node, 0, "tensors")
-    where = channels.where(node)
+    where = channels.call_text(node)
     dim = number_of(argument(node, 1, "dim", "axis", default=0))
     axes = [channels.axes.get(item) for item in items] if isinstance(items, list | tuple) else [None]
     if shape is None or dim is None or any(axis is None for axis in axes) or len({one.dim for one in axes}) > 1:
@@ -228,8 +228,8 @@ def _stack(channels: Channels, node: fx.Node, source: Axis | None) -> Axis | Non
 
 def _same_channels(channels: Channels, node: fx.Node, axes: Sequence[Axis]) -> Axis | None:
     for other in axes[1:]:
-        if not channels.join(axes[0], other, f"their outputs lie side by side in {channels.where(node)}"):
-            return channels.opaque(node, f"meets a concatenation with other boundaries in {channels.where(node)}")
+        if not channels.join(axes[0], other, f"their outputs lie side by side in {channels.call_text(node)}"):
+            return channels.opaque(node, f"meets a concatenation with other boundaries in {channels.call_text(node)}")
     return axes[0]
 
 
@@ -241,7 +241,7 @@ def _matmul(channels: Channels, node: fx.Node, source: Axis | None) -> Axis | No
         return through(channels, node)
     before = channels.roles.dims(tensor).get(1)
     gives = before or Axis(1, (Part(channels.sets.new(tensor.shape[1]), tensor.shape[1]),))
-    channels.roles.bind({str(inputs[1].target): (tensor, {0: source, 1: gives})}, channels.where(node))
+    channels.roles.bind({str(inputs[1].target): (tensor, {0: source, 1: gives})}, channels.call_text(node))
     return replace(gives, dim=rank(node) - 1)
 
 
@@ -270,7 +270,7 @@ def _einsum(channels: Channels, node: fx.Node, source: Axis | None) -> Axis | No
             return through(channels, node)
     if letter in gives:
         return replace(axis, dim=gives.index(letter))
-    return channels.unremovable(node, f"is tied to the result of {channels.where(node)}")
+    return channels.frozen_axis(node, f"is tied to the result of {channels.call_text(node)}")
 
 
 AS_MODULES: dict[type[nn.Module], Handler] = {

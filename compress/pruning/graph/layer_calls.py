@@ -34,20 +34,20 @@ def parameter(channels: Channels, node: Any) -> torch.Tensor | None:
 
 def channelwise(channels: Channels, node: fx.Node, source: Axis | None) -> Axis | None:
     """`batch_norm`, `instance_norm`, `prelu`: vectors of a number for each channel."""
-    axis = source and channels.along_dim_one(node, source, channels.where(node))
+    axis = source and channels.require_dim_one(node, source, channels.call_text(node))
     if axis is None or axis is not source:
         return axis or untracked(channels, node)
     for item in channels.tensor_inputs(node)[1:]:
         own = channels.axes[item]
         if size_at(item, -1) > 1 and (own is None or not channels.join(axis, replace(own, dim=1), BOTH)):
-            return channels.opaque(node, f"meets a tensor in {channels.where(node)}, which stays as it is")
+            return channels.opaque(node, f"meets a tensor in {channels.call_text(node)}, which stays as it is")
     return axis
 
 
 def layer_norm(channels: Channels, node: fx.Node, source: Axis | None) -> Axis | None:
     shape = arguments(node, 1, "normalized_shape")
     if source is None or source.dim >= rank(node) - len(shape):
-        return channels.opaque(node, f"feeds {channels.where(node)}, which normalises over the channels")
+        return channels.opaque(node, f"feeds {channels.call_text(node)}, which normalises over the channels")
     return source
 
 
@@ -75,7 +75,7 @@ def _filtered(channels: Channels, node: fx.Node, source: Axis, weight: Any) -> A
     if number_of(groups) != size or shape is None or shape[0] != size:
         return through(channels, node)
     if not isinstance(groups, fx.Node):
-        return channels.opaque(node, f"its channels are counted by a fixed number in {channels.where(node)}")
+        return channels.opaque(node, f"its channels are counted by a fixed number in {channels.call_text(node)}")
     tensor = parameter(channels, weight)
     if tensor is not None:
         channels.roles.bind({str(weight.target): (tensor, {0: source})}, str(weight.target))
@@ -102,15 +102,15 @@ def attribute(channels: Channels, node: fx.Node, source: Axis | None) -> Axis | 
 
 
 def pixel_shuffle(channels: Channels, node: fx.Node, source: Axis | None) -> Axis | None:
-    """A square of neighbouring channels becomes a square of pixels: it stays or goes whole."""
+    """A square of neighbouring channels becomes a square of pixels: it is kept or removed as a whole."""
     factor = _factor(channels, node, "upscale_factor")
     if source is None or source.dim != 1 or factor is None or any(part.span != 1 for part in source.parts):
         return through(channels, node)
     if any(part.channels % factor**2 for part in source.parts):
         return through(channels, node)
     for part in source.parts:
-        bond = f"each of the squares of {factor**2} channels that {channels.where(node)} makes pixels of stays or goes whole"
-        channels.sets.whole_units(part.set_id, factor**2, bond)
+        reason = f"each square of {factor**2} channels that {channels.call_text(node)} makes pixels of is kept or removed as a whole"
+        channels.sets.require_units(part.set_id, factor**2, reason)
     return source.spanned(Fraction(1, factor**2))
 
 

@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 
 def untracked(channels: Channels, node: fx.Node) -> Axis | None:
     """The answer to a tensor whose channels nobody has followed."""
-    return channels.opaque(node, f"is combined with the result of {channels.where(node)}")
+    return channels.opaque(node, f"is combined with the result of {channels.call_text(node)}")
 
 
 def through(channels: Channels, node: fx.Node) -> Axis | None:
     """The answer to an operation that mixes or moves channels."""
-    return channels.opaque(node, f"its channels go through {channels.where(node)}")
+    return channels.opaque(node, f"its channels go through {channels.call_text(node)}")
 
 
 def rank(node: fx.Node) -> int:
@@ -68,10 +68,10 @@ def dim_argument(node: fx.Node, position: int, count: int, default: Any = None) 
 def reshaped(channels: Channels, node: fx.Node, source: Axis | None) -> Axis | None:
     """A reshape keeps the channels where a dimension has as many places, behind as many before it, or each flattened."""
     if source is None:
-        return channels.opaque(node, f"is combined with the result of {channels.where(node)}")
+        return channels.opaque(node, f"is combined with the result of {channels.call_text(node)}")
     old, new = shape_of(channels.tensor_inputs(node)[0]), shape_of(node)
     if old is None or new is None:
-        return channels.opaque(node, f"its channels are rearranged by {channels.where(node)}")
+        return channels.opaque(node, f"its channels are rearranged by {channels.call_text(node)}")
     before, size = math.prod(old[: source.dim]), old[source.dim]
     for dim, width in enumerate(new):
         if math.prod(new[:dim]) != before or width == 1 < size:
@@ -79,9 +79,9 @@ def reshaped(channels: Channels, node: fx.Node, source: Axis | None) -> Axis | N
         axis = _at(source, dim, size, width, old[source.dim + 1 :])
         if axis is not None:
             fixed = _written_size(node, dim, new)
-            counted = f"its channels are counted by a fixed number in {channels.where(node)}"
+            counted = f"its channels are counted by a fixed number in {channels.call_text(node)}"
             return channels.opaque(node, counted) if fixed and size > 1 else axis
-    return channels.opaque(node, f"its channels are rearranged by {channels.where(node)}")
+    return channels.opaque(node, f"its channels are rearranged by {channels.call_text(node)}")
 
 
 def _at(source: Axis, dim: int, size: int, width: int, behind: tuple[int, ...]) -> Axis | None:
@@ -109,15 +109,15 @@ def expanded(channels: Channels, node: fx.Node, source: Axis | None) -> Axis | N
     """Dimensions of one place are repeated; sizes line up from the last one."""
     old, new = shape_of(channels.tensor_inputs(node)[0]), shape_of(node)
     if source is None or old is None or new is None:
-        return channels.opaque(node, f"is combined with the result of {channels.where(node)}")
+        return channels.opaque(node, f"is combined with the result of {channels.call_text(node)}")
     dim = source.dim + len(new) - len(old)
     if new[dim] != old[source.dim]:
         like = node.args[1] if operation_name(node) == "expand_as" and len(node.args) > 1 else None
         axis = channels.axes.get(like) if isinstance(like, fx.Node) else None
-        return axis or channels.opaque(node, f"its channels are repeated by {channels.where(node)}")
+        return axis or channels.opaque(node, f"its channels are repeated by {channels.call_text(node)}")
     sizes = arguments(node, 1, "sizes", "size", "repeats") if operation_name(node) != "expand_as" else ()
     if operation_name(node) == "expand" and old[source.dim] > 1 and isinstance(sizes[dim], int) and sizes[dim] != -1:
-        return channels.opaque(node, f"its channels are counted by a fixed number in {channels.where(node)}")
+        return channels.opaque(node, f"its channels are counted by a fixed number in {channels.call_text(node)}")
     return replace(source, dim=dim)
 
 
@@ -125,7 +125,7 @@ def permuted(channels: Channels, node: fx.Node, source: Axis | None) -> Axis | N
     """`permute`: the dimensions in another order."""
     order = [number_of(one) for one in arguments(node, 1, "dims")]
     if source is None or not order or None in order:
-        return channels.opaque(node, f"its channels are rearranged by {channels.where(node)}")
+        return channels.opaque(node, f"its channels are rearranged by {channels.call_text(node)}")
     return replace(source, dim=[one % len(order) for one in order].index(source.dim))
 
 
@@ -134,7 +134,7 @@ def transposed(channels: Channels, node: fx.Node, source: Axis | None) -> Axis |
     pair = argument(node, 1, "dim0", "axis0"), argument(node, 2, "dim1", "axis1")
     count = rank(node)
     if source is None or not count or not all(isinstance(one, int) for one in pair):
-        return channels.opaque(node, f"its channels are rearranged by {channels.where(node)}")
+        return channels.opaque(node, f"its channels are rearranged by {channels.call_text(node)}")
     first, second = (one % count for one in pair)
     return replace(source, dim={first: second, second: first}.get(source.dim, source.dim))
 
@@ -142,7 +142,7 @@ def transposed(channels: Channels, node: fx.Node, source: Axis | None) -> Axis |
 def indexed(channels: Channels, node: fx.Node, source: Axis | None) -> Axis | None:
     """`x[...]`: a part of a tuple, or of a tensor along other dimensions than the channels'."""
     tensor, index = node.args
-    reason = f"its channels go through {channels.where(node)}"
+    reason = f"its channels go through {channels.call_text(node)}"
     if source is None or not isinstance(tensor, fx.Node):
         return channels.opaque(node, reason)
     old = shape_of(tensor)

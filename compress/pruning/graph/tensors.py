@@ -11,8 +11,8 @@ from operator import attrgetter
 import torch
 from torch import nn
 
-from compress.pruning.channel_sets import ChannelSets
 from compress.pruning.graph.axes import Axis, Part
+from compress.pruning.graph.channel_sets import ChannelSets, Kind
 
 MADE_IN_FORWARD = "_tensor_constant"
 """How torch.fx names a tensor that the forward pass makes of numbers: it is no attribute of the model."""
@@ -50,26 +50,26 @@ class Roles:
             before = self._dims.setdefault(key, dict(dims))
             first = self._readers.setdefault(key, reader)
             if key in self._frozen:
-                self._keep(dims.values(), self._frozen[key])
+                self._freeze(dims.values(), self._frozen[key])
             if set(before) != set(dims):
                 reason = f"meets a weight that {first} and {reader} read in different ways"
-                self._keep([*before.values(), *dims.values()], reason)
+                self._freeze([*before.values(), *dims.values()], reason)
                 continue
             for dim, axis in dims.items():
                 if axis is not before[dim]:
                     self._unite(before[dim], axis, first, reader)
 
     def _unite(self, one: Axis | None, other: Axis | None, first: str, reader: str) -> None:
-        bond = f"{reader} is called more than once" if first == reader else f"{first} and {reader} share a weight"
+        reason = f"{reader} is called more than once" if first == reader else f"{first} and {reader} share a weight"
         if one is None or other is None or one.boundaries != other.boundaries:
             reason = f"feeds {reader} more than once, each time with channels in another order"
             if first != reader:
                 reason = f"meets a weight that {first} and {reader} share, with channels in another order"
-            self._keep([one, other], reason)
+            self._freeze([one, other], reason)
             return
         for mine, theirs in zip(one.parts, other.parts, strict=True):
             if self._sets.root(mine.set_id) != self._sets.root(theirs.set_id):
-                self._sets.join(mine.set_id, theirs.set_id, bond)
+                self._sets.join(mine.set_id, theirs.set_id, reason)
 
     def axis_of(self, name: str, tensor: object) -> Axis | None:
         """The channels of a tensor that the forward pass reads as an attribute: of a vector, a set of its own."""
@@ -89,10 +89,10 @@ class Roles:
         self.bind({name: (tensor, {dim: axis})}, name)
         return axis
 
-    def freeze(self, tensor: object, reason: str) -> None:
+    def freeze(self, tensor: object, reason: str, kind: Kind = "structure") -> None:
         """Rule that a tensor stays as it is: somebody reads it in a way that is not followed."""
         self._frozen.setdefault(id(tensor), reason)
-        self._keep(self._dims.get(id(tensor), {}).values(), reason)
+        self._freeze(self._dims.get(id(tensor), {}).values(), reason, kind)
 
     def has(self, tensor: object) -> bool:
         """Whether anybody has said what the dimensions of this tensor are."""
@@ -102,10 +102,10 @@ class Roles:
         """What is known of the dimensions of a tensor."""
         return self._dims.get(id(tensor), {})
 
-    def _keep(self, axes: Iterable[Axis | None], reason: str) -> None:
+    def _freeze(self, axes: Iterable[Axis | None], reason: str, kind: Kind = "structure") -> None:
         for axis in axes:
             for part in axis.parts if axis is not None else ():
-                self._sets.keep(part.set_id, reason)
+                self._sets.freeze(part.set_id, reason, kind=kind)
 
 
 def _made_in_forward(name: str) -> bool:

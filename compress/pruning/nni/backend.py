@@ -16,10 +16,9 @@ from torch import nn
 from compress import nni_bridge
 from compress.errors import PruningError
 from compress.models.attention import heads_of, is_attention, value_rows
-from compress.pruning.interface import PruningTraining, SparseModel
+from compress.pruning.interface import Group, Plan, PruningTraining, SparseModel
 from compress.pruning.nni import data_driven, trained
 from compress.pruning.nni.config import Masks, config_list, make_comparable
-from compress.pruning.plan import Group, Plan
 from compress.pruning.registry import Pruner
 from compress.tracing.graph import structure_copy
 from compress.training import device, single_pixel_convs_as_matmul

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from compress import nni_bridge
-from compress.pruning.plan import Plan
+from compress.pruning.interface import Plan
 
 Masks = Mapping[str, Mapping[str, torch.Tensor]]
 """NNI's form: layer -> parameter name -> 0/1 of the parameter's shape."""

@@ -1,6 +1,7 @@
-"""Pruners that NNI 3.0 dropped, built on its base classes from their papers.
+"""Data-driven pruners that NNI 3.0 no longer has, implemented on its base classes from their papers.
 
-Each function takes a copy of the model, example images, the plan and how to train, and returns NNI's masks.
+Each function takes a copy of the model, example images float32 [N, C, H, W], the plan and the training, and returns NNI's
+masks.
 """
 
 from __future__ import annotations
@@ -14,10 +15,9 @@ from torch import Tensor, nn
 
 from compress import nni_bridge
 from compress.pruning.channel_statistics import activation_scores
-from compress.pruning.interface import PruningTraining
+from compress.pruning.interface import Plan, PruningTraining
 from compress.pruning.nni.config import Masks, config_list, make_comparable
 from compress.pruning.nni.evaluator import first_batches, training_evaluator
-from compress.pruning.plan import Plan
 
 Metrics = dict[str, dict[str, Tensor]]
 """layer -> parameter name -> values."""
@@ -29,7 +29,7 @@ ADMM_PENALTY = 1e-3
 
 
 def by_activation(statistic: str, model: nn.Module, example: Tensor, plan: Plan, training: PruningTraining) -> Masks:
-    """Channels ranked by what they put out on `training.steps` batches; `statistic` is a key of channel_statistics.STATISTICS."""
+    """Ranks channels by their activations on `training.steps` batches; `statistic` is a key of channel_statistics.STATISTICS."""
     images = first_batches(training, training.steps)
     return masks_by_score(model, plan, activation_scores(model, example, plan, images, statistic))
 
@@ -68,8 +68,8 @@ def admm(model: nn.Module, example: Tensor, plan: Plan, training: PruningTrainin
 def lottery_ticket(model: nn.Module, example: Tensor, plan: Plan, training: PruningTraining) -> Masks:
     """Frankle and Carbin 2019, iterative pruning with resetting.
 
-    Each of n rounds trains, masks the share p^(1/n) of the channels still there by their L1 norm, and puts the weights
-    back to those the model came with. What is masked stays masked.
+    Each of n rounds trains, keeps the share p^(1/n) of the remaining channels by their L1 norm, p being the share kept at the
+    end, and resets the weights to their original values. A masked channel stays masked.
     """
     pruner = _on_nni(LotteryTicket, _SCHEDULED)(
         model, config_list(model, plan), training_evaluator(model, training), training.rounds

@@ -1,4 +1,4 @@
-"""Our training as NNI's TorchEvaluator, which its pruners drive and patch."""
+"""The training loop as NNI's TorchEvaluator, which its pruners call and patch."""
 
 from __future__ import annotations
 
@@ -20,15 +20,14 @@ from compress.training.memory_format import allows_channels_last
 
 
 def training_evaluator(model: nn.Module, training: PruningTraining) -> Any:
-    """Trains what it is given for the steps that NNI asks for, in one cycle of the learning rate.
+    """An evaluator that trains for as many steps as NNI sets, in one cycle of the learning rate.
 
     Args:
-        model: the module before NNI wraps it; its frozen parameters stay.
+        model: the module before NNI wraps it; its frozen parameters stay frozen.
 
     Raises (while training):
         TrainingError: the loss is not finite, or there is not one batch.
     """
-
     before = 0
 
     def train(wrapped: nn.Module, optimizer: Any, step: Any, schedule: None, max_steps: int, epochs: None) -> None:
@@ -37,30 +36,25 @@ def training_evaluator(model: nn.Module, training: PruningTraining) -> Any:
         for done, batch in enumerate(first_batches(training, max_steps, before)):
             for group in optimizer.param_groups:
                 group["lr"] = training.learning_rate * one_cycle(done / max_steps)
-            _step(
-                step,
-                batch,
-                wrapped,
-                optimizer,
-                f"step {done + 1} at a peak learning rate of {training.learning_rate:g}",
-            )
+            where = f"step {done + 1} at a peak learning rate of {training.learning_rate:g}"
+            _step(step, batch, wrapped, optimizer, where)
         before += max_steps
 
     def loss(batch: tuple[Tensor, Tensor], wrapped: nn.Module) -> Tensor:
         return training.loss(wrapped, *batch)
 
-    _require_right_layout(model, training)
+    _require_memory_format(model, training)
     return _evaluator(train, loss, model, training.learning_rate)
 
 
-def looking_evaluator(model: nn.Module, training: PruningTraining) -> Any:
-    """Shows gradients of the cross-entropy in eval mode, with a learning rate of 0: every step sees the same weights.
+def gradient_evaluator(model: nn.Module, training: PruningTraining) -> Any:
+    """An evaluator that computes gradients of the cross-entropy in eval mode; its learning rate is 0, so no weight changes.
 
-    Where a label is unknown, the model's own answer stands in. Distillation would not do: a model that is its own
-    teacher has no gradient.
+    Where a label is unknown, the model's own class stands in. Distillation would not do: a model that is its own teacher
+    has no gradient.
     """
 
-    def look(wrapped: nn.Module, optimizer: Any, step: Any, schedule: None, max_steps: int, epochs: None) -> None:
+    def backward(wrapped: nn.Module, optimizer: Any, step: Any, schedule: None, max_steps: int, epochs: None) -> None:
         wrapped.eval()
         for done, batch in enumerate(first_batches(training, max_steps)):
             _step(step, batch, wrapped, optimizer, f"batch {done + 1}, before anything was trained")
@@ -71,46 +65,47 @@ def looking_evaluator(model: nn.Module, training: PruningTraining) -> Any:
             logits = logits_of(wrapped(images))
         return CLASSIFICATION.loss(logits, CLASSIFICATION.with_own_predictions(logits, labels))
 
-    _require_right_layout(model, training)
-    return _evaluator(look, loss, model, 0.0)
+    _require_memory_format(model, training)
+    return _evaluator(backward, loss, model, 0.0)
 
 
 def first_batches(training: PruningTraining, count: int, before: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
     """`count` batches on the device that trains, epoch after epoch; progress counts from `before`.
 
+    Returns: (images float32 [N, C, H, W], labels int64 [N], -1 where unknown).
+
     Raises:
         TrainingError: an epoch has no batch.
     """
-    place, seen = device(), 0
+    target, batches = device(), 0
     for epoch in itertools.count():
-        seen_before = seen
+        batches_before = batches
         for images, labels in training.batches(epoch):
-            if seen % 10 == 0:
-                training.progress(
-                    (before + seen) / training.steps, f"batch {before + seen + 1} of {training.steps} for the pruner"
-                )
-            seen += 1
-            yield images.to(place), labels.to(place)
-            if seen == count:
+            if batches % 10 == 0:
+                number = before + batches
+                training.progress(number / training.steps, f"batch {number + 1} of {training.steps} for the pruner")
+            batches += 1
+            yield images.to(target), labels.to(target)
+            if batches == count:
                 return
-        if seen == seen_before:
+        if batches == batches_before:
             raise TrainingError(TOO_FEW_IMAGES)
 
 
-def _require_right_layout(model: nn.Module, training: PruningTraining) -> None:
-    """Brings `model` into the contiguous layout, whatever it came in; raises what `allows_channels_last` raises."""
+def _require_memory_format(model: nn.Module, training: PruningTraining) -> None:
+    """Converts `model` to the contiguous memory format; raises what `allows_channels_last` raises."""
     model.to(memory_format=torch.contiguous_format)
-    place = next(model.parameters()).device
+    target = next(model.parameters()).device
     for images, _ in training.batches(0):
-        allows_channels_last(model, images[:2].to(place))
+        allows_channels_last(model, images[:2].to(target))
         return
 
 
-def _evaluator(loop: Callable[..., None], loss: Callable[..., Tensor], model: nn.Module, rate: float) -> Any:
+def _evaluator(loop: Callable[..., None], loss: Callable[..., Tensor], model: nn.Module, learning_rate: float) -> Any:
     nni = nni_bridge.import_nni()
     optimizer = nni.trace(torch.optim.SGD)(
         parameter_groups(model, WEIGHT_DECAY["sgd"]),
-        lr=rate,
+        lr=learning_rate,
         momentum=MOMENTUM,
         nesterov=True,
     )

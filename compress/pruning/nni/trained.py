@@ -1,7 +1,7 @@
-"""NNI's pruners that look at gradients or train, run over a copy of the model.
+"""NNI's pruners that compute gradients or train, run on a copy of the model.
 
-Each function takes the copy, example images, the plan and how to train, and returns NNI's masks. The copy is left
-unwrapped, with the weights that were trained.
+Each function takes the copy, example images float32 [N, C, H, W], the plan and the training, and returns NNI's masks. The
+copy is left unwrapped, with the trained weights.
 """
 
 from __future__ import annotations
@@ -14,11 +14,10 @@ from torch import Tensor, nn
 
 from compress import nni_bridge
 from compress.pruning.channel_statistics import factor_scores, normalised_groups
-from compress.pruning.interface import PruningTraining
+from compress.pruning.interface import Plan, PruningTraining
 from compress.pruning.nni.config import Masks, config_list, make_comparable
 from compress.pruning.nni.data_driven import masks_by_score
-from compress.pruning.nni.evaluator import looking_evaluator, training_evaluator
-from compress.pruning.plan import Plan
+from compress.pruning.nni.evaluator import gradient_evaluator, training_evaluator
 from compress.training import MOMENTUM, one_cycle
 
 SLIM_REACH = 0.25
@@ -32,13 +31,13 @@ times the sum of all learning rates.
 def taylor(model: nn.Module, example: Tensor, plan: Plan, training: PruningTraining) -> Masks:
     """The sum of (gradient * weight)^2 over a channel's weights, averaged over batches (Molchanov et al. 2019)."""
     model.requires_grad_(True)
-    evaluator = looking_evaluator(model, training)
+    evaluator = gradient_evaluator(model, training)
     pruner = _nni_pruners().TaylorPruner(model, config_list(model, plan), evaluator, training.steps)
     return _run(pruner, plan)
 
 
 def gradual(schedule: str, model: nn.Module, example: Tensor, plan: Plan, training: PruningTraining) -> Masks:
-    """NNI's LinearPruner or AGPPruner over L1NormPruner: after each round of training a larger part is masked."""
+    """NNI's LinearPruner or AGPPruner on top of L1NormPruner: after each round of training a larger share is masked."""
     # Given to the scheduling pruner instead, the evaluator would not train the pruned layers at all.
     inner = _nni_pruners().L1NormPruner(model, config_list(model, plan), training_evaluator(model, training))
     make_comparable(inner, plan)
@@ -47,7 +46,7 @@ def gradual(schedule: str, model: nn.Module, example: Tensor, plan: Plan, traini
 
 
 def movement(model: nn.Module, example: Tensor, plan: Plan, training: PruningTraining) -> Masks:
-    """Scores follow the weights from the start; masks grow in the middle half of the training and may still change."""
+    """NNI's MovementPruner: scores are learned from the start; masks grow in the middle half of the training."""
     start = training.steps // 4
     end = max(start + 1, 3 * training.steps // 4)
     evaluator = training_evaluator(model, training)
@@ -56,10 +55,10 @@ def movement(model: nn.Module, example: Tensor, plan: Plan, training: PruningTra
 
 
 def slim(model: nn.Module, example: Tensor, plan: Plan, training: PruningTraining) -> Masks:
-    """BatchNorm factors trained by NNI's SlimPruner, carried over to the layers whose channels they scale.
+    """BatchNorm factors trained with NNI's SlimPruner, used as scores of the layers whose channels they scale.
 
-    Masks on a BatchNorm would shrink nothing. A group of layers is ranked by the mean size of all factors that scale its
-    channels; without any, by the L1 norm of its weights.
+    Masks of a BatchNorm alone would make no layer smaller. A group of layers is ranked by the mean absolute value of all
+    factors that scale its channels; without any, by the L1 norm of its weights.
     """
     groups = normalised_groups(model, example, plan)
     norms = sorted({name for group in groups for name, _ in group})
@@ -77,12 +76,12 @@ def slim(model: nn.Module, example: Tensor, plan: Plan, training: PruningTrainin
 
 
 def _penalty(training: PruningTraining) -> float:
-    """What moves a factor by SLIM_REACH: a gradient of 1 moves it by the sum of all rates, each times Nesterov's momentum."""
-    push = sum(
+    """The penalty that moves a factor by SLIM_REACH: a gradient of 1 moves it by the sum of all learning rates, with momentum."""
+    distance = sum(
         training.learning_rate * one_cycle(step / training.steps) * (1 - MOMENTUM ** (step + 2)) / (1 - MOMENTUM)
         for step in range(training.steps)
     )
-    return SLIM_REACH / push
+    return SLIM_REACH / distance
 
 
 def _run(pruner: Any, plan: Plan, *steps: int) -> Masks:
