@@ -16,9 +16,9 @@ from torch import nn
 from compress.errors import RequestError
 from compress.models.attention import is_attention
 from compress.pruning import ranking as rankings
-from compress.pruning.channels import LAYERS, Channels, GroupedConv
+from compress.pruning.channels import LAYERS, Channels
 from compress.pruning.constraints import Constraints
-from compress.pruning.graph.channel_sets import ChannelSet, ChannelSets
+from compress.pruning.graph.channel_sets import ChannelSet, ChannelSets, GroupedConv
 from compress.pruning.interface import Group, Unpruned, clause
 from compress.tracing import torch_base
 

@@ -1,15 +1,28 @@
-"""Which layers' channels are the same channels: the analysis under the pruning plan.
+"""Which layers share their channels: the dependency analysis that every pruning plan is made from.
 
-Every Conv2d and Linear opens a new set of channels. Walking through the graph, each tensor knows along which dimension
-it carries which sets, in what order. Adding or multiplying two tensors unites their sets; a depthwise convolution joins
-the set that it reads; an operation that mixes, moves or counts channels keeps them all, with the reason.
+An example of two layers, of which the first is to lose 32 of its 64 output channels:
 
-    y = conv1(x)        y carries conv1's set along dimension 1
-    z = conv2(y) + y    conv2's set and conv1's are one: what goes from conv1 goes from conv2
+    conv1 = nn.Conv2d(3, 64, 3)          y = relu(norm1(conv1(x)))
+    norm1 = nn.BatchNorm2d(64)           z = conv2(y)
+    conv2 = nn.Conv2d(64, 128, 3)
 
+conv1 opens a set of 64 channels, and its result carries the set along dimension 1: `Axis(1, (Part(set_id=0, channels=64),))`.
+norm1 and relu treat each channel alone, so y carries the same axis. conv2 reads it and opens a set of its own, of 128. Every
+tensor with a dimension for set 0 loses 32 places of it, and nothing else changes:
+
+    conv1.weight [64, 3, 3, 3]    -> [32, 3, 3, 3]      conv1.bias [64] -> [32]        its outputs are set 0
+    norm1.weight, bias, running_mean, running_var       [64] -> [32] each              its channels are set 0
+    conv2.weight [128, 64, 3, 3]  -> [128, 32, 3, 3]    conv2.bias [128] stays         its inputs are set 0
+
+With 64 outputs in conv2 and `z = conv2(y) + y`, the addition joins the two sets, since channel i of both is added: conv1 and
+conv2 then lose the same channels. With `y.flatten(1)` of 7 x 7 maps before a Linear, each channel takes 49 neighbouring
+features: `Part(set_id=0, channels=64, span=49)`.
+
+The rules: every Conv2d and Linear opens a set. Adding or multiplying two tensors joins their sets. A depthwise convolution
+joins the set that it reads. An operation that mixes, moves or counts channels freezes all of them, and the reason is kept.
 Parameters and buffers that the forward pass reads by itself, such as a scale for each channel, have sets without a layer:
-united with a layer's set, they lose what the layer loses. Every tensor remembers along which of its own dimensions it has
-which channels, so a layer that is called twice, and two layers that share a weight, read and give the same channels.
+joined with a layer's set, they lose what the layer loses. Every tensor has one record of which channels lie along which of
+its dimensions, so a layer that is called twice, and two layers that share a weight, read and give the same channels.
 """
 
 from __future__ import annotations
@@ -23,7 +36,7 @@ from torch import fx, nn
 from compress.models.attention import Heads
 from compress.pruning.graph import functions
 from compress.pruning.graph.axes import Axis, Part
-from compress.pruning.graph.channel_sets import ChannelSets, Kind
+from compress.pruning.graph.channel_sets import ChannelSets, GroupedConv, Kind
 from compress.pruning.graph.layouts import reshaped
 from compress.pruning.graph.operations import (
     CHANNELWISE_MODULES,
@@ -40,23 +53,13 @@ ANSWER = "gives the answer: its outputs are the classes"
 
 
 @dataclass(frozen=True)
-class GroupedConv:
-    """A grouped convolution between two sets of channels."""
-
-    layer: str
-    groups: int
-    source: int | None
-    result: int
-
-
-@dataclass(frozen=True)
 class Call:
-    """A module with tensors of its own: the shape and the channels of what it reads and of what it gives."""
+    """A module with tensors of its own: the shape and the channels of its input and of its output."""
 
-    read_shape: tuple[int, ...]
-    reads: Axis | None
-    given_shape: tuple[int, ...]
-    gives: Axis | None
+    input_shape: tuple[int, ...]
+    input: Axis | None
+    output_shape: tuple[int, ...]
+    output: Axis | None
 
 
 def analyse(model: nn.Module, example: torch.Tensor) -> Channels:
@@ -78,15 +81,15 @@ class Channels:
     """The channels of every tensor in a graph whose shapes are known.
 
     Attributes:
-        axes: what each tensor carries; None where that is nothing that can be followed.
+        axes: node -> the channels of its result; None where they cannot be followed.
         sets: the channel sets.
-        roles: what the dimensions of parameters and buffers are.
-        own_set: the set that each Conv2d and Linear gives its outputs to.
-        calls: the modules with tensors whose size follows from their channels.
+        roles: the channels along each dimension of parameters and buffers.
+        own_set: Conv2d, Linear or attention -> the id of the set of its output channels, of attention of its heads'.
+        calls: module with tensors whose sizes follow from its channels -> its input and output.
         grouped: grouped convolutions that are not depthwise.
-        followers: depthwise convolutions over joined layers: they have no channels of their own.
-        answers: the layers whose outputs are the model's answer.
-        attentions: the heads of each attention module; its set in `own_set` is that of the heads' outputs.
+        followers: depthwise convolutions over a concatenation: they have no channels of their own.
+        output_layers: the layers whose outputs are the model's.
+        attentions: attention module -> its heads.
     """
 
     def __init__(self, graph_module: fx.GraphModule) -> None:
@@ -101,7 +104,7 @@ class Channels:
         self.grouped: list[GroupedConv] = []
         self.followers: dict[str, Axis] = {}
         self.attentions: dict[str, Heads] = graph_module.meta["attentions"]
-        self.answers = _answer_layers(graph_module, self.modules)
+        self.output_layers = _output_layers(graph_module, self.modules)
         self._counts = call_counts(graph_module)
         for node in graph_module.graph.nodes:
             self.axes[node] = self._visit(node)
@@ -216,7 +219,7 @@ class Channels:
         return gives
 
     def _transposed_conv(self, node: fx.Node, name: str, conv: nn.ConvTranspose2d, source: Axis | None) -> Axis | None:
-        """NNI's pruners do not rank its channels: they go where a layer's are added, or depthwise."""
+        """NNI's pruners do not rank its channels: they are removed with those that they are added to, or depthwise."""
         if source is None or source.dim != 1:
             return self.opaque(node, f"feeds {name} along another dimension than the channels")
         if conv.groups == conv.in_channels == conv.out_channels > 1:
@@ -236,22 +239,22 @@ class Channels:
         self.roles.bind(tensors, name)
 
     def note_call(self, node: fx.Node, name: str, reads: Axis | None, gives: Axis | None = None) -> None:
-        """Remember what module `name` reads and gives; of several calls the first, as all have to agree."""
-        shape = shape_of(self.tensor_inputs(node)[0])
-        if shape is not None and shape_of(node) is not None:
-            self.calls.setdefault(name, Call(shape, reads, shape_of(node), reads if gives is None else gives))
+        """Record the input and output of module `name`; of several calls the first, as all have to agree."""
+        input_shape, output_shape = shape_of(self.tensor_inputs(node)[0]), shape_of(node)
+        if input_shape is not None and output_shape is not None:
+            self.calls.setdefault(name, Call(input_shape, reads, output_shape, reads if gives is None else gives))
 
     def open_set(self, name: str, channels: int) -> int:
         """The set of layer `name`: a new one at its first call."""
         if name not in self.own_set:
-            frozen = ANSWER if name in self.answers else None
+            frozen = ANSWER if name in self.output_layers else None
             self.own_set[name] = self.sets.new(channels, layer=name, frozen=frozen, kind="answer")
         return self.own_set[name]
 
     # -- attention -----------------------------------------------------------------------------------------------
 
     def _open_attention(self, node: fx.Node, name: str) -> None:
-        """A set of what the heads give: read inside the module alone, so no other layer's channels are tied to it."""
+        """A set for the outputs of the heads: only the module itself reads them, so no other layer shares them."""
         if name not in self.own_set:
             heads = self.attentions[name]
             self.own_set[name] = self.sets.new(heads.channels, layer=name, frozen=heads.refusal)
@@ -269,7 +272,7 @@ class Channels:
                 self.sets.freeze(self.own_set[name], "is an attention that the forward pass uses more than once")
 
     def _keep_shared_attention(self) -> None:
-        """Heads are cut out of an attention alone: another owner of one of its tensors would keep the whole."""
+        """Freeze an attention that shares a tensor with another module: its heads are removed from its own tensors alone."""
         owned = owners(self.graph_module)
         for name in self.attentions:
             for tensor in self.modules[name].parameters():
@@ -297,7 +300,7 @@ class Channels:
     # -- shared with the operations ------------------------------------------------------------------------------
 
     def join(self, first: Axis, other: Axis, reason: str) -> bool:
-        """Unite the sets of two axes part by part; False where their boundaries differ."""
+        """Join the sets of two axes part by part; False where their boundaries differ."""
         if first.boundaries != other.boundaries:
             return False
         for one, two in zip(first.parts, other.parts, strict=True):
@@ -305,18 +308,18 @@ class Channels:
         return True
 
     def require_dim_one(self, node: fx.Node, source: Axis | None, what: str) -> Axis | None:
-        """`source`, where its channels lie along dimension 1; else they stay."""
+        """`source`, where its channels lie along dimension 1; else they are frozen."""
         if source is not None and source.dim != 1:
             return self.opaque(node, f"feeds {what} along another dimension than the channels")
         return source
 
     def opaque(self, node: fx.Node, reason: str) -> Axis | None:
-        """Keep every channel that `node` reads, and what is united with its result."""
+        """Freeze every channel that `node` reads, and what is joined with its result."""
         self.freeze_inputs(node, reason)
         return self.frozen_axis(node, f"is tied to the result of {self.call_text(node)}")
 
     def frozen_axis(self, node: fx.Node, reason: str) -> Axis | None:
-        """Channels that no layer in reach can drop; a later join keeps its partners with this reason."""
+        """A frozen set for the result of `node`; what is joined with it later is frozen with this reason."""
         shape = shape_of(node)
         if shape is None or len(shape) < 2:
             return None
@@ -352,7 +355,7 @@ class Channels:
         return self.axes[inputs[0]] if inputs else None
 
     def call_text(self, node: fx.Node) -> str:
-        """The operation and the user's own line."""
+        """The operation of `node` with the line of the user's code, such as "mean() in forward (net.py, line 7)"."""
         source = node.meta.get("source")
         call = f"{operation_name(node).strip('()')}()"
         if node.op == "call_module":
@@ -360,8 +363,8 @@ class Channels:
         return f"{call} in {source}" if source else call
 
 
-def _answer_layers(graph_module: fx.GraphModule, modules: Mapping[str, nn.Module]) -> set[str]:
-    """The Conv2d and Linear layers nearest to the output on every path back from it."""
+def _output_layers(graph_module: fx.GraphModule, modules: Mapping[str, nn.Module]) -> set[str]:
+    """The last Conv2d or Linear layer on every path to the output."""
     layers: set[str] = set()
     stack = [node for node in graph_module.graph.nodes if node.op == "output"]
     visited = set(stack)

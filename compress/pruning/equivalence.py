@@ -54,7 +54,7 @@ def check_equal(
     masked = _Masked(channels, kept)
     training = channels.graph_module.meta.get("training")
     pruned = set_traced_mode(structure_copy(result), training or ())
-    inputs: dict[str, list[torch.Tensor]] = {name: [] for name in channels.answers}
+    inputs: dict[str, list[torch.Tensor]] = {name: [] for name in channels.output_layers}
     for name in inputs:
         pruned.get_submodule(name).register_forward_pre_hook(partial(_record_input, inputs[name]))
     with torch.no_grad(), _heads_zeroed(channels, kept):
@@ -69,7 +69,7 @@ def check_equal(
     try:
         difference = _compare("outputs", expected, outputs)
         _compare("outputs without the auxiliary heads", expected[: len(evaluated)], evaluated)
-        for name in channels.answers:
+        for name in channels.output_layers:
             _compare(f"inputs of {name}", masked.inputs[name], inputs[name])
     except HandoffError as error:
         raise HandoffError(f"{error} {_to_exclude(masked, pruned, images)}") from error
@@ -150,7 +150,7 @@ class _Masked(fx.Interpreter):
         super().__init__(channels.graph_module)
         self.channels, self.kept = channels, kept
         self._kept = {channels.sets.root(channels.own_set[layer]): rows for layer, rows in kept.items()}
-        self.inputs: dict[str, list[torch.Tensor]] = {name: [] for name in channels.answers}
+        self.inputs: dict[str, list[torch.Tensor]] = {name: [] for name in channels.output_layers}
         self.outputs: dict[str, list[torch.Tensor]] = {}
         nodes = channels.graph_module.graph.nodes
         self.layers = list(dict.fromkeys(str(node.target) for node in nodes if self._is_layer(node)))

@@ -85,12 +85,12 @@ def _check_images(example: Tensor) -> Tensor:
 
 
 def _shrink_module(result: nn.Module, name: str, call: Call, channels: Channels, rows: Mapping[int, Tensor]) -> None:
-    reads, gives = (kept_features(axis, channels.sets, rows) for axis in (call.reads, call.gives))
+    reads, gives = (kept_features(axis, channels.sets, rows) for axis in (call.input, call.output))
     if reads is None and gives is None:
         return
     module = result.get_submodule(name)
     whole = {key: torch.ones((), device=value.device).expand_as(value) for key, value in module.named_parameters()}
-    masks = ([_mask(call.read_shape, call.reads, reads)], _mask(call.given_shape, call.gives, gives), whole)
+    masks = ([_mask(call.input_shape, call.input, reads)], _mask(call.output_shape, call.output, gives), whole)
     functions: dict[str, Any] = nni_bridge.load("nni.compression.speedup.replacement").replace_module
     try:
         _replace(name, module, functions, masks)

@@ -33,9 +33,9 @@ from compress.pruning import (
     require_usable,
     zero_weights,
 )
+from compress.pruning.interface import Group, Plan
 from compress.pruning.nni import data_driven
 from compress.pruning.nni.config import config_list
-from compress.pruning.plan import Group, Plan
 from compress.request import SEARCHING_PRUNERS, PrunerName
 from compress.request.rules import FINE_GRAINED_PRUNER
 from compress.search.strategies import STRATEGIES

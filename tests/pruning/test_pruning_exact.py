@@ -20,8 +20,8 @@ from torchvision.models.vision_transformer import VisionTransformer
 from compress.errors import HandoffError, PruningError, RequestError
 from compress.models.attention import heads_of, is_attention
 from compress.pruning import PRUNERS, plan, prune, speedup
+from compress.pruning.interface import Group, Plan
 from compress.pruning.nni import backend
-from compress.pruning.plan import Group, Plan
 
 torch.set_num_threads(1)
 

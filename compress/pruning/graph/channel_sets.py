@@ -40,6 +40,16 @@ class ChannelSet:
             self.shape_reasons.append(reason)
 
 
+@dataclass(frozen=True)
+class GroupedConv:
+    """A grouped convolution, and the ids of the sets of its input and output channels."""
+
+    layer: str
+    groups: int
+    source: int | None
+    result: int
+
+
 class ChannelSets:
     """Union-find over sets of channels."""
 
