@@ -15,6 +15,7 @@ import random
 import warnings
 from collections.abc import Iterable, Iterator
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import torch
@@ -75,7 +76,7 @@ def quiet() -> Iterator[None]:
 def random_state_kept() -> Iterator[None]:
     """Restore the random generators of Python, numpy and torch (CUDA included where it is in use) on leaving."""
     python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
+    cuda = torch.cuda.get_rng_state_all() if _cuda_in_use() else None
     try:
         yield
     finally:
@@ -86,12 +87,20 @@ def random_state_kept() -> Iterator[None]:
             torch.cuda.set_rng_state_all(cuda)
 
 
+def _cuda_in_use() -> bool:
+    return bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]  # torch has no types here
+
+
 @contextlib.contextmanager
 def _pytree_kept() -> Iterator[None]:
     """Put back the pytree registrations that NNI overwrites (torch.fx's immutable list and dict)."""
     # torch registers these two while it imports this module: without that, NNI's would count as the first.
     importlib.import_module("torch.fx.immutable_collections")
-    registries = (_pytree.SUPPORTED_NODES, _pytree.SUPPORTED_SERIALIZED_TYPES, _pytree.SERIALIZED_TYPE_TO_PYTHON_TYPE)
+    registries: tuple[dict[Any, Any], ...] = (
+        _pytree.SUPPORTED_NODES,
+        _pytree.SUPPORTED_SERIALIZED_TYPES,
+        _pytree.SERIALIZED_TYPE_TO_PYTHON_TYPE,
+    )
     before = [dict(registry) for registry in registries]
     try:
         yield

@@ -1,10 +1,10 @@
-"""The door for a module of the user's own: what a run works on is a plain float32 module from images to logits.
+"""Opening a module of the user's own: from any nn.Module to a plain float32 module that maps images to logits.
 
 A copy of the module is unwrapped (DataParallel, torch.compile), converted to float32 on the CPU, freed of hooks,
-reparametrizations and SyncBatchNorm, and given a forward that takes images alone and returns the logits alone. Each step is
-said in a note and checked to leave the answers as they were; what cannot be opened is refused with the reason.
+reparametrizations and SyncBatchNorm, and gets a forward that takes images alone and returns the logits alone. Each step is
+reported in a note, and its outputs are checked to stay the same; a module that cannot be opened is refused with the reason.
 
-`compress.load` passes the fresh instance that it is given through the same door.
+`compress.load` opens the fresh instance that the user passes to it in the same way.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ __all__ = ["OwnModule", "open_module", "unwrapped"]
 
 @dataclass(frozen=True)
 class OwnModule:
-    """What the door hands on."""
+    """The result of opening a module."""
 
     model: nn.Module
     """In eval mode, float32, on the CPU: images [N, 3, size, size] -> logits [N, num_classes]."""
@@ -33,15 +33,15 @@ class OwnModule:
 
 
 def open_module(model: object, input_size: int) -> OwnModule:
-    """Open a module of the user's own; `model` and torch's random numbers stay as they are.
+    """Open a module of the user's own; `model` and torch's random generator are left as they are.
 
     Args:
-        input_size: pixels of the square images that it shall take.
+        input_size: height and width in pixels of the images that it has to take.
 
     Raises:
         RequestError: it is no module, cannot be copied, has tensors that are not real floating-point numbers, does not take
-            such images, or does not answer with class scores, alike each time; the sentence says what to give instead.
-        HandoffError: a step at the door changed its answers.
+            such images, or does not return the same class scores each time; the sentence says what to pass instead.
+        HandoffError: a step of opening it changed its outputs.
     """
     bare, notes = unwrapped(model)
     tensors.require_plain(bare)
@@ -64,7 +64,7 @@ def open_module(model: object, input_size: int) -> OwnModule:
 
 
 def unwrapped(model: object) -> tuple[nn.Module, list[str]]:
-    """The module inside DataParallel, torch.compile and the like, itself and not a copy; and what was taken off.
+    """The module inside DataParallel, torch.compile and the like, itself and not a copy, and a note for each wrapper.
 
     Raises:
         RequestError: it is no module, or one whose code is fixed (TorchScript, torch.export).
@@ -103,7 +103,7 @@ def _first_answer(own: nn.Module, bare: nn.Module, images: Tensor) -> object:
 
 
 def _check_hooks(bare: nn.Module, before: object, images: Tensor) -> list[str]:
-    """Hooks stay on the user's module only: those that look on are left out, one that changes the answers is refused."""
+    """A note that hooks without an effect on the outputs were left out; raises `RequestError` for one that changes them."""
     if not copying.hooked_modules(bare):
         return []
     own, _ = _plain_copy(bare, hooks=True)

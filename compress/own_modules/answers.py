@@ -1,4 +1,4 @@
-"""What a module of the user's own answers with: the logits are found in it, whatever they are packed into."""
+"""The output of a user's module: where the logits are in it, whatever tuple, dictionary or dataclass they are packed into."""
 
 from __future__ import annotations
 
@@ -35,9 +35,11 @@ class Chosen:
 
 
 def choose(answer: object, model: nn.Module, images: Tensor) -> Chosen:
-    """
+    """Find the logits in an output.
+
     Args:
-        answer: of `model` to `images` [N, 3, H, W].
+        answer: output of `model` for `images`.
+        images: float32 [N, 3, H, W].
 
     Raises:
         RequestError: there is no tensor of class scores [N, classes] in the answer, or more than one.
@@ -46,10 +48,10 @@ def choose(answer: object, model: nn.Module, images: Tensor) -> Chosen:
     rows = [(path, leaf) for path, leaf in leaves if _is_scores(leaf, len(images))]
     named = [row for row in rows if row[0] and row[0][-1][1] == LOGITS]
     flat = [row for row in rows if row[1].ndim == 2]
-    found = named or flat or rows
-    if len({id(leaf) for _, leaf in found}) != 1:
-        raise _refused(model, _fault(answer, leaves, found, model, images))
-    path, scores = found[0]
+    candidates = named or flat or rows
+    if len({id(leaf) for _, leaf in candidates}) != 1:
+        raise _refused(model, _fault(answer, leaves, len(candidates), model, images))
+    path, scores = candidates[0]
     if bool(scores.isnan().any()):
         raise _refused(model, "a classifier, and its scores for an image of random pixels are NaN: check its weights")
     if _ends_in_sigmoid(model, images, path, scores):
@@ -126,7 +128,8 @@ def _leaves(value: object, path: Path) -> Iterator[tuple[Path, Tensor]]:
 def _at(answer: Any, path: Path) -> Tensor:
     for kind, key in path:
         answer = answer[key] if kind == "item" else getattr(answer, key)
-    return answer
+    tensor: Tensor = answer
+    return tensor
 
 
 def _is_scores(leaf: Tensor, n: int) -> bool:
@@ -136,12 +139,10 @@ def _is_scores(leaf: Tensor, n: int) -> bool:
     )  # fmt: skip
 
 
-def _fault(
-    answer: object, leaves: list[tuple[Path, Tensor]], found: list[Any], model: nn.Module, images: Tensor
-) -> str:
+def _fault(answer: object, leaves: list[tuple[Path, Tensor]], candidates: int, model: nn.Module, images: Tensor) -> str:
     """Why there are no logits, or more than one, as the end of a sentence."""
     n = len(images)
-    if len(found) > 1:
+    if candidates > 1:
         return (
             f"a classifier that answers with one tensor of class scores, and it answered {listed(answer, n)}; of "
             f"several answers, give a module that returns the one to compress, or name it {LOGITS!r} in a dictionary"
@@ -208,17 +209,17 @@ def _kind(answer: object) -> str:
 def _ends_in_sigmoid(model: nn.Module, images: Tensor, path: Path, scores: Tensor) -> bool:
     if not (float(scores.min()) >= 0 and float(scores.max()) <= 1):
         return False
-    watch = _Makers()
-    with watch:
+    makers = _Makers()
+    with makers:
         again = calling.run(model, images)
-    return watch.maker_of(_at(again, path)) in ("sigmoid", "sigmoid_", "hardsigmoid", "special_expit")
+    return makers.maker_of(_at(again, path)) in ("sigmoid", "sigmoid_", "hardsigmoid", "special_expit")
 
 
-class _Makers(TorchDispatchMode):
+class _Makers(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has no types here
     """Which operation wrote each storage last; reshapes and copies pass the name on."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # torch has no types here
         self._made: dict[int, str] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -232,10 +233,10 @@ class _Makers(TorchDispatchMode):
         return result
 
     def _name(self, name: str, result: Tensor, args: Any) -> str:
-        """A view is of the storage that it looks into."""
+        """A view keeps the name of what wrote its storage."""
         source = args[0] if args and isinstance(args[0], Tensor) else None
-        seen = source is not None and source is not result and _storage(source) == _storage(result)
-        return self._made.get(_storage(result), "") if seen else name
+        is_view = source is not None and source is not result and _storage(source) == _storage(result)
+        return self._made.get(_storage(result), "") if is_view else name
 
     def maker_of(self, tensor: Tensor) -> str:
         return self._made.get(_storage(tensor), "")

@@ -34,7 +34,7 @@ def taking_images(model: nn.Module) -> tuple[nn.Module, list[str]]:
     inner = _forward_of(model)
     try:
         inputs = list(inspect.signature(inner).parameters.values())[1:]
-    except (TypeError, ValueError):  # a builtin's, which is not told
+    except (TypeError, ValueError):  # a builtin's, which Python does not know
         return model, []
     if [one.kind for one in inputs] in [[kind] for kind in _BY_PLACE] and inner is type(model).forward:
         return model, []
@@ -67,12 +67,12 @@ def returning_itself(model: nn.Module) -> nn.Module:
 
 
 def _subclassed(model: nn.Module, **methods: Callable[..., Any]) -> nn.Module:
-    kind = type(model)
-    base = (
-        nn.Module if issubclass(kind, fx.GraphModule) else kind
-    )  # a GraphModule writes its own forward again and again
+    kind: type[nn.Module] = type(model)
+    # A GraphModule regenerates its own forward, so it becomes a plain module.
+    base = nn.Module if issubclass(kind, fx.GraphModule) else kind
     names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
-    model.__class__ = type(kind)(kind.__name__, (base,), names | methods)
+    metaclass: type[type] = type(kind)
+    model.__class__ = metaclass(kind.__name__, (base,), names | methods)
     return model
 
 
@@ -113,7 +113,7 @@ def _forward_of(model: nn.Module) -> Callable[..., Any]:
 
 
 def _image_input(model: nn.Module, inputs: list[inspect.Parameter]) -> str | None:
-    """The keyword that the images are given by; None for the first place."""
+    """The keyword by which the images are passed; None for the first position."""
     named = [one for one in inputs if one.kind in (*_BY_PLACE, inspect.Parameter.KEYWORD_ONLY)]
     needed = [one for one in named if one.default is one.empty]
     if len(needed) > 1:

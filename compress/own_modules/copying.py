@@ -1,4 +1,4 @@
-"""A copy of the user's module to work on: the one given is never changed, and hooks of the user's do not run with it."""
+"""A copy of the user's module to work on: the original is never changed, and the user's hooks do not run with the copy."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _DEPTH = 4
 
 
 def copied(model: nn.Module, *, hooks: bool) -> nn.Module:
-    """A deep copy without gradients; without `hooks` only those of torch's reparametrizations come along.
+    """A deep copy without gradients; without `hooks` only those of torch's reparametrizations are kept.
 
     Raises:
         RequestError: something that the module holds cannot be copied; names it.
@@ -79,27 +79,27 @@ def _hooks_left_out(model: nn.Module) -> dict[int, Any]:
 
 def _detached(model: nn.Module) -> dict[int, Any]:
     """For deepcopy's memo: tensors with a history, such as kept feature maps, which torch refuses to copy."""
-    found = {}
+    copies = {}
     for module in model.modules():
         for tensor in _tensors(vars(module), _DEPTH, set()):
             if not tensor.is_leaf:
-                found[id(tensor)] = tensor.detach().clone()
-    return found
+                copies[id(tensor)] = tensor.detach().clone()
+    return copies
 
 
-def _tensors(value: object, depth: int, seen: set[int]) -> Iterator[Tensor]:
+def _tensors(value: object, depth: int, visited: set[int]) -> Iterator[Tensor]:
     """Tensors in lists, dictionaries and objects, those of modules excepted."""
     if isinstance(value, Tensor):
         yield value
         return
-    if depth == 0 or id(value) in seen or isinstance(value, nn.Module | str | bytes | type):
+    if depth == 0 or id(value) in visited or isinstance(value, nn.Module | str | bytes | type):
         return
-    seen.add(id(value))
+    visited.add(id(value))
     if isinstance(value, MethodType):
         value = value.__self__
     parts = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple | set) else None
     for part in list(getattr(value, "__dict__", {}).values() if parts is None else parts):
-        yield from _tensors(part, depth - 1, seen)
+        yield from _tensors(part, depth - 1, visited)
 
 
 def _uncopyable(model: nn.Module, hooks: bool) -> str | None:

@@ -1,10 +1,11 @@
-"""Images that a module of the user's own takes, and the true reason when it does not take those of the request."""
+"""The images that a user's module takes, and what to tell the user when it does not take those of the request."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import product
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +16,9 @@ from compress.own_modules import answers, calling
 SIZES = (16, 28, 32, 48, 56, 64, 84, 96, 112, 128, 160, 192, 224, 227, 240, 256, 288, 299, 320, 384, 448, 512)
 SIDES = (32, 48, 64, 96, 128, 192, 224, 256, 320, 384)
 """Of images that are not square."""
+T = TypeVar("T")
 PATIENCE_S = 10
-"""How long other sizes and channels are looked for."""
+"""Seconds for which other sizes and numbers of channels are tried."""
 
 
 def example(size: int, channels: int = 3, width: int | None = None) -> Tensor:
@@ -33,7 +35,7 @@ def takes(model: nn.Module, images: Tensor) -> bool:
 
 
 def refusal(model: nn.Module, images: Tensor, problem: str) -> RequestError:
-    """What to tell of a `model` that does not take `images`: others that it takes, or the problem itself."""
+    """The error for a `model` that does not take `images`: it names others that it takes, or the problem itself."""
     size, until = images.shape[2], time.monotonic() + PATIENCE_S
     if takes(model, images[:1]):
         return _refused(
@@ -72,8 +74,8 @@ def _channels(model: nn.Module) -> list[int]:
     return [count for count in dict.fromkeys((first, 1, 4, 2)) if count != 3]
 
 
-def _within(values: object, until: float) -> Iterator:  # type: ignore[type-arg]
-    for value in values:  # type: ignore[attr-defined]
+def _within(values: Iterable[T], until: float) -> Iterator[T]:
+    for value in values:
         if time.monotonic() > until:
             return
         yield value
@@ -95,10 +97,10 @@ def _other_channels(model: nn.Module, count: int, size: int | None = None) -> Re
     )
 
 
-def _not_square(model: nn.Module, found: list[tuple[int, int, int]]) -> RequestError:
+def _not_square(model: nn.Module, sizes: list[tuple[int, int, int]]) -> RequestError:
     """A layer that flattens its maps takes every height and width of the same product."""
-    count, height, width = found[0]
-    such = ", ".join(f"{height} x {width}" for one, height, width in found[:4] if one == count)
+    count, height, width = sizes[0]
+    such = ", ".join(f"{height} x {width}" for one, height, width in sizes[:4] if one == count)
     grey = f" and {count} channel{'s' if count > 1 else ''}" if count != 3 else ""
     mean = ".mean(1, keepdim=True)" if count == 1 else ""
     return _refused(

@@ -1,9 +1,10 @@
-"""Weights that are computed from others become plain weights; BatchNorm that talks between GPUs becomes plain BatchNorm."""
+"""Reparametrized and masked weights become plain weights; SyncBatchNorm becomes BatchNorm."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
+from typing import cast
 
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
@@ -16,26 +17,26 @@ _BATCH_NORMS = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.B
 
 
 def make_permanent(model: nn.Module) -> list[str]:
-    """Replace, in `model` in eval mode, what torch.nn.utils computes before each pass by the result; what that was."""
-    found: Counter[str] = Counter()
+    """Replace, in `model` in eval mode, what torch.nn.utils computes before each pass by the result; returns notes."""
+    kinds: Counter[str] = Counter()
     zeros, masked = 0, 0
     for module in list(model.modules()):
         if parametrize.is_parametrized(module):
-            found.update(_freeze_parametrizations(module))
+            kinds.update(_freeze_parametrizations(module))
         for hook in list(module._forward_pre_hooks.values()):
             if isinstance(hook, WeightNorm | SpectralNorm):
-                found[type(hook).__name__] += 1
+                kinds[type(hook).__name__] += 1
                 _remove_hook(module, hook)
             elif isinstance(hook, prune.BasePruningMethod):
-                prune.remove(module, hook._tensor_name)
+                prune.remove(module, hook._tensor_name)  # type: ignore[no-untyped-call]  # torch has no types here
                 values = getattr(module, hook._tensor_name)
                 zeros, masked = zeros + int((values == 0).sum()), masked + values.numel()
-                found["masks"] += 1
-    masks = found.pop("masks", 0)
+                kinds["masks"] += 1
+    masks = kinds.pop("masks", 0)
     notes = []
-    if found:
-        kinds = ", ".join(f"{kind} of {_tensors(count)}" for kind, count in found.items())
-        notes.append(f"Reparametrizations were made permanent ({kinds}): the results are plain weights now.")
+    if kinds:
+        listed = ", ".join(f"{kind} of {_tensors(count)}" for kind, count in kinds.items())
+        notes.append(f"Reparametrizations were made permanent ({listed}): the results are plain weights now.")
     if masks:
         notes.append(
             f"The masks of torch.nn.utils.prune on {_tensors(masks)} were made permanent: {100 * zeros / masked:.0f} % of these "
@@ -45,18 +46,18 @@ def make_permanent(model: nn.Module) -> list[str]:
 
 
 def plain_batch_norms(model: nn.Module, images: Tensor) -> list[str]:
-    """Replace each SyncBatchNorm of `model`, in eval mode, by the BatchNorm of the dimensions that it sees."""
+    """Replace each SyncBatchNorm of `model`, in eval mode, by the BatchNorm for the dimensions of its input; returns notes."""
     synced = [module for module in model.modules() if type(module) is nn.SyncBatchNorm]
     if not synced:
         return []
-    seen: dict[nn.Module, int] = {}
+    dimensions: dict[nn.Module, int] = {}
     handles = [
-        one.register_forward_pre_hook(lambda module, args: seen.update({module: args[0].dim()})) for one in synced
+        one.register_forward_pre_hook(lambda module, args: dimensions.update({module: args[0].dim()})) for one in synced
     ]
     calling.run(model, images)
     for handle in handles:
         handle.remove()
-    plain = {one: _plain_batch_norm(one, seen.get(one, 4)) for one in synced}
+    plain = {one: _plain_batch_norm(one, dimensions.get(one, 4)) for one in synced}
     for parent in list(model.modules()):
         for key, child in parent._modules.items():
             if child in plain:
@@ -78,8 +79,9 @@ def _freeze_parametrizations(module: nn.Module) -> Iterable[str]:
     """As torch's remove_parametrizations, which also changes the class, and a deep copy shares it with the original."""
     kinds = []
     values = {}
-    for name, chain in module.parametrizations.items():
-        kinds += [type(one).__name__.lstrip("_") for one in chain]
+    parametrizations = cast(nn.ModuleDict, module.parametrizations)
+    for name, chain in parametrizations.items():
+        kinds += [type(one).__name__.lstrip("_") for one in chain.children()]
         originals = [value for key, value in chain.named_parameters(recurse=False)]
         values[name] = (
             getattr(module, name).detach().clone(),

@@ -1,4 +1,4 @@
-"""Whether a module of the user's own answers the same image alike each time, and which line of it does not."""
+"""Whether a user's module returns the same outputs for the same image each time, and which line of it does not."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from compress.tracing.wording import Place, current_place
 
 
 def require_repeatable(model: nn.Module, images: Tensor) -> None:
-    """
+    """Refuse a module whose outputs for the same image differ from call to call.
+
     Args:
         model: in eval mode.
         images: float32 [N, 3, H, W].

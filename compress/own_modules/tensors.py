@@ -1,4 +1,4 @@
-"""The numbers that a module is made of: real, finite, floating point; computed in float32 on the CPU."""
+"""Checks of a module's tensors (real, finite, floating point) and their conversion to float32 on the CPU."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ _WIDE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def require_plain(model: nn.Module) -> None:
-    """
+    """Refuse a module whose tensors are not plain, real and finite.
+
     Raises:
         RequestError: quantized layers, tensors without values, whole or complex numbers, NaN or infinity; names the first.
     """
@@ -37,10 +38,12 @@ def require_plain(model: nn.Module) -> None:
 
 
 def to_float32(model: nn.Module) -> list[str]:
-    """Convert every floating-point tensor of `model`, plain attributes too, and move it to the CPU; what that changed."""
-    found = [tensor for _, tensor in _named_tensors(model)] + [value for _, _, value in _attributes(model)]
-    formats = sorted({str(one.dtype).removeprefix("torch.") for one in found if one.is_floating_point()} - {"float32"})
-    devices = sorted({str(one.device) for one in found} - {"cpu"})
+    """Convert every floating-point tensor of `model`, plain attributes too, and move it to the CPU; returns notes on what that changed."""
+    tensors = [tensor for _, tensor in _named_tensors(model)] + [value for _, _, value in _attributes(model)]
+    formats = sorted(
+        {str(one.dtype).removeprefix("torch.") for one in tensors if one.is_floating_point()} - {"float32"}
+    )
+    devices = sorted({str(one.device) for one in tensors} - {"cpu"})
     model.to("cpu").float()
     for module, key, value in list(_attributes(model)):
         vars(module)[key] = value.to("cpu").float() if value.is_floating_point() else value.to("cpu")

@@ -1,4 +1,4 @@
-"""What people give that is no module, and what they have put around one."""
+"""Wrappers around a module (DataParallel, torch.compile, ...), and objects that are no module."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ _SHARDED = ("FullyShardedDataParallel", "FSDPModule")
 
 
 def require_module(model: object) -> nn.Module:
-    """
+    """`model`, if it is a module.
+
     Raises:
         RequestError: a class, a function, a state dict, a path, ...; says what to give instead.
     """

@@ -155,14 +155,15 @@ class _Recorder(fx.Interpreter):
     ) -> None:
         super().__init__(graph_module)
         self._places, self._statistic = places, statistic
-        self._sums: dict[tuple[fx.Node, Place], Tensor | float] = defaultdict(float)
+        self._sums: dict[tuple[fx.Node, Place], Tensor] = {}
         self._counts: dict[tuple[fx.Node, Place], int] = defaultdict(int)
 
     def run_node(self, n: fx.Node) -> object:
         result = super().run_node(n)
         for place in self._places.get(n, ()):
             values = place.take(self._statistic(result))
-            self._sums[n, place] += values.sum(1, dtype=torch.float64)
+            total = values.sum(1, dtype=torch.float64)
+            self._sums[n, place] = self._sums[n, place] + total if (n, place) in self._sums else total
             self._counts[n, place] += values.shape[1]
         return result
 

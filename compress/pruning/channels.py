@@ -381,7 +381,9 @@ def _output_layers(graph_module: fx.GraphModule, modules: Mapping[str, nn.Module
 
 
 def _is_plain_self_attention(node: fx.Node) -> bool:
-    same = len(node.args) == 3 and node.args[0] is node.args[1] is node.args[2]
+    if len(node.args) != 3 or not isinstance(node.args[0], fx.Node):
+        return False
+    same = node.args[0] is node.args[1] is node.args[2]
     return same and dict(node.kwargs) == {"need_weights": False} and len(shape_of(node.args[0]) or ()) == 3
 
 

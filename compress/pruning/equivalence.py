@@ -121,7 +121,7 @@ def _agree(expected: list[torch.Tensor], outputs: list[torch.Tensor]) -> bool:
 @contextmanager
 def _heads_zeroed(channels: Channels, kept: Mapping[str, torch.Tensor]) -> Iterator[None]:
     """Within the context, every attention's output projection reads zero from the heads that are removed."""
-    projections = {
+    projections: dict[str, Any] = {
         name: channels.graph_module.get_submodule(f"{name}.{heads.projection}")
         for name, heads in channels.attentions.items()
         if name in kept
@@ -196,7 +196,9 @@ class _Masked(fx.Interpreter):
 
     def _only_kept(self, tensor: torch.Tensor, axis: Axis | None) -> torch.Tensor:
         rows = self._rows(axis)
-        return tensor if rows is None else tensor.index_select(axis.dim, rows.nonzero().flatten().to(tensor.device))
+        if axis is None or rows is None:
+            return tensor
+        return tensor.index_select(axis.dim, rows.nonzero().flatten().to(tensor.device))
 
 
 def _compare(what: str, expected: list[torch.Tensor], outputs: list[torch.Tensor]) -> Difference:

@@ -1,4 +1,4 @@
-"""Least-squares reconstruction: the weights that stay take over from those that went, before anything is trained.
+"""Least-squares reconstruction: the remaining weights are refitted to the dense model's feature maps, before any training.
 
 Each layer of the pruned model is refitted, in the order of the forward pass, so that on a few hundred training images
 its outputs come as near as they can to the dense model's outputs in the kept channels:
@@ -10,9 +10,8 @@ answers. The second term is what rounding the n rows of X to integers will add, 
 (noise on inputs is a ridge: Bishop 1995, "Training with Noise is Equivalent to Tikhonov Regularization"). Without it
 large weights that cancel each other fit best, and 8 bits make noise of them. The first and the last term are the
 reconstruction of He et al. 2017 ("Channel Pruning for Accelerating Very Deep Neural Networks", section 3) and Luo et
-al. 2017 ("ThiNet"), with a ridge towards the pruned weights. How strong that ridge is gets decided per layer on images
-that the fit has not seen, and a layer that no fit brings nearer keeps its weights. Every BatchNorm takes the statistics
-of what it reads now. No label is used.
+al. 2017 ("ThiNet"), with a ridge towards the pruned weights. The strength of that ridge is chosen per layer on held-out
+images, and a layer that no fit brings nearer keeps its weights. Every BatchNorm gets the statistics of its new inputs. No label is used.
 """
 
 from __future__ import annotations
@@ -45,9 +44,9 @@ HELD_OUT = 0.2
 
 @dataclass(frozen=True)
 class Refit:
-    """How far one layer's answers were from the dense layer's, and are now, where the fit has not looked.
+    """Distance of one layer's outputs from the dense layer's before and after, on held-out images.
 
-    Errors are sums of squares relative to those of the dense layer's answers.
+    Errors are sums of squares relative to those of the dense layer's outputs, >= 0.
     """
 
     layer: str
@@ -64,7 +63,7 @@ def reconstruct(
     bits: int = 8,
     weights: bool = True,
 ) -> tuple[Refit, ...]:
-    """Refits `shrunk` in place to `dense`, and re-estimates its BatchNorm statistics on the way.
+    """Refit `shrunk` in place to `dense`, and re-estimate its BatchNorm statistics on the way.
 
     Args:
         shrunk: the pruned model, on the CPU; only the values of weights, biases and running statistics change.
@@ -83,7 +82,7 @@ def reconstruct(
     called = call_counts(target)
     tied = {key for key, names in owners(target).items() if len(names) > 1}
     with torch.no_grad():
-        chunks = images[: affordable(target, source, images)].split(CHUNK)
+        chunks = torch.split(images[: affordable(target, source, images)], CHUNK)
         students, teachers = ([_Walk(graph, chunk) for chunk in chunks] for graph in (target, source))
         refits = []
         for node, same in nodes:
@@ -94,9 +93,9 @@ def reconstruct(
                 pass  # what is right for one call is wrong for another
             elif isinstance(layer, nn.modules.batchnorm._BatchNorm) and layer.running_mean is not None:
                 _take_statistics(layer, [walk.read(node) for walk in students])
-            elif weights and type(layer) in (nn.Conv2d, nn.Linear):
-                wanted = [_kept(walk.env[same], layer, kept.get(str(node.target))) for walk in teachers]
-                errors = _refit(layer, [walk.read(node) for walk in students], wanted, bits)
+            elif weights and isinstance(layer, nn.Conv2d | nn.Linear) and type(layer) in (nn.Conv2d, nn.Linear):
+                targets = [_kept(walk.env[same], layer, kept.get(str(node.target))) for walk in teachers]
+                errors = _refit(layer, [walk.read(node) for walk in students], targets, bits)
                 refits += [Refit(str(node.target), *errors)] if errors else []
             for walk in students:
                 walk.step(node)
@@ -132,7 +131,8 @@ class _Walk(fx.Interpreter):
     def read(self, node: fx.Node) -> Tensor:
         """What a module with one input reads."""
         (value, *_), _ = self.fetch_args_kwargs_from_env(node)
-        return value
+        tensor: Tensor = value
+        return tensor
 
     def forget(self, node: fx.Node) -> None:
         """Let go of what no later node reads."""
@@ -151,17 +151,17 @@ def _kept(answers: Tensor, layer: nn.Conv2d | nn.Linear, channels: Tensor | None
 
 def _take_statistics(norm: nn.modules.batchnorm._BatchNorm, read: list[Tensor]) -> None:
     values = torch.cat([chunk.movedim(1, 0).flatten(1) for chunk in read], 1)
-    norm.running_mean.copy_(values.mean(1))
-    norm.running_var.copy_(values.var(1))
+    norm.get_buffer("running_mean").copy_(values.mean(1))
+    norm.get_buffer("running_var").copy_(values.var(1))
 
 
 # ---- one layer ----------------------------------------------------------------------------------------------------
 
 
 def _refit(
-    layer: nn.Conv2d | nn.Linear, read: list[Tensor], wanted: list[Tensor], bits: int
+    layer: nn.Conv2d | nn.Linear, read: list[Tensor], targets: list[Tensor], bits: int
 ) -> tuple[float, float] | None:
-    """Moves the layer's weights to where its answers come nearest to `wanted`; relative errors before and after.
+    """Moves the layer's weights to where its answers come nearest to `targets`; relative errors before and after.
 
     None when the layer keeps its weights: frozen, too wide, padded in an uncommon way, or right as it is.
     """
@@ -169,7 +169,7 @@ def _refit(
     padding = getattr(layer, "padding_mode", "zeros"), getattr(layer, "padding", ())
     if not layer.weight.requires_grad or inputs > MOST_INPUTS or padding[0] != "zeros" or isinstance(padding[1], str):
         return None
-    fit, held_out = _equations(layer, read, wanted, inputs, bits)
+    fit, held_out = _equations(layer, read, targets, inputs, bits)
     scale = float(held_out.answers.square().sum())
     nothing = torch.zeros_like(fit.weights)
     if held_out.error(nothing) <= 1e-9 * scale:
@@ -208,40 +208,47 @@ class _Equations:
 
 
 def _equations(
-    layer: nn.Conv2d | nn.Linear, read: list[Tensor], wanted: list[Tensor], inputs: int, bits: int
+    layer: nn.Conv2d | nn.Linear, read: list[Tensor], targets: list[Tensor], inputs: int, bits: int
 ) -> tuple[_Equations, _Equations]:
     """What the layer reads and should answer at randomly chosen positions: to fit on, and from other images to judge."""
     images = sum(len(chunk) for chunk in read)
     per_image = max(1, min(POSITIONS, NUMBERS // inputs) // images)
     generator = torch.Generator().manual_seed(0)
     xs, ys = [], []
-    for chunk, answers in zip(read, wanted, strict=True):
+    for chunk, answers in zip(read, targets, strict=True):
         places = torch.randperm(answers[0, ..., 0].numel(), generator=generator)[:per_image]
-        conv = isinstance(layer, nn.Conv2d)
-        xs.append(_patches(layer, chunk, places, answers.shape[2]) if conv else _at(chunk, places))
+        xs.append(
+            _patches(layer, chunk, places, answers.shape[2]) if isinstance(layer, nn.Conv2d) else _at(chunk, places)
+        )
         ys.append(_at(answers, places))
     groups = layer.groups if isinstance(layer, nn.Conv2d) else 1
     x, y = torch.cat(xs), torch.cat(ys)  # [images, positions, groups * inputs], [images, positions, outputs]
-    x, y = (values.unflatten(-1, (groups, -1)).permute(2, 0, 1, 3) for values in (x, y))
+    x, y = (_by_group(values, groups) for values in (x, y))
     step = float(x.abs().max()) / (2 ** (bits - 1) - 1)
     noise = torch.full((x.shape[-1], 1), step**2 / 12)
-    weights = layer.weight.detach().flatten(1).unflatten(0, (groups, -1)).transpose(1, 2)
+    weights = layer.weight.detach().reshape(groups, len(layer.weight) // groups, -1).transpose(1, 2)
     if layer.bias is not None:
         x = torch.cat([x, torch.ones_like(x[..., :1])], -1)
         weights = torch.cat([weights, layer.bias.detach().view(groups, 1, -1)], 1)
         noise = torch.cat([noise, torch.zeros(1, 1)])
-    judged = max(1, int(images * HELD_OUT))
-    return tuple(
-        _Equations(one.flatten(1, 2), weights, two.flatten(1, 2), noise)
-        for one, two in ((x[:, judged:], y[:, judged:]), (x[:, :judged], y[:, :judged]))
+    held_out = max(1, int(images * HELD_OUT))
+    return (
+        _Equations(x[:, held_out:].flatten(1, 2), weights, y[:, held_out:].flatten(1, 2), noise),
+        _Equations(x[:, :held_out].flatten(1, 2), weights, y[:, :held_out].flatten(1, 2), noise),
     )
+
+
+def _by_group(values: Tensor, groups: int) -> Tensor:
+    """[N, positions, groups * channels] -> [groups, N, positions, channels]."""
+    return values.reshape(*values.shape[:-1], groups, values.shape[-1] // groups).permute(2, 0, 1, 3)
 
 
 def _patches(layer: nn.Conv2d, maps: Tensor, places: Tensor, width: int) -> Tensor:
     """What a convolution reads at `places` of its output: [N, places, channels * kernel]."""
     (down, right), (high, wide) = layer.stride, layer.dilation
     rows, columns = places // width * down, places % width * right
-    padded = F.pad(maps, (layer.padding[1],) * 2 + (layer.padding[0],) * 2)
+    above, left = (int(size) for size in layer.padding)
+    padded = F.pad(maps, (left, left, above, above))
     taps = itertools.product(range(layer.kernel_size[0]), range(layer.kernel_size[1]))
     read = torch.stack([padded[:, :, rows + i * high, columns + j * wide] for i, j in taps], 2)
     return read.flatten(1, 2).transpose(1, 2)

@@ -1,8 +1,8 @@
-"""Really smaller layers: NNI's speedup replaces each of them, and nothing but the masked part is gone, which is proved.
+"""Physically smaller layers: NNI's speedup replaces each of them, and the result is checked against the masked model.
 
-NNI's ModelSpeedup would find out which inputs and outputs of a module are dead by sending random numbers through the
-graph, and fails or guesses where an operation is unknown to it. The plan has followed every channel already, so NNI's
-replacements are given the masks that follow from it.
+NNI's ModelSpeedup infers which inputs and outputs of a module are masked by sending random numbers through the graph, and
+fails or guesses where it does not know an operation. The plan has followed every channel already, so NNI's replacement
+functions get the masks that follow from it.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def _one_thread() -> Iterator[None]:
 
 
 def _check_images(example: Tensor) -> Tensor:
-    """The first image given and a random one, so that the check bites on a blank example too."""
+    """The first example image and noise, float32 [2, C, H, W], so that the check also works with a blank example."""
     first = example[:1]
     noise = torch.randn(first.shape, generator=torch.Generator().manual_seed(0)).to(first)
     return torch.cat([first, noise])
@@ -104,7 +104,7 @@ def _shrink_module(result: nn.Module, name: str, call: Call, channels: Channels,
 
 
 def _mask(shape: tuple[int, ...], axis: Axis | None, rows: Tensor | None) -> Tensor:
-    """NNI's form of a mask of a tensor, 0/1 of its shape, as a view of one row."""
+    """NNI's mask of a tensor: float32 0/1 of its shape, as a view of one row."""
     if axis is None or rows is None:
         return torch.ones(()).expand(shape)
     row = [1] * len(shape)
@@ -171,7 +171,7 @@ def _store(module: nn.Module, key: str, tensor: Tensor) -> None:
     old = getattr(module, key)
     setattr(module, key, nn.Parameter(tensor, requires_grad=old.requires_grad) if key in module._parameters else tensor)
     if getattr(module, "num_features", None) == old.shape[0]:
-        module.num_features = tensor.shape[0]
+        setattr(module, "num_features", tensor.shape[0])  # noqa: B010 - nn.Module declares no such attribute
 
 
 def _shared(model: nn.Module) -> list[list[tuple[nn.Module, str]]]:
@@ -184,7 +184,7 @@ def _shared(model: nn.Module) -> list[list[tuple[nn.Module, str]]]:
 
 
 def _tie(shared: list[list[tuple[nn.Module, str]]]) -> None:
-    """What was one tensor is one again: the plan has given every place of it the same channels."""
+    """Tie again what was one tensor: the plan gives every place of it the same channels."""
     for places in shared:
         tensors = [getattr(module, key) for module, key in places]
         if any(tensor.shape != tensors[0].shape for tensor in tensors):
@@ -218,7 +218,8 @@ def _own_tensors(result: nn.Module, model: nn.Module) -> None:
         return copies[id(tensor)]
 
     for module in result.modules():
-        for store in (module._parameters, module._buffers):
+        stores: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+        for store in stores:
             for key, tensor in store.items():
                 if tensor is not None:
                     store[key] = own(tensor)

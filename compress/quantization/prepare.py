@@ -147,7 +147,7 @@ def _trace(model: nn.Module, images: Tensor) -> fx.GraphModule:
     except CompressError as error:
         raise QuantizationError(f"{type(model).__name__} cannot be quantized: {error}") from error
     except Exception as error:  # noqa: BLE001 - tracing runs the model's own code, which may raise anything
-        raise QuantizationError(tracing.explained(error, model, images)) from error
+        raise QuantizationError(tracing.explain(error, model, images)) from error
 
 
 def _usual_images(model: nn.Module) -> Tensor:

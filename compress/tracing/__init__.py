@@ -1,8 +1,8 @@
-"""From a user's module to a graph: ordinary Python code, opened with an example of what it will be given.
+"""Symbolic tracing of a user's module with example shapes: from ordinary Python code to a torch.fx graph.
 
-A graph is taken by running the forward pass on stand-ins (`proxies`) that record what is done with them. They carry
-example tensors without values, so that flags, optional arguments, shapes and types are answered as they will be, while
-sizes that are only handed on stay sizes. Nothing is taken on trust: `prove` compares the graph with the module.
+The forward pass runs on proxies that record every operation. Each proxy knows an example tensor without values (a fake
+tensor), so flags, optional arguments, shapes and types have the values that they have in a real call, while sizes that are
+only passed on stay symbolic. `prove` compares the graph's outputs with the module's.
 """
 
 from __future__ import annotations
@@ -14,22 +14,22 @@ from itertools import chain
 
 from torch import Tensor, fx, nn
 
-from compress.tracing.batches import described, release, with_batch
+from compress.tracing.batches import Description, describe, replace_batch_sizes, with_batch
 from compress.tracing.layers import as_layer, is_torch_layer, layer_type, torch_base, type_name
 from compress.tracing.proof import prove
 from compress.tracing.tracer import ValueTracer
 from compress.tracing.wording import Decision, Untraceable, first_sentence, place_of
 
 __all__ = [
-    "Captured", "Decision", "Untraceable", "ValueTracer", "as_layer", "capture", "explained", "first_sentence", "is_torch_layer",
+    "Capture", "Decision", "Untraceable", "ValueTracer", "as_layer", "capture", "explain", "first_sentence", "is_torch_layer",
     "layer_type", "prove", "structure_copy", "torch_base",
     "type_name",
 ]  # fmt: skip
 
 
 @dataclass(frozen=True)
-class Captured:
-    """A graph, what Python asked about sizes when it was taken, and whether it is the same for images of another size."""
+class Capture:
+    """A graph, the decisions that Python made by sizes while it was traced, and whether it holds for images of another size."""
 
     graph_module: fx.GraphModule
     decisions: tuple[Decision, ...]
@@ -38,31 +38,31 @@ class Captured:
 
 def capture(
     model: nn.Module, example: Tensor | None, tracer: Callable[[Tensor | None], ValueTracer] = ValueTracer
-) -> Captured:
+) -> Capture:
     """The graph of `model`, in the mode it is in; it shares the model's modules and tensors.
 
     A layer that subclasses one of torch's is of that class in the graph, and has the same parameters and buffers.
 
     Args:
-        example: what the forward pass is called with, images [N, C, H, W] as a rule; only shape, type and device are
-            used. Without it, what asks in Python about sizes cannot be opened.
+        example: the input of the forward pass, images [N, C, H, W] as a rule; only shape, dtype and device are used.
+            Without it, a forward pass that reads sizes in Python cannot be traced.
 
     Raises:
-        Untraceable: the forward pass does what no graph can hold; anything else that it raises itself comes as it is.
+        Untraceable: a graph cannot represent the forward pass; anything that the module's code raises is passed on.
     """
     if example is None:
         taken = tracer(None)
-        return Captured(_graph_module(model, taken, taken.trace_root(model)), (), lambda images: True)
+        return Capture(_graph_module(model, taken, taken.trace_root(model)), (), lambda images: True)
     reference = structure_copy(model)
     batch = max(2, len(example))
     taken = tracer(with_batch(example, batch))
     graph = taken.trace_root(model)
-    here = described(graph, model, taken.decisions, batch)
+    here = describe(graph, model, taken.decisions, batch)
 
-    def again(images: Tensor) -> object:
+    def again(images: Tensor) -> Description:
         root = structure_copy(reference)
         other = tracer(images)
-        return described(other.trace_root(root), root, other.decisions, len(images))
+        return describe(other.trace_root(root), root, other.decisions, len(images))
 
     def holds_for(images: Tensor) -> bool:
         try:
@@ -73,13 +73,13 @@ def capture(
     if taken.decisions:
         there = again(with_batch(example, batch + (batch + 1) // 2))
         if here != there:
-            release(graph, here, there)
-    return Captured(_graph_module(model, taken, graph), tuple(taken.decisions), holds_for)
+            replace_batch_sizes(graph, here, there)
+    return Capture(_graph_module(model, taken, graph), tuple(taken.decisions), holds_for)
 
 
 def _graph_module(model: nn.Module, tracer: ValueTracer, graph: fx.Graph) -> fx.GraphModule:
     graph_module = fx.GraphModule(model, graph, type(model).__name__)
-    layers = dict(tracer.own.found)
+    layers = dict(tracer.own.layers)
     for name in {str(node.target) for node in graph.nodes if node.op == "call_module"} - set(layers):
         module = graph_module.get_submodule(name)
         if layer_type(module) is not type(module):
@@ -101,8 +101,8 @@ def structure_copy(model: nn.Module) -> nn.Module:
         raise Untraceable(f"cannot be copied: {first_sentence(error)}") from error
 
 
-def explained(error: Exception, model: nn.Module, example: Tensor | None) -> str:
-    """In words about the model, why `capture` or `prove` raised `error`."""
+def explain(error: Exception, model: nn.Module, example: Tensor | None) -> str:
+    """A sentence for the user about an error that `capture` or `prove` raised."""
     name, place = type(model).__name__, place_of(error)
     if isinstance(error, Untraceable):
         place = error.place or place

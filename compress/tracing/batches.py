@@ -1,9 +1,9 @@
-"""No graph may hold for one number of images only: sizes that Python counted with are put back into it as operations."""
+"""Graphs that hold for any batch size: numbers that Python computed from the batch size become operations again."""
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -34,17 +34,22 @@ class Description:
         return isinstance(other, Description) and self.nodes == other.nodes
 
 
-def described(graph: fx.Graph, root: nn.Module, decisions: Sequence[Decision], batch: int) -> Description:
+def describe(graph: fx.Graph, root: nn.Module, decisions: Sequence[Decision], batch: int) -> Description:
     index = {node: _Reference(position) for position, node in enumerate(graph.nodes)}
     nodes = []
     for node in graph.nodes:
-        args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), index.__getitem__)
+        args, kwargs = map_nodes((node.args, dict(node.kwargs)), index.__getitem__)
         nodes.append((node.op, _target(node, root), _plain(args), _plain(kwargs)))
     return Description(nodes, decisions, batch)
 
 
+def map_nodes(arguments: Any, function: Callable[[fx.Node], Any]) -> Any:
+    """`arguments` with `function(node)` in place of each node; torch's own types allow no other results than arguments."""
+    return fx.node.map_arg(arguments, function)
+
+
 def _target(node: fx.Node, root: nn.Module) -> Any:
-    """A constant that the code made while it was traced is told by its shape; its values follow from that."""
+    """A constant that the code created while it was traced is compared by its shape."""
     value = getattr(root, str(node.target), None) if node.op == "get_attr" else None
     return tuple(value.shape) if isinstance(value, Tensor) else node.target
 
@@ -59,11 +64,11 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def release(graph: fx.Graph, here: Description, there: Description) -> None:
-    """Replace in `graph` the numbers that grow with the number of images, told by its description for more images.
+def replace_batch_sizes(graph: fx.Graph, here: Description, there: Description) -> None:
+    """Replace the numbers in `graph` that depend on the batch size, found by comparison with a larger batch.
 
     Raises:
-        Untraceable: more differs than numbers.
+        Untraceable: the graphs differ in more than numbers.
     """
     if len(here.nodes) != len(there.nodes):
         raise _refusal(here, there)
@@ -128,5 +133,5 @@ def _refusal(here: Description, there: Description) -> Untraceable:
 
 
 def with_batch(images: Tensor, batch: int) -> Tensor:
-    """As many images as asked; their values are not used."""
+    """Zeros [batch, ...] of the other dimensions, dtype and device of `images`; their values are not used."""
     return torch.zeros(batch, *images.shape[1:], dtype=images.dtype, device=images.device)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from torch import Tensor, fx, nn
 from torch.nn.utils import fuse_conv_bn_eval, fuse_linear_bn_eval
@@ -14,7 +14,10 @@ from compress.report import Handoff
 from compress.tracing import layer_type
 from compress.tracing.graph import structure_copy, trace
 
-_FOLDABLE = {nn.Conv2d: (nn.BatchNorm2d, fuse_conv_bn_eval), nn.Linear: (nn.BatchNorm1d, fuse_linear_bn_eval)}
+_FOLDABLE: dict[type[nn.Module], tuple[type[nn.Module], Callable[..., nn.Module]]] = {
+    nn.Conv2d: (nn.BatchNorm2d, fuse_conv_bn_eval),
+    nn.Linear: (nn.BatchNorm1d, fuse_linear_bn_eval),
+}
 
 
 def folded(model: nn.Module, images: Tensor) -> tuple[nn.Module, Handoff | None]:
@@ -101,4 +104,5 @@ def _pairs(graph_module: fx.GraphModule) -> Iterator[tuple[fx.Node, fx.Node]]:
 def _fused(graph_module: fx.GraphModule, layer: fx.Node, norm: fx.Node) -> nn.Module:
     module, norm_module = (graph_module.get_submodule(str(node.target)) for node in (layer, norm))
     _, fuse = _FOLDABLE[type(module)]
-    return fuse(module, norm_module)
+    fused: nn.Module = fuse(module, norm_module)
+    return fused

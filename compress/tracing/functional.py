@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import inspect
 import operator
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -34,7 +34,7 @@ _RESHAPES = ("squeeze", "unsqueeze", "t", "transpose", "swapaxes", "swapdims", "
 
 
 class InPlaceError(CompressError):
-    """An in-place operation whose readers cannot be told; the text names the operation."""
+    """An in-place operation of which it is not known who reads its result; the text names the operation."""
 
 
 def make_functional(graph_module: fx.GraphModule, images: Tensor) -> None:
@@ -48,12 +48,12 @@ def make_functional(graph_module: fx.GraphModule, images: Tensor) -> None:
     Raises:
         InPlaceError: what an operation changes is also read by a view that cannot be taken again.
     """
-    watch = _Watch(graph_module)
+    recorder = _MutationRecorder(graph_module)
     with torch.inference_mode(False), torch.no_grad():
-        watch.run(images.clone())
-    if watch.changes:
-        rewriter = _Rewriter(graph_module, watch)
-        for change in watch.changes:
+        recorder.run(images.clone())
+    if recorder.changes:
+        rewriter = _Rewriter(graph_module, recorder)
+        for change in recorder.changes:
             rewriter.rewrite(change)
     for node in graph_module.graph.nodes:
         if node.op == "call_function":
@@ -62,7 +62,7 @@ def make_functional(graph_module: fx.GraphModule, images: Tensor) -> None:
             node.op, node.target, node.args = "call_method", "detach", node.args[:1]
     for module in graph_module.modules():
         if _changes_input(module):
-            module.inplace = False
+            setattr(module, "inplace", False)  # noqa: B010 - nn.Module declares no such attribute
     graph_module.graph.lint()
     graph_module.recompile()
 
@@ -82,12 +82,12 @@ def after(value: Tensor, _operation: object) -> Tensor:
     return value
 
 
-# ---- watching -----------------------------------------------------------------------------------------------------
+# ---- recording ----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class _Change:
-    """One in-place operation, as it was seen to work."""
+    """One in-place operation, as it was recorded."""
 
     node: fx.Node
     target: fx.Node
@@ -100,8 +100,8 @@ class _Change:
     """Its result is the tensor that it changed."""
 
 
-class _Watch(fx.Interpreter):
-    """Runs a graph and sees which memory every node reads, gives and changes."""
+class _MutationRecorder(fx.Interpreter):
+    """Runs a graph and records which memory every node reads, returns and changes."""
 
     def __init__(self, graph_module: fx.GraphModule) -> None:
         super().__init__(graph_module)
@@ -184,11 +184,11 @@ def _overlap(tensor: Tensor, other: Any) -> bool:
 def _target(node: fx.Node, root: nn.Module, operands: tuple[fx.Node, ...]) -> fx.Node:
     """The operand that `node` changes, of those in changed memory."""
     first = node.args[0] if node.args else node.kwargs.get("input")
-    wanted = node.kwargs.get("out", first)
+    operand = node.kwargs.get("out", first)
     named = node.op == "call_module" or "out" in node.kwargs or node.target in _ASSIGNMENTS
     named = named or _plain(node) is not None or _has_flag(node)
-    if isinstance(wanted, fx.Node) and wanted in operands and (named or len(operands) == 1):
-        return wanted
+    if isinstance(operand, fx.Node) and operand in operands and (named or len(operands) == 1):
+        return operand
     if len(operands) != 1:
         raise InPlaceError(
             f"The operation {_name(node)} changes more than one tensor in place, or one that it is not given; rewrite it so "
@@ -209,7 +209,7 @@ def _has_flag(node: fx.Node) -> bool:
 def _bound(node: fx.Node) -> inspect.BoundArguments | None:
     """The arguments by name, of a function that is called with a true `inplace`."""
     try:
-        bound = inspect.signature(node.target).bind(*node.args, **node.kwargs)
+        bound = inspect.signature(cast(Callable[..., Any], node.target)).bind(*node.args, **node.kwargs)
     except (TypeError, ValueError):
         return None
     return bound if bound.arguments.get("inplace") is True else None
@@ -245,8 +245,8 @@ def _name(node: fx.Node) -> str:
 class _Rewriter:
     """Replaces the changes of one graph, in their order."""
 
-    def __init__(self, graph_module: fx.GraphModule, watch: _Watch) -> None:
-        self._module, self._graph, self._watch = graph_module, graph_module.graph, watch
+    def __init__(self, graph_module: fx.GraphModule, recorder: _MutationRecorder) -> None:
+        self._module, self._graph, self._recorder = graph_module, graph_module.graph, recorder
         self._position = {node: number for number, node in enumerate(self._graph.nodes)}
         self._latest: dict[fx.Node, fx.Node] = {}
         self._paths = {node: self._path(node) for node in self._graph.nodes}
@@ -262,9 +262,9 @@ class _Rewriter:
             return
         root, steps = self._paths[target] or self._refuse(change.node, target)
         whole = value
-        if self._watch.layout[root] is None:
+        if self._recorder.layout[root] is None:
             self._refuse(change.node, root)
-        if self._watch.layout[root] != self._watch.layout[target]:
+        if self._recorder.layout[root] != self._recorder.layout[target]:
             whole = self._insert(change.node, value, written, (self._current(root), steps, ..., value))
         for node in others:
             path = self._paths[node] or self._refuse(change.node, node)
@@ -334,15 +334,15 @@ class _Rewriter:
     def _path(self, node: fx.Node) -> tuple[fx.Node, tuple[Step, ...]] | None:
         """The tensor that owns the memory, and the views that lead from it to `node`; None where a view is not known."""
         steps: list[Step] = []
-        while node in self._watch.parent and node not in self._watch.reshaped:
-            parent = self._watch.parent[node]
-            if self._watch.layout[parent] is None or self._watch.layout[parent] != self._watch.layout[node]:
+        while node in self._recorder.parent and node not in self._recorder.reshaped:
+            parent = self._recorder.parent[node]
+            if self._recorder.layout[parent] is None or self._recorder.layout[parent] != self._recorder.layout[node]:
                 step = _step(node, parent, self._module)
                 if step is None:
                     return None
                 steps.insert(0, step)
             node = parent
-        return None if node in self._watch.reshaped else (node, tuple(steps))
+        return None if node in self._recorder.reshaped else (node, tuple(steps))
 
     def _refuse(self, change: fx.Node, view: fx.Node) -> Any:
         raise InPlaceError(

@@ -1,4 +1,4 @@
-"""The graph that pruning works on, with the user's own source line in every message."""
+"""The graph that pruning and quantization work on, with the user's own source line in every message."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def trace(
 
     The graph module shares the modules of `model`. Each function or method call carries `meta["source"]`, the
     user's function, file and line; what is called inside an attention module carries its name as `meta["attention"]`,
-    and the graph module's `meta["attentions"]` has the heads of each. `meta["decisions"]` has what the forward pass asked
-    about sizes; the graph then holds for images of the example's size and those for which `meta["holds_for"]` says so.
+    and the graph module's `meta["attentions"]` has the heads of each. `meta["decisions"]` has what the forward pass decided
+    by sizes; the graph then holds for images of the example's size and those for which `meta["holds_for"]` says so.
     `meta["root"]` is `model`, whose layers may be called as functions of their weights.
 
     Args:
@@ -48,7 +48,7 @@ def trace(
     try:
         captured = tracing.capture(model, example, tracer)
     except Exception as error:
-        raise PruningError(tracing.explained(error, model, example)) from error
+        raise PruningError(tracing.explain(error, model, example)) from error
     graph_module = captured.graph_module
     _unpack_record(graph_module.graph)
     graph_module.recompile()
@@ -114,7 +114,7 @@ def _prove(graph_module: fx.GraphModule, model: nn.Module, example: torch.Tensor
     try:
         tracing.prove(graph_module, structure_copy(model).eval(), probe(graph_module, example))
     except tracing.Untraceable as error:
-        raise PruningError(tracing.explained(error, model, example)) from error
+        raise PruningError(tracing.explain(error, model, example)) from error
 
 
 def _with_buffers(model: nn.Module, example: torch.Tensor | None) -> fx.GraphModule:

@@ -37,7 +37,8 @@ def layer_type(module: nn.Module) -> type[nn.Module]:
 
     `class Conv(nn.Conv2d): pass` computes a Conv2d. A subclass with a forward pass of its own does not.
     """
-    return type(module) if "forward" in vars(module) else _layer_type(type(module))
+    kind: type[nn.Module] = type(module)
+    return kind if "forward" in vars(module) else _layer_type(kind)
 
 
 @functools.cache
@@ -53,7 +54,8 @@ def _layer_type(kind: type[nn.Module]) -> type[nn.Module]:
 
 def _annotated(kind: type) -> dict[str, Any]:
     """A subclass may compute its `weight` in a property, where torch's class only declares that it has one."""
-    return kind.__dict__.get("__annotations__", {})
+    annotations: dict[str, Any] = kind.__dict__.get("__annotations__", {})
+    return annotations
 
 
 def is_torch_layer(module: nn.Module) -> bool:

@@ -40,11 +40,11 @@ _TENSORS = ("weight", "bias", "running_mean", "running_var")
 
 
 class OwnLayers:
-    """Which module's forward pass is being traced, and the plain layers found in it, by the module's name."""
+    """Which module's forward pass is being traced, and the plain layers recognised in it (`layers`), by the module's name."""
 
     def __init__(self) -> None:
         self._stack: list[tuple[nn.Module, str]] = []
-        self.found: dict[str, nn.Module] = {}
+        self.layers: dict[str, nn.Module] = {}
 
     @contextlib.contextmanager
     def inside(self, module: nn.Module, name: str) -> Iterator[None]:
@@ -62,41 +62,43 @@ class OwnLayers:
         base = torch_base(type(module))
         if not issubclass(base, kind) or base is type(module):
             return None
-        given = _DEFAULTS[function] | dict(zip(names, args, strict=False)) | dict(kwargs)
-        if not all(_is_own(given[key], module, name, key) for key in _TENSORS if key in given):
+        arguments = _DEFAULTS[function] | dict(zip(names, args, strict=False)) | dict(kwargs)
+        if not all(_is_own(arguments[key], module, name, key) for key in _TENSORS if key in arguments):
             return None
-        settings = _settings(base, given)
-        if settings is None or not isinstance(given.get("input"), fx.Proxy):
+        settings = _settings(base, arguments)
+        if settings is None or not isinstance(arguments.get("input"), fx.Proxy):
             return None
-        if name in self.found:
-            same = all(getattr(self.found[name], key) == value for key, value in settings.items())
-            return (name, given["input"]) if same else None
-        self.found[name] = as_layer(module, base, **settings)
-        return name, given["input"]
+        if name in self.layers:
+            same = all(getattr(self.layers[name], key) == value for key, value in settings.items())
+            return (name, arguments["input"]) if same else None
+        self.layers[name] = as_layer(module, base, **settings)
+        return name, arguments["input"]
 
 
-def _is_own(given: Any, module: nn.Module, name: str, key: str) -> bool:
-    """Whether the tensor given is the module's own of that name, and not one computed from it."""
+def _is_own(value: Any, module: nn.Module, name: str, key: str) -> bool:
+    """Whether a tensor is the module's own one of that name, and not one computed from it."""
     own = module._parameters.get(key, module._buffers.get(key))
-    if not isinstance(given, fx.Proxy):
-        return given is own
-    node = given.node
+    if not isinstance(value, fx.Proxy):
+        return value is own
+    node = value.node
     return own is not None and node.op == "get_attr" and node.target == f"{name}.{key}".lstrip(".")
 
 
-def _settings(base: type[nn.Module], given: Mapping[str, Any]) -> dict[str, Any] | None:
+def _settings(base: type[nn.Module], arguments: Mapping[str, Any]) -> dict[str, Any] | None:
     """The attributes of a plain layer that calls the function as it was called; None where no layer would."""
     if issubclass(base, _BatchNorm):
-        if given["training"] or given["running_mean"] is None:
+        if arguments["training"] or arguments["running_mean"] is None:
             return None
-        return {"eps": float(given["eps"]), "training": False}
+        return {"eps": float(arguments["eps"]), "training": False}
     if base is nn.LayerNorm:
-        return {"eps": given["eps"], "normalized_shape": tuple(given["normalized_shape"])}
+        return {"eps": arguments["eps"], "normalized_shape": tuple(arguments["normalized_shape"])}
     if base is nn.GroupNorm:
-        return {"eps": given["eps"], "num_groups": given["num_groups"]}
+        return {"eps": arguments["eps"], "num_groups": arguments["num_groups"]}
     if base is nn.Linear:
         return {}
-    settings = {key: _pair(given[key]) for key in ("stride", "padding", "dilation")} | {"groups": given["groups"]}
+    settings = {key: _pair(arguments[key]) for key in ("stride", "padding", "dilation")} | {
+        "groups": arguments["groups"]
+    }
     if any(value is None for value in settings.values()):
         return None
     return settings | {"padding_mode": "zeros"}

@@ -1,7 +1,7 @@
-"""Stand-ins for tensors and sizes that know an example of what they stand for.
+"""fx proxies of tensors and sizes that know an example.
 
-They record what is done with them, as fx's proxies do, and answer what Python asks. What a tensor holds is never told,
-only its shape, type and device; a number that comes from a shape is told, and the tracer notes that it was asked for.
+They record operations as fx's proxies do, and answer what Python reads from them: of a tensor its shape, dtype and device, but
+never its values; of a number that comes from a shape its value, and the tracer records that it was read.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ _COMPILED = "hands its input to compiled code that cannot be followed"
 _SETS = "sets an attribute of a tensor"
 
 
-class Sizes(tuple):
+class Sizes(tuple[Any, ...]):
     """A tensor's shape, each size a proxy of its own; torch's own class holds whole numbers only."""
 
     @property
-    def __class__(self) -> type:  # type: ignore[override]
+    def __class__(self) -> type:  # type: ignore[misc]  # typeshed has it writable, and isinstance only reads it
         return torch.Size
 
     def numel(self) -> Any:
@@ -38,37 +38,38 @@ class Sizes(tuple):
         return Sizes(item) if isinstance(index, slice) else item
 
 
-class _Asking(fx.Proxy):
-    """What Python asks is answered by the tracer, which has the example values."""
+class _AnsweringProxy(fx.Proxy):
+    """A proxy whose tracer, which has the example values, answers what Python asks."""
 
     tracer: ValueTracer
 
     def __len__(self) -> int:
-        return self.tracer.asked(self, len)
+        return int(self.tracer.answer(self, len))
 
-    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        return (self[index] for index in range(len(self)))
+    def __iter__(self) -> Iterator[Any]:
+        proxy: Any = self
+        return (proxy[index] for index in range(len(self)))
 
     def __bool__(self) -> bool:
-        return self.tracer.asked(self, bool)
+        return bool(self.tracer.answer(self, bool))
 
     def __index__(self) -> int:
-        return self.tracer.asked(self, operator.index)
+        return int(self.tracer.answer(self, operator.index))
 
     def __int__(self) -> int:
-        return self.tracer.asked(self, int)
+        return int(self.tracer.answer(self, int))
 
     def __float__(self) -> float:
-        return self.tracer.asked(self, float)
+        return float(self.tracer.answer(self, float))
 
     def __round__(self, digits: int | None = None) -> Any:
-        return self.tracer.asked(self, lambda value: round(value, digits))
+        return self.tracer.answer(self, lambda value: round(value, digits))
 
     def __contains__(self, item: object) -> bool:
-        return self.tracer.asked(self, lambda value: item in value)
+        return bool(self.tracer.answer(self, lambda value: item in value))
 
-    def __divmod__(self, other: object) -> tuple[Any, Any]:
-        return self // other, self % other
+    def __divmod__(self, other: Any) -> tuple[Any, Any]:
+        return operator.floordiv(self, other), operator.mod(self, other)
 
     def __repr__(self) -> str:
         return f"<{self.node.name}>"
@@ -80,7 +81,7 @@ class _Asking(fx.Proxy):
         return self
 
 
-class NumberProxy(_Asking):
+class NumberProxy(_AnsweringProxy):
     """A size, or what was computed from sizes; also a device, which is another one when the model has moved."""
 
     @property
@@ -88,7 +89,7 @@ class NumberProxy(_Asking):
         return self.tracer.values[self.node]
 
     @property
-    def __class__(self) -> type:  # type: ignore[override]
+    def __class__(self) -> type:  # type: ignore[misc]  # typeshed has it writable, and isinstance only reads it
         return type(self.value)
 
     def __getattr__(self, name: str) -> Any:
@@ -105,14 +106,14 @@ class NumberProxy(_Asking):
         return format(self.value, spec)
 
 
-class TensorProxy(_Asking, Tensor):  # type: ignore[misc]
+class TensorProxy(_AnsweringProxy, Tensor):  # type: ignore[misc]
     """A tensor without memory, so that torch's own code takes it for the tensor that it stands for."""
 
     node: fx.Node
 
     @staticmethod
     def of(value: Tensor, node: fx.Node, tracer: ValueTracer) -> TensorProxy:
-        proxy = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        proxy: TensorProxy = Tensor._make_wrapper_subclass(
             TensorProxy, value.shape, dtype=value.dtype, device=value.device, requires_grad=False
         )
         proxy.node, proxy.tracer = node, tracer
@@ -141,7 +142,7 @@ class TensorProxy(_Asking, Tensor):  # type: ignore[misc]
         return super().__torch_function__(orig_method, types, args, kwargs)
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]  # torch declares it static
         raise Untraceable(_COMPILED, current_place())
 
     keys = None  # type: ignore[assignment]
@@ -179,4 +180,4 @@ class PlainProxy(fx.Proxy):
     tracer: ValueTracer
 
     def __len__(self) -> int:
-        return self.tracer.asked(self, len)
+        return int(self.tracer.answer(self, len))

@@ -1,4 +1,4 @@
-"""fx's tracer with values: what Python asks of a tensor or a size while the graph is taken is answered for an example."""
+"""fx's tracer with example values: whatever Python reads from a tensor or a size while tracing is that of the example."""
 
 from __future__ import annotations
 
@@ -49,10 +49,10 @@ _ONE_AT_A_TIME = threading.RLock()
 
 
 class ValueTracer(fx.Tracer):
-    """Takes the graph of a module for a batch of images; without one, of what asks for no sizes.
+    """Traces a module for a batch of images; without one, a module that reads no sizes in Python.
 
     Attributes:
-        decisions: what Python asked about sizes, in order.
+        decisions: what Python read from sizes, in order.
         own: modules to put in the place of the model's own, by name.
     """
 
@@ -131,7 +131,7 @@ class ValueTracer(fx.Tracer):
             return a.node
         return super().create_arg(tuple(a) if type(a) is Sizes else a)
 
-    def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **named: Any) -> Any:  # type: ignore[override]
+    def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **named: Any) -> Any:
         if kind == "call_function" and (call := self.own.call(target, args, kwargs)) is not None:
             kind, target, args, kwargs, rest, named = "call_module", call[0], (call[1],), {}, (), {}
         proxy = super().create_proxy(kind, target, args, kwargs, *rest, **named)
@@ -161,8 +161,8 @@ class ValueTracer(fx.Tracer):
 
     # -- example values --------------------------------------------------------------------------------------------
 
-    def asked(self, proxy: fx.Proxy, question: Callable[[Any], Any]) -> Any:
-        """The answer for the example; raises `Untraceable` where it would be read from a tensor's values."""
+    def answer(self, proxy: fx.Proxy, question: Callable[[Any], Any]) -> Any:
+        """`question` of the example value; raises `Untraceable` where the answer depends on the values of a tensor."""
         if self._images is None:
             raise Untraceable(_WITHOUT_EXAMPLE, current_place())
         value = self.values[proxy.node]
@@ -173,10 +173,10 @@ class ValueTracer(fx.Tracer):
         return answer
 
     def to_bool(self, obj: fx.Proxy) -> bool:
-        return self.asked(obj, bool)
+        return bool(self.answer(obj, bool))
 
     def iter(self, obj: fx.Proxy) -> Iterator[Any]:
-        return self.asked(obj, len)
+        return iter(range(self.answer(obj, len)))
 
     def attribute(self, proxy: fx.Proxy, name: str) -> Any:
         """`proxy.name`, of a tensor never a method, of a number or a device perhaps."""
@@ -235,7 +235,7 @@ class ValueTracer(fx.Tracer):
     def _called(self, node: fx.Node, module: Callable[[nn.Module], nn.Module]) -> Callable[..., Any]:
         if node.op == "call_module":
             name = str(node.target)
-            return module(self.own.found.get(name) or self.root.get_submodule(name))
+            return module(self.own.layers.get(name) or self.root.get_submodule(name))
         if node.op == "call_method":
             return lambda self_, *args, **kwargs: getattr(self_, str(node.target))(*args, **kwargs)
         return node.target  # type: ignore[return-value]
@@ -244,8 +244,10 @@ class ValueTracer(fx.Tracer):
         """A copy of a layer whose tensors have no values."""
         if id(module) not in self._twins:
             self._twins[id(module)] = twin = as_layer(module, type(module))
-            for tensors in (twin._parameters, twin._buffers):
-                tensors.update({key: self._memo.get(id(tensor), tensor) for key, tensor in tensors.items()})
+            stores: tuple[dict[str, Any], ...] = (twin._parameters, twin._buffers)
+            for tensors in stores:
+                for key, tensor in tensors.items():
+                    tensors[key] = self._memo.get(id(tensor), tensor)
             twin._modules.update({key: self._twin(child) for key, child in twin._modules.items() if child is not None})
         return self._twins[id(module)]
 
@@ -295,7 +297,7 @@ def _like(value: tuple[Any, ...] | list[Any], items: list[Any]) -> Any:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """A size that does not fit is raised, and told by the caller; torch logs it with a traceback as well."""
+    """Without torch's log of sizes that do not fit: they are raised as well, and the caller reports them."""
     logger = logging.getLogger("torch._subclasses.fake_tensor")
     disabled, logger.disabled = logger.disabled, True
     try:
@@ -318,6 +320,6 @@ def _factories_traced(tracer: ValueTracer) -> Iterator[None]:
 
         return make
 
-    makers = {name: traced(getattr(torch, name)) for name in _FACTORIES}
+    makers: dict[str, Any] = {name: traced(getattr(torch, name)) for name in _FACTORIES}
     with mock.patch.multiple(torch, **makers), mock.patch.object(_symbolic_trace, "_create_wrapped_func", traced):
         yield

@@ -1,4 +1,4 @@
-"""Where in the model's own code something happens, and what its user is told about it."""
+"""The line of the user's code that is at fault, and the errors that name it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _PACKAGES = tuple(f"{os.sep}{name}{os.sep}" for name in ("site-packages", "dist-
 
 
 class Untraceable(Exception):
-    """What the model's code does that no graph can hold: `reason` goes on after the model's name."""
+    """A forward pass that a graph cannot represent: `reason` is the end of a sentence about the model."""
 
     def __init__(self, reason: str, place: Place | None = None) -> None:
         super().__init__(reason)
@@ -32,7 +32,7 @@ class Untraceable(Exception):
 
 
 class Unhashable(Untraceable, TypeError):
-    """What libraries expect of a symbol in place of a number."""
+    """A lookup by a size: libraries catch `TypeError` where a symbol cannot be hashed."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Decision:
-    """A question about sizes that the model's code asked in Python; a graph holds the answer only."""
+    """A value that the model's code read from sizes in Python; the graph has only the branch taken."""
 
     place: Place
     answer: object
@@ -90,17 +90,17 @@ def _outwards(frame: FrameType | None) -> Iterator[tuple[FrameType, int]]:
 
 def _best(frames: Iterable[tuple[FrameType, int]]) -> Place | None:
     """The innermost line of the innermost module's author: not of torch, and of no other library that it calls."""
-    seen: list[tuple[FrameType, int]] = []
+    lines: list[tuple[FrameType, int]] = []
     for frame, line in frames:
         if frame.f_code.co_filename.startswith((_TORCH, _OURS, "<")):
             continue
-        seen.append((frame, line))
+        lines.append((frame, line))
         if isinstance(frame.f_locals.get("self"), nn.Module):
             break
-    if not seen:
+    if not lines:
         return None
-    author = _author(seen[-1][0])
-    frame, line = next(one for one in seen if _author(one[0]) == author)
+    author = _author(lines[-1][0])
+    frame, line = next(one for one in lines if _author(one[0]) == author)
     return Place(frame.f_code.co_filename, line, frame.f_code.co_name)
 
 

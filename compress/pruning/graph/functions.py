@@ -83,25 +83,25 @@ def _pointwise(channels: Channels, node: fx.Node, source: Axis | None) -> Axis |
         return channels.opaque(node, reason or f"meets a tensor of another shape in {where}")
     for axis in elsewhere.values():
         channels.freeze(axis, f"is combined with {where}")
-    bond = "their outputs are multiplied" if name in MULTIPLICATIVE else "their outputs are added"
+    join_reason = "their outputs are multiplied" if name in MULTIPLICATIVE else "their outputs are added"
     if name not in MULTIPLICATIVE and name not in _SUMS:
-        bond = f"their outputs are combined in {where}"
+        join_reason = f"their outputs are combined in {where}"
     for other in wide[1:]:
-        if not channels.join(wide[0], other, bond):
+        if not channels.join(wide[0], other, join_reason):
             return channels.opaque(node, f"meets a concatenation with other boundaries in {where}")
     return replace(wide[0], dim=dim + len(shape))
 
 
 def _channel_dims(channels: Channels, tracked: Sequence[tuple[fx.Node, Axis]]) -> set[int]:
     """Along which dimensions, counted from the last one, the channels lie: those of layers rather than of parameters."""
-    found = {(item, axis): axis.dim - rank(item) for item, axis in tracked}
+    dims = {(item, axis): axis.dim - rank(item) for item, axis in tracked}
     layers = {
         dim
-        for (item, axis), dim in found.items()
+        for (item, axis), dim in dims.items()
         if size_at(item, dim) > 1 and any(channels.sets[part.set_id].layers for part in axis.parts)
     }
-    wide = {dim for (item, _), dim in found.items() if size_at(item, dim) > 1}
-    return layers or wide or set(list(found.values())[:1])
+    wide = {dim for (item, _), dim in dims.items() if size_at(item, dim) > 1}
+    return layers or wide or set(list(dims.values())[:1])
 
 
 _SUMS = frozenset({"add", "iadd", "add_", "sub", "isub", "sub_", "rsub"})
@@ -132,9 +132,10 @@ def _along(position: int, default: Any = None) -> Handler:
         if source is None:
             return untracked(channels, node)
         count = rank(channels.tensor_inputs(node)[0])
-        given = arguments(node, position, "dims") if operation_name(node) == "flip" else default
-        dims = {number_of(one) % count for one in given} if operation_name(node) == "flip" and given else None
-        dims = dims or dim_argument(node, position, count, default)
+        dims = dim_argument(node, position, count, default)
+        if operation_name(node) == "flip":  # its dimensions may be several arguments
+            listed = [number_of(one) for one in arguments(node, position, "dims")]
+            dims = {one % count for one in listed if one is not None} if None not in listed else None
         if dims is None or source.dim in dims:
             return through(channels, node)
         return source
@@ -207,8 +208,8 @@ def _concatenate(channels: Channels, node: fx.Node, source: Axis | None) -> Axis
     shape, items = shape_of(node), argument(node, 0, "tensors")
     where = channels.call_text(node)
     dim = number_of(argument(node, 1, "dim", "axis", default=0))
-    axes = [channels.axes.get(item) for item in items] if isinstance(items, list | tuple) else [None]
-    if shape is None or dim is None or any(axis is None for axis in axes) or len({one.dim for one in axes}) > 1:
+    axes = _axes_along_one_dim(channels, items)
+    if shape is None or dim is None or not axes:
         return channels.opaque(node, f"its channels are joined with others along another dimension by {where}")
     if axes[0].dim == dim % len(shape):
         return Axis(dim % len(shape), tuple(part for axis in axes for part in axis.parts))
@@ -219,11 +220,18 @@ def _stack(channels: Channels, node: fx.Node, source: Axis | None) -> Axis | Non
     """A new dimension, along which lie the same channels."""
     shape, items = shape_of(node), argument(node, 0, "tensors")
     dim = number_of(argument(node, 1, "dim", "axis", default=0))
-    axes = [channels.axes.get(item) for item in items] if isinstance(items, list | tuple) else [None]
-    if shape is None or dim is None or any(axis is None for axis in axes) or len({one.dim for one in axes}) > 1:
+    axes = _axes_along_one_dim(channels, items)
+    if shape is None or dim is None or not axes:
         return through(channels, node)
     joined = _same_channels(channels, node, axes)
     return replace(axes[0], dim=axes[0].dim + (dim % len(shape) <= axes[0].dim)) if joined is axes[0] else joined
+
+
+def _axes_along_one_dim(channels: Channels, items: Any) -> list[Axis]:
+    """The channels of several tensors; none where one has no channels that are followed, or along another dimension."""
+    nodes = items if isinstance(items, list | tuple) else ()
+    axes = [axis for item in nodes if (axis := channels.axes.get(item)) is not None]
+    return axes if len(axes) == len(nodes) and len({axis.dim for axis in axes}) == 1 else []
 
 
 def _same_channels(channels: Channels, node: fx.Node, axes: Sequence[Axis]) -> Axis | None:
@@ -247,7 +255,8 @@ def _matmul(channels: Channels, node: fx.Node, source: Axis | None) -> Axis | No
 
 def _einsum(channels: Channels, node: fx.Node, source: Axis | None) -> Axis | None:
     """One letter for the channels, in one tensor and in parameters; summed over, removed channels add nothing."""
-    equation, items = node.args[0], node.args[1:]
+    equation: Any = node.args[0]
+    items: tuple[Any, ...] = node.args[1:]
     items = tuple(items[0]) if len(items) == 1 and isinstance(items[0], list | tuple) else items
     if not isinstance(equation, str) or "..." in equation or "->" not in equation:
         return through(channels, node)
@@ -263,10 +272,8 @@ def _einsum(channels: Channels, node: fx.Node, source: Axis | None) -> Axis | No
         if letter in term and tensor is not None and not channels.roles.has(tensor):
             channels.axes[item] = channels.roles.opened(str(item.target), tensor, term.index(letter))
     for item, term, _ in lettered:
-        found = channels.axes.get(item)
-        if letter in term and (
-            found is None or found.dim != term.index(letter) or not channels.join(axis, found, BOTH)
-        ):
+        own = channels.axes.get(item)
+        if letter in term and (own is None or own.dim != term.index(letter) or not channels.join(axis, own, BOTH)):
             return through(channels, node)
     if letter in gives:
         return replace(axis, dim=gives.index(letter))

@@ -70,7 +70,7 @@ def functional_layer(channels: Channels, node: fx.Node, source: Axis | None) -> 
 
 def _filtered(channels: Channels, node: fx.Node, source: Axis, weight: Any) -> Axis | None:
     """A depthwise convolution whose filters are no layer's: a blur, a fixed derivative."""
-    groups, size = argument(node, 6, "groups", default=1), shape_of(channels.tensor_inputs(node)[0])[1]
+    groups, size = argument(node, 6, "groups", default=1), (shape_of(channels.tensor_inputs(node)[0]) or (0, 0))[1]
     shape = shape_of(weight) if isinstance(weight, fx.Node) else None
     if number_of(groups) != size or shape is None or shape[0] != size:
         return through(channels, node)
@@ -81,7 +81,7 @@ def _filtered(channels: Channels, node: fx.Node, source: Axis, weight: Any) -> A
         channels.roles.bind({str(weight.target): (tensor, {0: source})}, str(weight.target))
         channels.roles.names[id(tensor)] = str(weight.target)
         return source
-    if operation_name(weight) in ("expand", "repeat") and shape_of(weight.args[0])[0] == 1:
+    if operation_name(weight) in ("expand", "repeat") and (shape_of(weight.args[0]) or (0,))[0] == 1:
         return source if isinstance(arguments(weight, 1)[0], fx.Node) else through(channels, node)
     own = channels.axes.get(weight)
     if own is not None and own.dim == 0 and channels.join(source, own, BOTH):
@@ -123,7 +123,7 @@ def pixel_unshuffle(channels: Channels, node: fx.Node, source: Axis | None) -> A
 
 def _factor(channels: Channels, node: fx.Node, name: str) -> int | None:
     if node.op == "call_module":
-        return getattr(channels.modules[str(node.target)], name)
+        return int(getattr(channels.modules[str(node.target)], name))
     return number_of(argument(node, 1, name))
 
 

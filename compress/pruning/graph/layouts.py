@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 
 
 def untracked(channels: Channels, node: fx.Node) -> Axis | None:
-    """The answer to a tensor whose channels nobody has followed."""
+    """The result for a tensor whose channels could not be followed: what it is combined with is frozen."""
     return channels.opaque(node, f"is combined with the result of {channels.call_text(node)}")
 
 
 def through(channels: Channels, node: fx.Node) -> Axis | None:
-    """The answer to an operation that mixes or moves channels."""
+    """The result of an operation that mixes or moves channels: they are frozen."""
     return channels.opaque(node, f"its channels go through {channels.call_text(node)}")
 
 
@@ -50,19 +50,18 @@ def argument(node: fx.Node, position: int, *names: str, default: Any = None) -> 
 
 def arguments(node: fx.Node, position: int, *names: str) -> tuple[Any, ...]:
     """The same for a list that may be written as one argument or as several."""
-    found = argument(node, position, *names)
-    if isinstance(found, list | tuple):
-        return tuple(found)
-    return tuple(node.args[position:]) if found is not None else ()
+    value = argument(node, position, *names)
+    if isinstance(value, list | tuple):
+        return tuple(value)
+    return tuple(node.args[position:]) if value is not None else ()
 
 
 def dim_argument(node: fx.Node, position: int, count: int, default: Any = None) -> set[int] | None:
-    """The dimensions that a call works along, counted from 0; None where none are given or they are not numbers."""
-    given = argument(node, position, "dim", "axis", "dims", default=default)
-    found = [number_of(one) for one in (given if isinstance(given, list | tuple) else (given,))]
-    if given is None or any(one is None for one in found):
-        return None
-    return {one % count for one in found}
+    """The dimensions that a call works along, counted from 0; None where it has no such argument or they are not numbers."""
+    value = argument(node, position, "dim", "axis", "dims", default=default)
+    dims = [number_of(one) for one in (value if isinstance(value, list | tuple) else (value,))]
+    known = {one % count for one in dims if one is not None}
+    return known if value is not None and None not in dims else None
 
 
 def reshaped(channels: Channels, node: fx.Node, source: Axis | None) -> Axis | None:
@@ -98,7 +97,7 @@ def _at(source: Axis, dim: int, size: int, width: int, behind: tuple[int, ...]) 
 
 
 def _written_size(node: fx.Node, dim: int, new: tuple[int, ...]) -> bool:
-    """Whether the size asked for at `dim` is a number written down, which a pruned layer would no longer meet."""
+    """Whether the new size at `dim` is a literal number in the user's code, which a pruned layer would no longer have."""
     if node.op == "call_module" or operation_name(node) not in ("view", "reshape", "unflatten"):
         return False
     sizes = arguments(node, 1, "shape", "size")
@@ -123,10 +122,11 @@ def expanded(channels: Channels, node: fx.Node, source: Axis | None) -> Axis | N
 
 def permuted(channels: Channels, node: fx.Node, source: Axis | None) -> Axis | None:
     """`permute`: the dimensions in another order."""
-    order = [number_of(one) for one in arguments(node, 1, "dims")]
-    if source is None or not order or None in order:
+    dims = [number_of(one) for one in arguments(node, 1, "dims")]
+    order = [one % len(dims) for one in dims if one is not None]
+    if source is None or not order or len(order) < len(dims):
         return channels.opaque(node, f"its channels are rearranged by {channels.call_text(node)}")
-    return replace(source, dim=[one % len(order) for one in order].index(source.dim))
+    return replace(source, dim=order.index(source.dim))
 
 
 def transposed(channels: Channels, node: fx.Node, source: Axis | None) -> Axis | None:

@@ -71,7 +71,7 @@ _OTHERS = frozenset(
 
 def _functions() -> dict[object, str]:
     names = ELEMENTWISE | POINTWISE | POOLING | RESHAPES | INFORMATION | _OTHERS
-    found: dict[object, str] = {
+    known: dict[object, str] = {
         stochastic_depth: "stochastic_depth",
         getattr: "getattr",
         len: "len",
@@ -82,8 +82,8 @@ def _functions() -> dict[object, str]:
         for namespace in (F, torch, operator):
             function = getattr(namespace, name, None)
             if callable(function):
-                found[function] = name
-    return found
+                known[function] = name
+    return known
 
 
 _NAMES = _functions()

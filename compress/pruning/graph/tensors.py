@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from itertools import chain
 from operator import attrgetter
+from typing import Any
 
 import torch
 from torch import nn
@@ -22,7 +23,7 @@ READS = "reads"
 Dims = Mapping[int | str, Axis | None]
 
 
-def stored(model: nn.Module, name: str) -> object:
+def stored(model: nn.Module, name: str) -> Any:
     """The attribute of this dotted name."""
     return attrgetter(name)(model)
 
@@ -120,10 +121,10 @@ def _unsaved(name: str) -> str:
 
 def owners(model: nn.Module) -> dict[int, list[str]]:
     """id of each parameter and buffer of `model` -> its dotted names, several where it is tied."""
-    found: dict[int, list[str]] = defaultdict(list)
+    names: dict[int, list[str]] = defaultdict(list)
     for name, module in model.named_modules():
         prefix = f"{name}." if name else ""
         for key, tensor in chain(module._parameters.items(), module._buffers.items()):
             if tensor is not None:
-                found[id(tensor)].append(f"{prefix}{key}")
-    return found
+                names[id(tensor)].append(f"{prefix}{key}")
+    return names

@@ -120,8 +120,9 @@ def zero_weights(model: nn.Module, plan: Plan, sparsity: float) -> SparseModel:
     with nni_bridge.quiet(), torch.no_grad():
         _, masks = _pruner_class("LevelPruner")(structure_copy(model), [config]).compress()
         for layer in plan.sparse_layers:
-            result.get_submodule(layer).weight.masked_fill_(masks[layer]["weight"] == 0, 0.0)
-    zeros = {layer: float((result.get_submodule(layer).weight == 0).float().mean()) for layer in plan.sparse_layers}
+            result.get_submodule(layer).get_parameter("weight").masked_fill_(masks[layer]["weight"] == 0, 0.0)
+    weights = {layer: result.get_submodule(layer).get_parameter("weight") for layer in plan.sparse_layers}
+    zeros = {layer: float((weight == 0).float().mean()) for layer, weight in weights.items()}
     return SparseModel(result, zeros)
 
 

@@ -19,8 +19,8 @@ Masks = Mapping[str, Mapping[str, torch.Tensor]]
 def config_list(model: nn.Module, plan: Plan) -> list[dict[str, Any]]:
     """Write `plan` as an NNI 3.0 config list: one entry per layer, the layers of a group under one dependency id.
 
-    NNI removes int(blocks_of_units * sparse_ratio) of the smallest metrics in each metric block; half a unit on top of
-    the number wanted makes that count independent of rounding.
+    NNI removes int(blocks_of_units * sparse_ratio) of the smallest metrics in each metric block; half a unit more than
+    the planned number makes that count independent of rounding.
     """
     nni_bridge.know_subclasses(model, plan.layers)
     entries = []
@@ -35,14 +35,14 @@ def config_list(model: nn.Module, plan: Plan) -> list[dict[str, Any]]:
                 "internal_metric_block": group.blocks,
             }
             if group.unit > 1:
-                dims = model.get_submodule(layer).weight.dim()
+                dims = model.get_submodule(layer).get_parameter("weight").dim()
                 entry["target_settings"] = {"weight": {"granularity": [group.unit] + [-1] * (dims - 1)}}
             entries.append(entry)
     return entries
 
 
 def make_comparable(pruner: Any, plan: Plan) -> None:
-    """Let an NNI pruner average Linear layers with convolutions that share their channels, as in a gate.
+    """Let an NNI pruner average the metrics of Linear layers and convolutions that share their channels, as in a gate.
 
     NNI adds up the metrics of a group, which must have one shape: those of a Linear get the dimensions of a convolution.
     """
@@ -65,9 +65,11 @@ def _padded_class() -> type:
             self._more = more
 
         def shrink(self, target: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-            return super().shrink(target, *args, **kwargs)[(..., *[None] * self._more)]
+            metrics: torch.Tensor = super().shrink(target, *args, **kwargs)
+            return metrics[(..., *[None] * self._more)]
 
         def expand(self, target: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-            return super().expand(target.flatten(-self._more - 1), *args, **kwargs)
+            mask: torch.Tensor = super().expand(target.flatten(-self._more - 1), *args, **kwargs)
+            return mask
 
     return Padded

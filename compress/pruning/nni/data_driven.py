@@ -45,7 +45,7 @@ def masks_by_score(model: nn.Module, plan: Plan, scores: list[Tensor]) -> Masks:
     with torch.no_grad():
         pruner = _on_nni(Scored, _PRUNER)(model, config_list(model, plan), by_layer)
         make_comparable(pruner, plan)
-        _, masks = pruner.compress(None, None)
+        masks: Masks = pruner.compress(None, None)[1]
     pruner.unwrap_model()
     return masks
 
@@ -79,25 +79,38 @@ def lottery_ticket(model: nn.Module, example: Tensor, plan: Plan, training: Prun
 
 def _trained(pruner: Any, plan: Plan, training: PruningTraining) -> Masks:
     make_comparable(pruner, plan)
-    _, masks = pruner.compress(training.steps, None)
+    masks: Masks = pruner.compress(training.steps, None)[1]
     pruner.unwrap_model()
     return masks
 
 
 @functools.cache
-def _on_nni(method: type, base: str) -> type:
+def _on_nni(method: type, base: str) -> Any:
     """The class of `method` on NNI's class `base`, such as "nni.compression.base.compressor.Pruner"."""
     module, _, name = base.rpartition(".")
     return type(method.__name__, (method, getattr(nni_bridge.load(module), name)), {})
 
 
 class _Ranked:
-    """NNI removes the channels of the smallest metrics, by the rules of its config list."""
+    """NNI removes the channels of the smallest metrics, by the rules of its config list.
+
+    Declared here is what NNI's base class adds, which `_on_nni` mixes in: NNI is imported late, and has no types.
+    """
 
     _target_spaces: dict[str, dict[str, Any]]
+    sparse_goals: dict[str, dict[str, dict[str, float]]]
+    bound_model: nn.Module
+    update_masks: Callable[[Masks], None]
+    generate_masks: Callable[[], Masks]
+    _fusion_compress: Callable[[int, None], None]
+    _init_sparse_goals: Callable[[], None]
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
 
     def _generate_sparsity(self, metrics: Metrics) -> Masks:
-        return _tools().generate_sparsity(metrics, self._target_spaces)
+        masks: Masks = _tools().generate_sparsity(metrics, self._target_spaces)
+        return masks
 
     def _shrunk(self, data: Metrics, reduce: Callable[[Tensor], Tensor]) -> Metrics:
         """One number for each prunable unit: `reduce` over the last dimension of its values."""
@@ -143,7 +156,8 @@ class ADMM(_Ranked):
         self._interval, self._step = interval, 0
 
     def _collect_data(self) -> Metrics:
-        return _tools().active_sparse_targets_filter(self._target_spaces)
+        weights: Metrics = _tools().active_sparse_targets_filter(self._target_spaces)
+        return weights
 
     def _calculate_metrics(self, data: Metrics) -> Metrics:
         # Squares, because NNI averages over a group: their sum is what a projection of all its layers loses.

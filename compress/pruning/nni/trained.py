@@ -71,7 +71,7 @@ def slim(model: nn.Module, example: Tensor, plan: Plan, training: PruningTrainin
     pruner.unwrap_model()
     with torch.no_grad():
         for name, factor in factors.items():
-            model.get_submodule(name).weight.copy_(factor)
+            model.get_submodule(name).get_parameter("weight").copy_(factor)
     return masks_by_score(model, plan, factor_scores(groups, factors, lambda group: _l1_norm(model, plan, group)))
 
 
@@ -86,13 +86,13 @@ def _penalty(training: PruningTraining) -> float:
 
 def _run(pruner: Any, plan: Plan, *steps: int) -> Masks:
     make_comparable(pruner, plan)
-    _, masks = pruner.compress(*steps, *[None] * len(steps))
+    masks: Masks = pruner.compress(*steps, *[None] * len(steps))[1]
     pruner.unwrap_model()
     return masks
 
 
 def _l1_norm(model: nn.Module, plan: Plan, group: int) -> Tensor:
-    weights = [model.get_submodule(layer).weight.detach() for layer in plan.groups[group].layers]
+    weights = [model.get_submodule(layer).get_parameter("weight").detach() for layer in plan.groups[group].layers]
     return torch.stack([weight.flatten(1).abs().sum(1) for weight in weights]).mean(0)
 
 
