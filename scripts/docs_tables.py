@@ -109,14 +109,14 @@ def _first_line(text: str | None) -> str:
 
 
 def pruners() -> str:
-    from compress.pruning import PRUNERS
+    from compress.methods.pruners import PRUNERS
 
     rows = [(code(p.name), p.summary, p.needs_data, p.cost, p.paper) for p in PRUNERS.values()]
     return table(("pruner", "what it does", "needs", "takes", "from"), rows)
 
 
 def searches() -> str:
-    from compress.pruning import SEARCHES
+    from compress.methods.pruners import SEARCHES
 
     return table(("strategy", "what it does", "from"), [(code(s.name), s.summary, s.paper) for s in SEARCHES.values()])
 

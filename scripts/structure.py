@@ -41,15 +41,11 @@ EXCEPTIONS: dict[str, frozenset[str]] = {
         {
             "tests/bench/test_bench_peers.py",
             "tests/helpers/gpu_double.py",
-            "tests/own_modules/test_own_modules_door.py",
-            "tests/pruning/test_pruners.py",
-            "tests/pruning/test_pruning_exact.py",
             "tests/ui/test_web_files.py",
         }
     ),
     "functions": frozenset(
         {
-            "compress/pruning/plan.py::plan",
         }
     ),
 }

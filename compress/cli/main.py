@@ -129,7 +129,7 @@ def models(as_json: Json = False) -> None:
 @cli.command()
 def pruners(as_json: Json = False) -> None:
     """List the pruning methods."""
-    from compress.pruning import PRUNERS, SEARCHES
+    from compress.methods.pruners import PRUNERS, SEARCHES
 
     rows = [
         {"name": p.name, "what": p.summary, "needs": p.needs_data, "cost": p.cost, "paper": p.paper}

@@ -1,4 +1,4 @@
-"""The only door to NNI 3.0, an archived library whose import and algorithms change things for the whole process.
+"""The only import of NNI 3.0, an archived library whose import and algorithms change things for the whole process.
 
 Importing it overwrites torch's own pytree registrations, attaches a handler to stdout and sets a log level; running its
 algorithms prints, logs hundreds of lines and draws from every random generator. All of that is undone here.

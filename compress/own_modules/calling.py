@@ -19,7 +19,7 @@ _BY_PLACE = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_
 
 
 def run(model: nn.Module, images: Tensor) -> Any:
-    """What `model`, in the mode it is in, answers; a module that draws random numbers draws the same each time."""
+    """The output of `model`, in the mode it is in, for images float32 [N, C, H, W]; random numbers are the same each time."""
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
         return model(images)
@@ -48,7 +48,11 @@ def taking_images(model: nn.Module) -> tuple[nn.Module, list[str]]:
 
 
 def with_forward(model: nn.Module, forward: Callable[[nn.Module, Tensor], Any]) -> nn.Module:
-    """`model` itself as an instance of a subclass with this forward, under the old name; so its layers keep theirs."""
+    """`model` itself as an instance of a subclass with this forward, under the old name, so that its layers keep theirs.
+
+    Args:
+        forward: called with (model, images float32 [N, C, H, W]).
+    """
     vars(model).pop("forward", None)
     return _subclassed(model, forward=forward)
 

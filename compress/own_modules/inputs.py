@@ -27,7 +27,7 @@ def example(size: int, channels: int = 3, width: int | None = None) -> Tensor:
 
 
 def takes(model: nn.Module, images: Tensor) -> bool:
-    """Whether `model` runs on the images and answers with a row for each; one that flattens larger maps gives more."""
+    """Whether `model` runs on images float32 [N, C, H, W] and returns a row for each; one that flattens larger maps gives more."""
     try:
         return answers.has_rows(calling.run(model, images), len(images))
     except Exception:  # noqa: BLE001 - what a user's own module raises is its author's choice
@@ -35,7 +35,7 @@ def takes(model: nn.Module, images: Tensor) -> bool:
 
 
 def refusal(model: nn.Module, images: Tensor, problem: str) -> RequestError:
-    """The error for a `model` that does not take `images`: it names others that it takes, or the problem itself."""
+    """The error for a `model` that does not take `images` float32 [N, 3, H, W]: it names others that it takes, or the problem."""
     size, until = images.shape[2], time.monotonic() + PATIENCE_S
     if takes(model, images[:1]):
         return _refused(

@@ -46,7 +46,11 @@ def make_permanent(model: nn.Module) -> list[str]:
 
 
 def plain_batch_norms(model: nn.Module, images: Tensor) -> list[str]:
-    """Replace each SyncBatchNorm of `model`, in eval mode, by the BatchNorm for the dimensions of its input; returns notes."""
+    """Replace each SyncBatchNorm of `model`, in eval mode, by the BatchNorm for the dimensions of its input; returns notes.
+
+    Args:
+        images: float32 [N, 3, H, W], on which the dimensions are found.
+    """
     synced = [module for module in model.modules() if type(module) is nn.SyncBatchNorm]
     if not synced:
         return []

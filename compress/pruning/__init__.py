@@ -6,9 +6,9 @@ import torch
 from torch import nn
 
 from compress.errors import RequestError
+from compress.methods.pruners import PRUNERS, SEARCHES, Pruner
 from compress.pruning.interface import Group, Plan, PrunedModel, PruningTraining, SparseModel, Unpruned
 from compress.pruning.plan import plan, plan_without_shrinking
-from compress.pruning.registry import PRUNERS, SEARCHES, Pruner
 from compress.pruning.shortfall import shortfall
 from compress.tracing.graph import trace
 
@@ -77,7 +77,10 @@ def zero_weights(model: nn.Module, plan: Plan, sparsity: float) -> SparseModel:
 
 
 def require_usable(model: nn.Module, example: torch.Tensor, plan: Plan, pruner: str, *, has_images: bool) -> None:
-    """Refuse a pruner that cannot work on this model or without images, before anything is spent.
+    """Refuse a pruner that cannot work on this model or without images, before any work is done.
+
+    Args:
+        example: float32 [N, C, H, W]; only the shape is used.
 
     Raises:
         RequestError: it needs images and there are none, or BatchNorm factors and no planned layer has any.
@@ -85,10 +88,10 @@ def require_usable(model: nn.Module, example: torch.Tensor, plan: Plan, pruner: 
     if PRUNERS[pruner].needs_images and not has_images:
         allowed = f"one that needs no images, because data is `none`: {_without_images()}"
         raise RequestError("pruner", pruner, allowed)
-    if pruner == "slim":
+    if PRUNERS[pruner].needs_batch_norm:
         from compress.pruning.channel_statistics import normalised_groups
 
-        normalised_groups(model, example, plan)
+        normalised_groups(model, example, plan, pruner)
 
 
 def _without_images() -> str:

@@ -73,11 +73,14 @@ def activation_scores(
     return recorder.means(len(plan.groups))
 
 
-def normalised_groups(model: nn.Module, example: Tensor, plan: Plan) -> list[list[tuple[str, Place]]]:
+def normalised_groups(
+    model: nn.Module, example: Tensor, plan: Plan, pruner: str = "slim"
+) -> list[list[tuple[str, Place]]]:
     """For each group of `plan` the BatchNorms whose trainable factors scale its channels, and where in them.
 
     Args:
         example: float32 [N, C, H, W]; only the shape is used.
+        pruner: the name that a refusal names.
 
     Raises:
         RequestError: no group has one, so that there is nothing to penalise.
@@ -98,14 +101,14 @@ def normalised_groups(model: nn.Module, example: Tensor, plan: Plan) -> list[lis
             f"another one, such as l1-norm, because no layer that can be pruned in {type(model).__name__} is followed by "
             "a BatchNorm with factors to train"
         )
-        raise RequestError("pruner", "slim", allowed)
+        raise RequestError("pruner", pruner, allowed)
     return groups
 
 
 def factor_scores(
     groups: list[list[tuple[str, Place]]], factors: Mapping[str, Tensor], fallback: Callable[[int], Tensor]
 ) -> list[Tensor]:
-    """The mean absolute BatchNorm factor of each group's channels (Liu et al. 2017): float [channels], >= 0.
+    """The mean absolute BatchNorm factor of each group's channels (Liu et al. 2017): float of shape [channels], >= 0.
 
     Args:
         groups: from `normalised_groups`.

@@ -59,20 +59,15 @@ def plan(
         RequestError: an argument is out of range, names no layer of this model, or asks for what cannot be.
         PruningError: the model cannot be traced, or nothing in it can be removed.
     """
-    _check_arguments(model, example, sparsity, multiple)
-    if max_layer_sparsity is not None and not sparsity <= max_layer_sparsity < 1:
-        raise RequestError("max_layer_sparsity", max_layer_sparsity, "a fraction from the sparsity to below 1")
+    _check_arguments(sparsity, multiple, max_layer_sparsity)
+    check_example(model, example)
     channels = analyse(model, example)
     if config_list is not None:
         constraints = config_lists.translate(model, channels.layers(), config_list)
     else:
+        layers, excluded = channels.layers(), _attention_of(model, channels, exclude)
         constraints = by_name(
-            channels.layers(),
-            sparsity,
-            _attention_of(model, channels, exclude),
-            layer_sparsity,
-            ranking=ranking,
-            max_layer_sparsity=max_layer_sparsity,
+            layers, sparsity, excluded, layer_sparsity, ranking=ranking, max_layer_sparsity=max_layer_sparsity
         )
     if constraints.ranking == "global":
         require_metric(pruner)
@@ -84,11 +79,7 @@ def plan(
         groups, unchanged = rank_globally(model, groups, constraints, multiple, pruner)
         unpruned += unchanged
     if not groups:
-        first = f": {clause(unpruned[0].layer, unpruned[0].reason)}" if unpruned else ""
-        raise PruningError(
-            f"Nothing in {type(model).__name__} can be pruned at sparsity {sparsity:g}; all of its "
-            f"{len(unpruned)} Conv2d and Linear layers keep their channels{first}."
-        )
+        raise _nothing_to_prune(model, sparsity, unpruned)
     return Plan(groups, unpruned)
 
 
@@ -112,6 +103,14 @@ def plan_without_shrinking(model: nn.Module, *, exclude: Sequence[str] = ()) -> 
     return Plan((), unpruned, sparse_layers)
 
 
+def _nothing_to_prune(model: nn.Module, sparsity: float, unpruned: Sequence[Unpruned]) -> PruningError:
+    first = f": {clause(unpruned[0].layer, unpruned[0].reason)}" if unpruned else ""
+    return PruningError(
+        f"Nothing in {type(model).__name__} can be pruned at sparsity {sparsity:g}; all of its {len(unpruned)} Conv2d and "
+        f"Linear layers keep their channels{first}."
+    )
+
+
 def _apply(constraints: Constraints, channels: Channels) -> None:
     """Freeze the channels of layers that the user excludes, gives a sparsity of 0, or does not select."""
     sets = channels.sets
@@ -125,12 +124,13 @@ def _apply(constraints: Constraints, channels: Channels) -> None:
             sets.freeze(root, UNSELECTED, kind="asked")
 
 
-def _check_arguments(model: nn.Module, example: torch.Tensor, sparsity: float, multiple: int) -> None:
+def _check_arguments(sparsity: float, multiple: int, max_layer_sparsity: float | None) -> None:
     if not 0 < sparsity < 1:
         raise RequestError("sparsity", sparsity, "a fraction strictly between 0 and 1")
     if isinstance(multiple, bool) or not isinstance(multiple, int) or multiple < 1:
         raise RequestError("multiple", multiple, "a whole number from 1 up, such as 8")
-    check_example(model, example)
+    if max_layer_sparsity is not None and not sparsity <= max_layer_sparsity < 1:
+        raise RequestError("max_layer_sparsity", max_layer_sparsity, "a fraction from the sparsity to below 1")
 
 
 def check_example(model: nn.Module, example: torch.Tensor) -> None:

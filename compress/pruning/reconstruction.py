@@ -105,7 +105,7 @@ def reconstruct(
 
 
 def affordable(target: fx.GraphModule, source: fx.GraphModule, images: Tensor) -> int:
-    """How many images' activations fit into MEMORY, seen on one of them; at least one chunk."""
+    """How many of `images` [N, 3, H, W] have activations that fit into MEMORY, measured with one; at least one chunk."""
     most = 0
     walks = [(_Walk(graph, images[:1]), list(graph.graph.nodes)) for graph in (target, source)]
     for nodes in zip(*(nodes for _, nodes in walks), strict=True):

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from compress import nni_bridge
 from compress.errors import PruningError
+from compress.methods.pruners import Pruner
 from compress.models.attention import heads_of, is_attention, keep_heads
 from compress.pruning.channels import Call, Channels, analyse
 from compress.pruning.equivalence import Difference, check_equal
@@ -26,7 +27,6 @@ from compress.pruning.graph.tensors import owners, stored
 from compress.pruning.interface import Plan, PrunedModel, PruningTraining
 from compress.pruning.nni import backend
 from compress.pruning.plan import check_example
-from compress.pruning.registry import Pruner
 from compress.tracing import type_name
 from compress.tracing.graph import structure_copy
 
@@ -37,7 +37,7 @@ _SIZES = ("in_channels", "out_channels", "groups", "in_features", "out_features"
 def shrink(
     model: nn.Module, example: Tensor, plan: Plan, pruner: Pruner, training: PruningTraining | None
 ) -> PrunedModel:
-    """Choose, mask, shrink and check a copy of `model`; see `compress.pruning.prune`."""
+    """Choose, mask, shrink and check a copy of `model`, with `example` float32 [N, C, H, W]; see `compress.pruning.prune`."""
     started = time.perf_counter()
     check_example(model, example)
     with torch.inference_mode(False), torch.enable_grad(), nni_bridge.random_state_kept():

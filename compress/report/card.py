@@ -7,9 +7,9 @@ from typing import Any
 import jinja2
 from plotly.offline import get_plotlyjs
 
+from compress.methods.pruners import PRUNERS
 from compress.report import Report, charts
 from compress.report.tables import tables
-from compress.request.rules import FINE_GRAINED_PRUNER
 from compress.request.snippets import shell_command, without_folders
 
 CHART_TITLES = {
@@ -78,7 +78,8 @@ def _facts(report: Report) -> dict[str, Any]:
 def _what_was_done(report: Report) -> str:
     request, done = report.request, []
     if request["pruner"] != "none":
-        what = "weights set to zero" if request["pruner"] == FINE_GRAINED_PRUNER else "channels pruned"
+        pruner = PRUNERS.get(request["pruner"])
+        what = "weights set to zero" if pruner is not None and pruner.fine_grained else "channels pruned"
         share = f"{100 * request['sparsity']:.0f} % of the {what} ({request['pruner']})"
         done.append(f"Channels pruned ({request['pruner']}, NNI config list)" if request.get("config_list") else share)
     if any(layer.weight_bits < 16 for layer in report.layers):

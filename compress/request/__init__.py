@@ -14,6 +14,7 @@ from typing import Any, get_args
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from compress.errors import RequestError
+from compress.methods.pruners import PRUNERS, SEARCHES
 from compress.request.fields import (
     Architecture,
     ConfigList,
@@ -28,12 +29,11 @@ from compress.request.fields import (
     RuntimeHint,
     RuntimeName,
 )
-from compress.request.rules import FINE_GRAINED_PRUNER, FULL_PRECISION, HALF_PRECISION, allowed, refuse_contradictions
+from compress.request.rules import FULL_PRECISION, HALF_PRECISION, allowed, refuse_contradictions
 
 CHECKPOINT_SOURCES = ("auto", "published", "random")
 DATA_SOURCES = ("fashion-mnist", "none")
 """Keywords of these two fields; they take precedence over a file of that name."""
-SEARCHING_PRUNERS = ("simulated-annealing", "auto-compress", "amc")
 
 
 def _field(default: Any, allowed: str, **limits: Any) -> Any:
@@ -118,7 +118,7 @@ class Request(BaseModel):
     pruning_learning_rate: float = _field(0.02, "a number above 0 and at most 10", gt=0, le=10)
     """Peak learning rate (SGD) of pruners that train while they prune."""
     pruning_steps: int = _field(5, "a whole number from 1 to 1000", ge=1, le=1000)
-    """Number of prune-and-train iterations of the iterative pruners linear, agp, admm and lottery-ticket."""
+    """Number of prune-and-train iterations of the pruners that prune step by step."""
     # ---- training ---------------------------------------------------------------------------------------------
     optimizer: OptimizerName = _field("adamw", "one of adamw, sgd")
     """Optimizer of fine-tuning and quantization-aware training."""
@@ -204,7 +204,7 @@ class Request(BaseModel):
     @property
     def shrinks(self) -> bool:
         """True if layers lose channels."""
-        return self.prunes and self.pruner != FINE_GRAINED_PRUNER
+        return self.prunes and not PRUNERS[self.pruner].fine_grained
 
     @property
     def quantizes(self) -> bool:
@@ -243,7 +243,7 @@ class Request(BaseModel):
 def _first_refusal(error: ValidationError, values: dict[str, Any]) -> RequestError:
     first = error.errors(include_url=False, include_context=False)[0]
     name = str(first["loc"][0]) if first["loc"] else "request"
-    if name == "pruner" and values["pruner"] in SEARCHING_PRUNERS:
+    if name == "pruner" and values["pruner"] in SEARCHES:
         reason = (
             f"because this one searches a ratio for each layer: python -m compress search --strategy {values['pruner']}"
         )

@@ -8,33 +8,20 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
+from compress.methods.pruners import PRUNERS
 from compress.methods.quantizers import FORMER_NAMES, QUANTIZERS
 from compress.methods.runtimes import RUNTIMES, Hint
 
-PrunerName = Literal[
-    "l1-norm",
-    "l2-norm",
-    "fpgm",
-    "level",
-    "taylor",
-    "activation-apoz",
-    "activation-mean",
-    "slim",
-    "linear",
-    "agp",
-    "movement",
-    "admm",
-    "lottery-ticket",
-    "none",
-]
 RankingName = Literal["per-group", "global"]
 OptimizerName = Literal["adamw", "sgd"]
 EstimatorName = Literal["average", "minmax", "percentile", "mse", "entropy"]
 RuntimeHint = Hint
 if TYPE_CHECKING:  # a type checker knows literals only as they are written
+    PrunerName = str
     RuntimeName = str
     QuantizerNames = str
 else:
+    PrunerName = Literal[*PRUNERS, "none"]
     RuntimeName = Literal["auto", *RUNTIMES]
     QuantizerNames = Literal[*QUANTIZERS, "none"]
 QuantizerName = Annotated[

@@ -11,7 +11,6 @@ from compress.methods.runtimes import RUNTIMES
 if TYPE_CHECKING:
     from compress.request import Request
 
-FINE_GRAINED_PRUNER = "level"
 QUANTIZED_BITS = range(2, 9)
 HALF_PRECISION, FULL_PRECISION = 16, 32
 _PLAN_FIELDS = ("sparsity", "exclude", "layer_sparsity", "ranking", "max_layer_sparsity", "config_list")
@@ -103,9 +102,13 @@ def _refuse_contradictory_plan(request: Request) -> None:
     if request.pruner == "none" and changed - {"sparsity"}:
         name = next(name for name in _PLAN_FIELDS[1:] if name in changed)
         raise RequestError(name, getattr(request, name), "nothing, because the pruner is none: choose a pruner")
-    if request.pruner == FINE_GRAINED_PRUNER and changed - {"sparsity", "exclude"}:
+    if request.prunes and not request.shrinks and changed - {"sparsity", "exclude"}:
         name = next(name for name in _PLAN_FIELDS[2:] if name in changed)
-        raise RequestError(name, getattr(request, name), "nothing, because level treats the layers alike: take another")
+        raise RequestError(
+            name,
+            getattr(request, name),
+            f"nothing, because {request.pruner} treats the layers alike: choose another pruner",
+        )
     if request.max_layer_sparsity is not None and request.ranking != "global":
         raise RequestError(
             "max_layer_sparsity", request.max_layer_sparsity, "nothing, because it limits global ranking: ask for that"

@@ -23,7 +23,6 @@ from compress.equality.outputs import torch_answer
 from compress.errors import DataError, PruningError, RequestError
 from compress.models import counting
 from compress.pruning import Group
-from compress.pruning.registry import TRAINS
 from compress.request import Request
 from compress.search.candidate import Candidate
 from compress.search.latency import Stopwatch
@@ -197,9 +196,9 @@ def require_searchable(base: Request) -> None:
     """Raises `RequestError` where per-group ratios cannot be set, or making a candidate would need training."""
     if base.config_list is not None:
         raise RequestError("config_list", "a list", "nothing, because a search sets the ratio of each group itself")
-    if not base.shrinks or pruning.PRUNERS[base.pruner].needs_data == TRAINS:
+    if not base.shrinks or pruning.PRUNERS[base.pruner].trains:
         known = ", ".join(
-            name for name, one in pruning.PRUNERS.items() if one.needs_data != TRAINS and not one.fine_grained
+            name for name, one in pruning.PRUNERS.items() if not one.trains and not one.fine_grained
         )
         raise RequestError("pruner", base.pruner, f"one that shrinks layers and needs no training of its own: {known}")
 

@@ -163,7 +163,7 @@ def _compared(size: int) -> int:
 
 
 def modules(request: Request, workload: Workload, found: DryRun) -> list[dict[str, str]]:
-    """A line for each layer: green shrinks and runs on integers as far as asked, amber stays whole or in floating point.
+    """A line for each layer: green shrinks and runs on integers as far as asked, amber is not pruned or stays in floating point.
 
     A problem of the whole request is a red line of the layer that it refuses by name, or of the model. A plan that removes
     far less than what was asked for is an amber line of the model.
@@ -180,7 +180,7 @@ def modules(request: Request, workload: Workload, found: DryRun) -> list[dict[st
     if found.plan.shortfall:
         lines.append({"module": workload.name, "level": "amber", "text": found.plan.shortfall})
     for name in layers:
-        stays = [f"stays whole: {_of_the_layer(whole[name])}"] if name in whole else []
+        stays = [f"not pruned: {_of_the_layer(whole[name])}"] if name in whole else []
         if request.quantizes:
             stays += [f"stays in floating point: {floats[name]}"] if name in floats else []
             stays += [

@@ -99,7 +99,7 @@ def _text(workload: Workload, facts: dict[str, int], found: dry_run.DryRun) -> s
     groups, whole = len(plan.groups), len(plan.left_out)
     layers = sum(len(group.layers) for group in plan.groups)
     pruned = f"{_count(layers, 'layer')} can be pruned in {_count(groups, 'group')}"
-    pruned += f", {whole} {'stays' if whole == 1 else 'stay'} whole"
+    pruned += f", {whole} not pruned"
     if plan.thinned:
         pruned = f"{_count(len(plan.thinned), 'layer')} with zeros among the weights, and every layer keeps its shape"
     short = f" {plan.shortfall}" if plan.shortfall else ""

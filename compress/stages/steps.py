@@ -22,7 +22,6 @@ from compress.errors import TrainingError
 from compress.models import counting
 from compress.models.calls import classes_of, logits_of, own_errors
 from compress.pruning.reconstruction import Refit, reconstruct
-from compress.pruning.registry import TRAINS
 from compress.request import Request
 from compress.workload import Workload
 
@@ -216,7 +215,7 @@ def training_stages(request: Request, workload: Workload) -> tuple[str, ...]:
     if not workload.dataset.has_images:
         return ()
     trains = {
-        "prune": request.prunes and pruning.PRUNERS[request.pruner].needs_data == TRAINS,
+        "prune": request.prunes and pruning.PRUNERS[request.pruner].trains,
         "finetune": request.prunes and request.finetune_epochs > 0,
         "quantize": request.quantizes and request.qat_epochs > 0 and quantization.QUANTIZERS[request.quantizer].trains,
     }

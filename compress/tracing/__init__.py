@@ -102,7 +102,7 @@ def structure_copy(model: nn.Module) -> nn.Module:
 
 
 def explain(error: Exception, model: nn.Module, example: Tensor | None) -> str:
-    """A sentence for the user about an error that `capture` or `prove` raised."""
+    """A sentence for the user about an error that `capture` or `prove` raised for `example` [N, C, H, W]."""
     name, place = type(model).__name__, place_of(error)
     if isinstance(error, Untraceable):
         place = error.place or place

@@ -68,7 +68,7 @@ def make_functional(graph_module: fx.GraphModule, images: Tensor) -> None:
 
 
 def written(whole: Tensor, steps: tuple[Step, ...], index: Any, value: Any) -> Tensor:
-    """A copy of `whole` in which `value` is assigned to `index` of the view that `steps` lead to."""
+    """A copy of `whole`, a tensor of any shape, in which `value` is assigned to `index` of the view that `steps` lead to."""
     whole = whole.clone()
     part = whole
     for name, args, kwargs in steps:
@@ -78,7 +78,7 @@ def written(whole: Tensor, steps: tuple[Step, ...], index: Any, value: Any) -> T
 
 
 def after(value: Tensor, _operation: object) -> Tensor:
-    """`value` as it is once the operation, which changes it, has run."""
+    """`value`, a tensor of any shape, after the operation that changes it."""
     return value
 
 

@@ -85,7 +85,7 @@ def traced_copy(model: nn.Module, example: torch.Tensor | None = None) -> fx.Gra
     flag whether to call them: the graph is traced with that flag set in the modules around them, and in these alone, so
     that BatchNorm and dropout behave as in eval mode. `meta["training"]` holds their names; see `set_traced_mode`.
 
-    With an `example`, as `trace` takes it, the graph's answers in eval mode are proved to be the model's own.
+    With an `example` [N, C, H, W], the graph's outputs in eval mode are checked against the model's.
 
     Raises:
         PruningError: untraceable, random, or training takes another way through the network than evaluation.

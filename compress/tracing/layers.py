@@ -38,7 +38,7 @@ def layer_type(module: nn.Module) -> type[nn.Module]:
     `class Conv(nn.Conv2d): pass` computes a Conv2d. A subclass with a forward pass of its own does not.
     """
     kind: type[nn.Module] = type(module)
-    return kind if "forward" in vars(module) else _layer_type(kind)
+    return kind if "forward" in vars(module) else _layer_type(kind)  # type: ignore[arg-type]  # mypy takes __hash__ of instances
 
 
 @functools.cache

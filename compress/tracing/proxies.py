@@ -26,8 +26,8 @@ _SETS = "sets an attribute of a tensor"
 class Sizes(tuple[Any, ...]):
     """A tensor's shape, each size a proxy of its own; torch's own class holds whole numbers only."""
 
-    @property
-    def __class__(self) -> type:  # type: ignore[misc]  # typeshed has it writable, and isinstance only reads it
+    @property  # type: ignore[misc]  # typeshed has it writable, and isinstance only reads it
+    def __class__(self) -> type:
         return torch.Size
 
     def numel(self) -> Any:
@@ -88,8 +88,8 @@ class NumberProxy(_AnsweringProxy):
     def value(self) -> Any:
         return self.tracer.values[self.node]
 
-    @property
-    def __class__(self) -> type:  # type: ignore[misc]  # typeshed has it writable, and isinstance only reads it
+    @property  # type: ignore[misc]  # typeshed has it writable, and isinstance only reads it
+    def __class__(self) -> type:
         return type(self.value)
 
     def __getattr__(self, name: str) -> Any:
@@ -113,6 +113,7 @@ class TensorProxy(_AnsweringProxy, Tensor):  # type: ignore[misc]
 
     @staticmethod
     def of(value: Tensor, node: fx.Node, tracer: ValueTracer) -> TensorProxy:
+        """A proxy with the shape, dtype and device of `value`, a fake tensor of any shape."""
         proxy: TensorProxy = Tensor._make_wrapper_subclass(
             TensorProxy, value.shape, dtype=value.dtype, device=value.device, requires_grad=False
         )

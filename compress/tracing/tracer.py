@@ -282,7 +282,7 @@ class ValueTracer(fx.Tracer):
 
 def _asks_for_rank(node: fx.Node) -> bool:
     """How many dimensions a tensor has is no matter of sizes."""
-    return node.target in ("dim", "ndimension") or (node.target is getattr and node.args[1] == "ndim")
+    return node.target in ("dim", "ndimension") or (node.target is getattr and str(node.args[1]) == "ndim")
 
 
 def _like(value: tuple[Any, ...] | list[Any], items: list[Any]) -> Any:

@@ -8,8 +8,9 @@ from torch.nn import functional as F
 
 from bench.randomised import randomise
 from compress.pruning import PruningTraining
+from compress.pruning.interface import Group, Plan
 
-__all__ = ["ODD_NETWORKS", "conv_bn", "randomise"]
+__all__ = ["ODD_NETWORKS", "Residual", "conv_bn", "example", "one_layer", "randomise", "training"]
 
 
 def training(
@@ -31,6 +32,35 @@ def conv_bn(inputs: int, outputs: int, **kwargs: int) -> nn.Sequential:
     return nn.Sequential(
         nn.Conv2d(inputs, outputs, 3, padding=1, bias=False, **kwargs), nn.BatchNorm2d(outputs), nn.ReLU()
     )
+
+
+class Residual(nn.Module):
+    """Conv-BN-ReLU blocks around an addition."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.inner = conv_bn(3, 16), conv_bn(16, 32)
+        self.outer = nn.Sequential(nn.Conv2d(32, 16, 1), nn.BatchNorm2d(16))
+        self.relu, self.head = nn.ReLU(), nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        return self.head(self.relu(x + self.outer(self.inner(x))).mean((2, 3)))
+
+
+def one_layer(weight: list[float], bias: list[float] | None = None) -> tuple[nn.Module, Plan]:
+    """A 1 x 1 convolution of one input channel, ReLU, and a head; half of its channels go."""
+    conv = nn.Conv2d(1, len(weight), 1, bias=bias is not None)
+    with torch.no_grad():
+        conv.weight.copy_(torch.tensor(weight).view(-1, 1, 1, 1))
+        if bias is not None:
+            conv.bias.copy_(torch.tensor(bias))
+    model = nn.Sequential(conv, nn.ReLU(), nn.Flatten(), nn.Linear(4 * len(weight), 2)).eval()
+    return model, Plan((Group(("0",), len(weight), len(weight) // 2, "no other layer shares its channels"),), ())
+
+
+def example(size: int = 16, channels: int = 3) -> Tensor:
+    return torch.randn(2, channels, size, size, generator=torch.Generator().manual_seed(1))
 
 
 class FlattenByView(nn.Module):

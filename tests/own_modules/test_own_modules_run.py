@@ -1,4 +1,4 @@
-"""A module of the user's own with everything around it at once, from the door to the deployed files and back."""
+"""A module of the user's own with everything around it at once, from opening it to the deployed files and back."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import nn
 from torch.nn.utils import parametrizations, prune
-from user_modules_door import Net, trained_values
+from user_classifiers import Net, trained_values
 
 import compress
 from compress import classify, pipeline
@@ -65,7 +65,7 @@ def images(tmp_path):
 
 
 @pytest.mark.usefixtures("short_run")
-def test_from_the_door_to_the_files_and_back(images, tmp_path):
+def test_from_opening_to_the_files_and_back(images, tmp_path):
     request, out = REQUEST.model_copy(update={"data": str(images)}), tmp_path / "run"
     report = compress.run(request, model=as_people_have_it(), out=out)
     notes = " ".join(report.notes)

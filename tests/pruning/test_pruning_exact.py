@@ -3,69 +3,28 @@
 from __future__ import annotations
 
 import copy
-import random
 from typing import NamedTuple
 
-import numpy as np
 import pytest
 import torch
+from exact_pruning import assert_as_planned, break_one_weight, images, is_unchanged, shrunk, small_resnet, state
 from pruning_networks import ODD_NETWORKS, FlattenByView, Grouped, SharedAndTied, conv_bn, randomise, training
 from torch import Tensor, nn
 from torchvision import models
 from torchvision.models.convnext import CNBlockConfig, ConvNeXt
-from torchvision.models.resnet import BasicBlock, Bottleneck
+from torchvision.models.resnet import Bottleneck
 from torchvision.models.swin_transformer import PatchMergingV2, SwinTransformer, SwinTransformerBlockV2
 from torchvision.models.vision_transformer import VisionTransformer
 
-from compress.errors import HandoffError, PruningError, RequestError
-from compress.models.attention import heads_of, is_attention
-from compress.pruning import PRUNERS, plan, prune, speedup
+from compress.errors import HandoffError
+from compress.pruning import PRUNERS, plan, prune
 from compress.pruning.interface import Group, Plan
 from compress.pruning.nni import backend
 
 torch.set_num_threads(1)
 
 
-def images(size: int = 48, count: int = 2) -> Tensor:
-    return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(1))
-
-
-def shrunk(model: nn.Module, size: int = 48, pruner: str = "l1-norm", sparsity: float = 0.5):
-    example = images(size)
-    return prune(model, example, plan(model, example, sparsity=sparsity), pruner, training(size))
-
-
 SHRINKING = sorted(name for name, pruner in PRUNERS.items() if not pruner.fine_grained)
-
-
-def state(model: nn.Module) -> dict[str, Tensor]:
-    return {name: value.clone() for name, value in model.state_dict().items()}
-
-
-def is_unchanged(model: nn.Module, before: dict[str, Tensor]) -> bool:
-    now = model.state_dict()
-    return now.keys() == before.keys() and all(torch.equal(now[name], before[name]) for name in now)
-
-
-def assert_as_planned(model: nn.Module, result) -> None:
-    """Sizes, attributes and tensor names: what the rebuild recipe and a checkpoint read."""
-    assert type(result.model) is type(model)
-    assert list(result.model.state_dict()) == list(model.state_dict())
-    for layer, group in result.plan.layers.items():
-        module = result.model.get_submodule(layer)
-        channels = heads_of(module).channels if is_attention(module) else module.weight.shape[0]
-        assert channels == group.channels_after
-    for module in result.model.modules():
-        if isinstance(module, nn.Conv2d):
-            assert module.weight.shape[:2] == (module.out_channels, module.in_channels // module.groups)
-        elif isinstance(module, nn.Linear):
-            assert module.weight.shape == (module.out_features, module.in_features)
-        elif isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
-            assert module.weight.shape[0] == module.running_mean.shape[0] == module.num_features
-
-
-def small_resnet() -> nn.Module:
-    return models.ResNet(BasicBlock, [1, 1, 1, 1], num_classes=10)
 
 
 FAMILIES = {
@@ -189,7 +148,7 @@ def test_auxiliary_heads_follow_what_they_read(name):
 
 
 def test_a_wrong_auxiliary_head_is_caught(monkeypatch):
-    _break_one_weight(monkeypatch, "aux.4")
+    break_one_weight(monkeypatch, "aux.4")
     with pytest.raises(HandoffError, match="The outputs of the pruned model differ from the masked model's"):
         shrunk(randomise(Auxiliary()), size=28)
 
@@ -292,7 +251,7 @@ def test_all_zero_tensors_do_not_look_dead():
 def test_a_wrong_model_is_caught_even_under_a_head_that_is_zero(monkeypatch):
     model = randomise(small_resnet())
     nn.init.zeros_(model.fc.weight)
-    _break_one_weight(monkeypatch, "layer3.0.conv1")
+    break_one_weight(monkeypatch, "layer3.0.conv1")
     with pytest.raises(HandoffError, match="The inputs of fc of the pruned model differ"):
         shrunk(model)
 
@@ -306,110 +265,6 @@ def test_it_works_where_gradients_are_off(context, pruner):
         result = prune(model, images(28), plan(model, images(28), sparsity=0.5), pruner, how)
     result.model.train()(images(28)).sum().backward()
     assert all(parameter.grad is not None for parameter in result.model.parameters())
-
-
-def _break_one_weight(monkeypatch, layer: str) -> None:
-    replace = speedup._replace
-
-    def broken(name, module, functions, masks):
-        replace(name, module, functions, masks)
-        if name == layer:
-            module.weight.data[0] += 0.05
-
-    monkeypatch.setattr(speedup, "_replace", broken)
-
-
-def _harmless(model: nn.Module, call) -> None:
-    """Run `call`, which fails, and check that model, modes and random generators are bit by bit what they were."""
-    model.train()
-    before, flags = state(model), [parameter.requires_grad for parameter in model.parameters()]
-    generators = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
-    call()
-    assert is_unchanged(model, before) and all(module.training for module in model.modules())
-    assert flags == [parameter.requires_grad for parameter in model.parameters()]
-    assert torch.equal(generators[0], torch.get_rng_state()) and random.getstate() == generators[2]
-    assert np.array_equal(generators[1], np.random.get_state()[1])
-
-
-_DIFFERS = (
-    r"differ from the masked model's by \S+ where their scale is \S+; \S+ is allowed\. The first layer that differs is "
-    r"layer3\.0\.conv1, which is .*; exclude .*layer3\.0\.conv1.* to go on"
-)
-
-
-def test_a_shrunk_model_that_differs_is_refused_with_both_numbers_and_the_layer(monkeypatch):
-    model = randomise(small_resnet())
-    _break_one_weight(monkeypatch, "layer3.0.conv1")
-
-    def call():
-        with pytest.raises(HandoffError, match=_DIFFERS):
-            shrunk(model)
-
-    _harmless(model, call)
-
-
-def test_a_shrunk_model_that_does_not_run_names_the_layer(monkeypatch):
-    replace = speedup._replace
-
-    def broken(name, module, functions, masks):
-        replace(name, module, functions, masks)
-        if name == "layer3.0.conv1":
-            module.weight = nn.Parameter(module.weight[:, 1:])
-
-    monkeypatch.setattr(speedup, "_replace", broken)
-    with pytest.raises(HandoffError) as caught:
-        shrunk(randomise(small_resnet()))
-    assert str(caught.value).startswith(
-        "The pruned model does not run. The first layer that differs is layer3.0.conv1, "
-    )
-    assert "exclude layer2.0.conv2, layer2.0.downsample.0, " in str(caught.value)
-    assert "size" not in str(caught.value)  # torch's own words go to the log
-
-
-def test_a_failure_inside_nni_harms_nothing_and_is_explained(monkeypatch):
-    model = randomise(Grouped())
-
-    def fails(name, module, functions, masks):
-        raise ValueError("no room")
-
-    monkeypatch.setattr(speedup, "_replace", fails)
-
-    def call():
-        with pytest.raises(
-            PruningError, match=r"stem\.0, a Conv2d, cannot be made smaller as planned.*exclude=stem\.0"
-        ):
-            shrunk(model, size=28)
-
-    _harmless(model, call)
-
-
-def test_a_module_that_nni_cannot_replace_is_an_error():
-    with pytest.raises(
-        PruningError, match=r"features\.3, a Bilinear, cannot be made smaller\. Keep the layers before it"
-    ):
-        speedup._replace("features.3", nn.Bilinear(2, 2, 2), {}, (None, None, None))
-
-
-def test_a_plan_of_another_model_is_refused():
-    other = plan(models.resnet50(), images(), sparsity=0.5)
-    with pytest.raises(
-        PruningError,
-        match="The plan was made for another model: it expects 256 output channels in "
-        r"layer1\.0\.conv3 and finds no such layer",
-    ):
-        prune(models.resnet18(), images(), other, "l1-norm")
-
-
-def test_an_impossible_count_is_noticed_after_the_run():
-    model = nn.Sequential(nn.Conv2d(3, 32, 3), nn.Flatten())
-    impossible = Plan((Group(("0",), 32, 20, "no other layer shares its channels", unit=8),), ())
-    with pytest.raises(PruningError, match=r"The pruner keeps \d+ of 32 channels in 0 where 20 were planned"):
-        backend.kept_channels(model, impossible, "L1NormPruner")
-
-
-def test_an_unknown_pruner_is_refused_with_the_known_ones():
-    with pytest.raises(RequestError, match="pruner: got 'magic', expected one of l1-norm, l2-norm, fpgm, taylor"):
-        prune(Grouped(), images(28), Plan((), ()), "magic")
 
 
 def test_the_fast_geometric_median_ranks_as_nnis_own():

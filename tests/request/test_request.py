@@ -69,7 +69,7 @@ from compress.request import Request
         ),
         (
             {"pruner": "level", "ranking": "global"},
-            "ranking: got 'global', expected nothing, because level treats the layers alike: take another.",
+            "ranking: got 'global', expected nothing, because level treats the layers alike: choose another pruner.",
         ),
         ({"engine_targets": ["8.6"]}, "engine_targets: got ['8.6'], expected GPU architectures such as SM86 and SM89."),
         (

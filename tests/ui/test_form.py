@@ -156,7 +156,7 @@ def test_the_estimate_is_looked_up_once_it_was_counted(tmp_path: Path) -> None:
     assert "44.7 MB → about <b>3.0 MB</b>" in shown
     assert "Counted from the plan for resnet18 with 10 classes at 32 × 32 pixels." in shown
     assert "Layers that shrink (2)" in shown and "conv1, layer1.0.conv2" in shown
-    assert "their &lt;outputs&gt; are added" in shown and "Layers that stay whole (1)" in shown
+    assert "their &lt;outputs&gt; are added" in shown and "Layers that are not pruned (1)" in shown
     assert app.explain_counted(form_values()) == {} and app.explain(form_values())["meaning"] == shown
     again = App(Queue(tmp_path), dict, Settings(data=tmp_path), offers, no_images, no_count)
     assert again.explain(form_values())["meaning"] == shown, "kept on disk"

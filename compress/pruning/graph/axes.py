@@ -45,10 +45,10 @@ class Axis:
 
 
 def kept_features(axis: Axis | None, sets: ChannelSets, kept: Mapping[int, torch.Tensor]) -> torch.Tensor | None:
-    """Which features along `axis.dim` stay, bool [features] on the CPU; None where all do.
+    """Which features along `axis.dim` are kept, bool of shape [features] on the CPU; None where all are.
 
     Args:
-        kept: root of a channel set -> which of its channels stay, bool [channels].
+        kept: root of a channel set -> which of its channels are kept, bool of shape [channels].
     """
     if axis is None:
         return None

@@ -22,7 +22,7 @@ BOTH = "their channels are multiplied"
 
 
 def parameter(channels: Channels, node: Any) -> torch.Tensor | None:
-    """The tensor that `node` reads as an attribute of the model; None where it is anything else."""
+    """The tensor, of any shape, that `node` reads as an attribute of the model; None where it reads anything else."""
     if not isinstance(node, fx.Node) or node.op != "get_attr":
         return None
     tensor = stored(channels.graph_module, str(node.target))

@@ -1,4 +1,4 @@
-"""What the dimensions of parameters and buffers are: along which channels each tensor loses what."""
+"""The channels along the dimensions of parameters and buffers: what each tensor loses with a channel."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def stored(model: nn.Module, name: str) -> Any:
 
 
 class Roles:
-    """Along which of its dimensions each parameter or buffer has which channels, whoever reads it, and how often.
+    """For each parameter and buffer, which channels lie along which of its dimensions, whoever reads it and how often.
 
     Only what the model's state dict has (`saved`) can get smaller: a rebuilt model makes everything else anew.
     """
@@ -43,7 +43,7 @@ class Roles:
         """Of tensors that no layer holds as its weight or bias: their dotted name."""
 
     def bind(self, tensors: Mapping[str, tuple[torch.Tensor, Dims]], reader: str) -> None:
-        """Say what the dimensions of tensors are for `reader`; an earlier reader's channels become the same ones."""
+        """Record what the dimensions of tensors of any shape are for `reader`; an earlier reader's channels become the same ones."""
         for name, (tensor, dims) in tensors.items():
             key = id(tensor)
             if name not in self._saved:
@@ -85,22 +85,22 @@ class Roles:
         return replace(bound[0], dim=wide[0]) if len(wide) == 1 else None
 
     def opened(self, name: str, tensor: torch.Tensor, dim: int) -> Axis:
-        """A new set along one dimension of a tensor that has none yet."""
+        """A new set along one dimension of a tensor of any shape that has none yet."""
         axis = Axis(dim, (Part(self._sets.new(tensor.shape[dim]), tensor.shape[dim]),))
         self.bind({name: (tensor, {dim: axis})}, name)
         return axis
 
     def freeze(self, tensor: object, reason: str, kind: Kind = "structure") -> None:
-        """Rule that a tensor stays as it is: somebody reads it in a way that is not followed."""
+        """Rule that a tensor keeps its size: an operation reads it in a way that is not followed."""
         self._frozen.setdefault(id(tensor), reason)
         self._freeze(self._dims.get(id(tensor), {}).values(), reason, kind)
 
     def has(self, tensor: object) -> bool:
-        """Whether anybody has said what the dimensions of this tensor are."""
+        """Whether `bind` has recorded this tensor."""
         return id(tensor) in self._dims
 
     def dims(self, tensor: torch.Tensor) -> Dims:
-        """What is known of the dimensions of a tensor."""
+        """The channels along each dimension of a tensor of any shape that is known."""
         return self._dims.get(id(tensor), {})
 
     def _freeze(self, axes: Iterable[Axis | None], reason: str, kind: Kind = "structure") -> None:

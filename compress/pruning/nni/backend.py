@@ -1,12 +1,11 @@
-"""NNI's pruners, told exactly how many channels each group keeps, and checked to have done so."""
+"""NNI's pruners with the exact number of channels that each group keeps, and the check that they kept so many."""
 
 from __future__ import annotations
 
 import copy
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -15,14 +14,16 @@ from torch import nn
 
 from compress import nni_bridge
 from compress.errors import PruningError
+from compress.methods.pruners import Pruner
 from compress.models.attention import heads_of, is_attention, value_rows
 from compress.pruning.interface import Group, Plan, PruningTraining, SparseModel
 from compress.pruning.nni import data_driven, trained
 from compress.pruning.nni.config import Masks, config_list, make_comparable
-from compress.pruning.registry import Pruner
 from compress.tracing.graph import structure_copy
 from compress.training import device, single_pixel_convs_as_matmul
 
+_MODULES = {"data_driven": data_driven, "trained": trained}
+"""The modules that `Pruner.function` names a function of."""
 _WEIGHTS_AT_ONCE = 8_000_000
 
 
@@ -31,7 +32,7 @@ class Choice:
     """Which channels stay, and the model whose weights the result takes: the input model, or a trained copy."""
 
     kept: dict[str, torch.Tensor]
-    """layer -> bool [out_channels]."""
+    """layer -> bool of shape [out_channels]."""
     model: nn.Module
 
 
@@ -40,7 +41,10 @@ def choose(
 ) -> Choice:
     """Run `pruner` over a copy of `model`, which is only read; see `compress.pruning.prune` for what it raises.
 
-    NNI has no wrapper for attention, so a pruner that runs the model leaves its heads to the L1 norm.
+    NNI has no wrapper for attention, so with a pruner that runs the model the L1 norm chooses the heads.
+
+    Args:
+        example: float32 [N, C, H, W] on the model's device.
     """
     if training is None or not pruner.needs_images:
         return Choice(kept_channels(model, plan, pruner.nni_class), model)
@@ -51,21 +55,17 @@ def choose(
     subject = copy.deepcopy(structure_copy(model)).to(device())
     with nni_bridge.quiet(), torch.enable_grad(), single_pixel_convs_as_matmul(subject):
         torch.manual_seed(0)
-        masks = _WITH_IMAGES[pruner.name](subject, example.to(device()), plan, training)
+        masks = _with_images(pruner, subject, example.to(device()), plan, training)
     return Choice(heads | _kept(plan, masks), _with_tensors_of(subject, model) if pruner.leaves_trained else model)
 
 
-_WITH_IMAGES: dict[str, Callable[[nn.Module, torch.Tensor, Plan, PruningTraining], Masks]] = {
-    "taylor": trained.taylor,
-    "slim": trained.slim,
-    "linear": partial(trained.gradual, "LinearPruner"),
-    "agp": partial(trained.gradual, "AGPPruner"),
-    "movement": trained.movement,
-    "activation-apoz": partial(data_driven.by_activation, "activation-apoz"),
-    "activation-mean": partial(data_driven.by_activation, "activation-mean"),
-    "admm": data_driven.admm,
-    "lottery-ticket": data_driven.lottery_ticket,
-}
+def _with_images(
+    pruner: Pruner, model: nn.Module, example: torch.Tensor, plan: Plan, training: PruningTraining
+) -> Masks:
+    """The masks of the function that the registry names for `pruner`."""
+    module, _, name = pruner.function.rpartition(".")
+    masks: Masks = getattr(_MODULES[module], name)(model, example, plan, training, pruner)
+    return masks
 
 
 def kept_channels(model: nn.Module, plan: Plan, nni_class: str) -> dict[str, torch.Tensor]:
@@ -75,7 +75,7 @@ def kept_channels(model: nn.Module, plan: Plan, nni_class: str) -> dict[str, tor
         model: the module that the plan was made for; only read.
         nni_class: name of the pruner in nni.compression.pruning.
 
-    Returns: for each planned layer, which output channels stay: bool [out_channels].
+    Returns: for each planned layer, which output channels are kept: bool of shape [out_channels].
 
     Raises:
         PruningError: the plan does not fit the model, or NNI kept other channels than planned.

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from compress import nni_bridge
+from compress.methods.pruners import Pruner
 from compress.pruning.channel_statistics import activation_scores
 from compress.pruning.interface import Plan, PruningTraining
 from compress.pruning.nni.config import Masks, config_list, make_comparable
@@ -28,10 +29,11 @@ ADMM_PENALTY = 1e-3
 """rho of Zhang et al. 2018: strength of the pull towards the pruned weights."""
 
 
-def by_activation(statistic: str, model: nn.Module, example: Tensor, plan: Plan, training: PruningTraining) -> Masks:
-    """Ranks channels by their activations on `training.steps` batches; `statistic` is a key of channel_statistics.STATISTICS."""
+def by_activation(model: nn.Module, example: Tensor, plan: Plan, training: PruningTraining, method: Pruner) -> Masks:
+    """Ranks channels by their activations on `training.steps` batches, by the statistic of the pruner's name;
+    `example` is float32 [N, C, H, W]."""
     images = first_batches(training, training.steps)
-    return masks_by_score(model, plan, activation_scores(model, example, plan, images, statistic))
+    return masks_by_score(model, plan, activation_scores(model, example, plan, images, method.name))
 
 
 def masks_by_score(model: nn.Module, plan: Plan, scores: list[Tensor]) -> Masks:
@@ -39,7 +41,7 @@ def masks_by_score(model: nn.Module, plan: Plan, scores: list[Tensor]) -> Masks:
 
     Args:
         model: left unwrapped.
-        scores: for each group of `plan`, float [channels].
+        scores: for each group of `plan`, float of shape [channels].
     """
     by_layer = {layer: score for group, score in zip(plan.groups, scores, strict=True) for layer in group.layers}
     with torch.no_grad():
@@ -50,14 +52,15 @@ def masks_by_score(model: nn.Module, plan: Plan, scores: list[Tensor]) -> Masks:
     return masks
 
 
-def admm(model: nn.Module, example: Tensor, plan: Plan, training: PruningTraining) -> Masks:
+def admm(model: nn.Module, example: Tensor, plan: Plan, training: PruningTraining, method: Pruner) -> Masks:
     """Zhang et al. 2018, scaled form, with whole channels in place of single weights.
 
         W <- SGD on loss(W) + rho/2 ||W - Z + U||^2        for one round
         Z <- Euclidean projection of W + U onto the weights that have no more than the planned channels
         U <- U + W - Z
 
-    Z and U start as the projection of W and zero. After the last round the channels of smallest norm are masked.
+    Z and U start as the projection of W and zero. After the last round the channels of smallest norm are masked. `example`
+    is float32 [N, C, H, W].
     """
     pruner = _on_nni(ADMM, _PRUNER)(
         model, config_list(model, plan), training_evaluator(model, training), training.steps // training.rounds
@@ -65,11 +68,11 @@ def admm(model: nn.Module, example: Tensor, plan: Plan, training: PruningTrainin
     return _trained(pruner, plan, training)
 
 
-def lottery_ticket(model: nn.Module, example: Tensor, plan: Plan, training: PruningTraining) -> Masks:
+def lottery_ticket(model: nn.Module, example: Tensor, plan: Plan, training: PruningTraining, method: Pruner) -> Masks:
     """Frankle and Carbin 2019, iterative pruning with resetting.
 
     Each of n rounds trains, keeps the share p^(1/n) of the remaining channels by their L1 norm, p being the share kept at the
-    end, and resets the weights to their original values. A masked channel stays masked.
+    end, and resets the weights to their original values. A masked channel stays masked. `example` is float32 [N, C, H, W].
     """
     pruner = _on_nni(LotteryTicket, _SCHEDULED)(
         model, config_list(model, plan), training_evaluator(model, training), training.rounds
@@ -164,7 +167,7 @@ class ADMM(_Ranked):
         return self._shrunk(data, lambda weights: weights.square().sum(-1))
 
     def project(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The nearest weights, in Euclidean distance, that have no more than the planned channels."""
+        """The nearest weights, in Euclidean distance, with no more than the planned channels: layer -> of the weight's shape."""
         data = {layer: {"weight": value} for layer, value in values.items()}
         masks = self._generate_sparsity(self._calculate_metrics(data))
         return {layer: value * masks[layer]["weight"] for layer, value in values.items()}
@@ -181,7 +184,7 @@ class ADMM(_Ranked):
         self.pruned = self.project(self.weights)
 
     def distance(self) -> Tensor:
-        """||W - Z + U||^2 over all layers."""
+        """||W - Z + U||^2 over all layers, a scalar."""
         gaps = [weight - self.pruned[layer] + self.dual[layer] for layer, weight in self.weights.items()]
         return torch.stack([gap.square().sum() for gap in gaps]).sum()
 

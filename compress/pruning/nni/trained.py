@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from compress import nni_bridge
+from compress.methods.pruners import Pruner
 from compress.pruning.channel_statistics import factor_scores, normalised_groups
 from compress.pruning.interface import Plan, PruningTraining
 from compress.pruning.nni.config import Masks, config_list, make_comparable
@@ -28,25 +29,34 @@ times the sum of all learning rates.
 """
 
 
-def taylor(model: nn.Module, example: Tensor, plan: Plan, training: PruningTraining) -> Masks:
-    """The sum of (gradient * weight)^2 over a channel's weights, averaged over batches (Molchanov et al. 2019)."""
+def taylor(model: nn.Module, example: Tensor, plan: Plan, training: PruningTraining, method: Pruner) -> Masks:
+    """The sum of (gradient * weight)^2 over a channel's weights, averaged over batches (Molchanov et al. 2019).
+
+    `example` is float32 [N, C, H, W].
+    """
     model.requires_grad_(True)
     evaluator = gradient_evaluator(model, training)
     pruner = _nni_pruners().TaylorPruner(model, config_list(model, plan), evaluator, training.steps)
     return _run(pruner, plan)
 
 
-def gradual(schedule: str, model: nn.Module, example: Tensor, plan: Plan, training: PruningTraining) -> Masks:
-    """NNI's LinearPruner or AGPPruner on top of L1NormPruner: after each round of training a larger share is masked."""
+def gradual(model: nn.Module, example: Tensor, plan: Plan, training: PruningTraining, method: Pruner) -> Masks:
+    """NNI's LinearPruner or AGPPruner on top of L1NormPruner: after each round of training a larger share is masked.
+
+    `example` is float32 [N, C, H, W].
+    """
     # Given to the scheduling pruner instead, the evaluator would not train the pruned layers at all.
     inner = _nni_pruners().L1NormPruner(model, config_list(model, plan), training_evaluator(model, training))
     make_comparable(inner, plan)
-    pruner = getattr(_nni_pruners(), schedule)(inner, training.steps // training.rounds, training.rounds)
+    pruner = getattr(_nni_pruners(), method.nni_class)(inner, training.steps // training.rounds, training.rounds)
     return _run(pruner, plan, training.steps)
 
 
-def movement(model: nn.Module, example: Tensor, plan: Plan, training: PruningTraining) -> Masks:
-    """NNI's MovementPruner: scores are learned from the start; masks grow in the middle half of the training."""
+def movement(model: nn.Module, example: Tensor, plan: Plan, training: PruningTraining, method: Pruner) -> Masks:
+    """NNI's MovementPruner: scores are learned from the start; masks grow in the middle half of the training.
+
+    `example` is float32 [N, C, H, W].
+    """
     start = training.steps // 4
     end = max(start + 1, 3 * training.steps // 4)
     evaluator = training_evaluator(model, training)
@@ -54,13 +64,13 @@ def movement(model: nn.Module, example: Tensor, plan: Plan, training: PruningTra
     return _run(pruner, plan, training.steps)
 
 
-def slim(model: nn.Module, example: Tensor, plan: Plan, training: PruningTraining) -> Masks:
+def slim(model: nn.Module, example: Tensor, plan: Plan, training: PruningTraining, method: Pruner) -> Masks:
     """BatchNorm factors trained with NNI's SlimPruner, used as scores of the layers whose channels they scale.
 
     Masks of a BatchNorm alone would make no layer smaller. A group of layers is ranked by the mean absolute value of all
-    factors that scale its channels; without any, by the L1 norm of its weights.
+    factors that scale its channels; without any, by the L1 norm of its weights. `example` is float32 [N, C, H, W].
     """
-    groups = normalised_groups(model, example, plan)
+    groups = normalised_groups(model, example, plan, method.name)
     norms = sorted({name for group in groups for name, _ in group})
     nni_bridge.know_subclasses(model, norms)
     config = [{"op_names": norms, "target_names": ["weight"], "sparse_ratio": 0.5}]  # its masks are not used

@@ -45,7 +45,7 @@ def _pair(
 
 
 def _rough(request: Request) -> str:
-    text = "A rule of thumb: layers that stay whole are not counted yet." if request.shrinks else ""
+    text = "A rule of thumb: layers that are not pruned are not counted yet." if request.shrinks else ""
     return f'<p class="soft">{text}</p>' if text else ""
 
 
@@ -60,7 +60,7 @@ def _plan(estimate: Estimate) -> str:
     parts = []
     for title, headers, rows, count in (
         ("Layers that shrink", ("Layers", "Channels", "Kept", "Why together"), groups, layers),
-        ("Layers that stay whole", ("Layer", "Why"), estimate.left_out, len(estimate.left_out)),
+        ("Layers that are not pruned", ("Layer", "Why"), estimate.left_out, len(estimate.left_out)),
     ):
         if rows:
             parts.append(views.folded(f"{title} ({count})", views.table(headers, rows, title)))
@@ -111,7 +111,7 @@ def _millions(count: float) -> str:
 
 
 def check_result(found: Mapping[str, Any]) -> str:
-    """What the pre-flight check found: the plan, what stays whole and why, the runtimes."""
+    """What the pre-flight check found: the plan, what is not pruned and why, the runtimes."""
     groups = [
         (
             ", ".join(g["layers"][:3]) + (f" and {len(g['layers']) - 3} more" if len(g["layers"]) > 3 else ""),
@@ -127,7 +127,7 @@ def check_result(found: Mapping[str, Any]) -> str:
     parts = [f'<p class="{"good" if found["possible"] else "bad"}">{escape(str(found["text"]))}</p>']
     for title, headers, rows in (
         ("Layers that shrink", ("Layers", "Channels", "Kept", "Why together"), groups),
-        ("Layers that stay whole", ("Layer", "Why"), kept),
+        ("Layers that are not pruned", ("Layer", "Why"), kept),
         ("Each layer", ("", "Layer", "What happens to it"), modules),
         ("Runtimes", ("Runtime", "State"), runtimes),
     ):

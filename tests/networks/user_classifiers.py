@@ -1,4 +1,4 @@
-"""Small classifiers as people have them, and what is around them: for the door of `compress.own_modules`."""
+"""Small classifiers as people have them, and what is around them, to be opened by `compress.own_modules`."""
 
 from __future__ import annotations
 

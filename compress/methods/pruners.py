@@ -1,15 +1,38 @@
-"""Every pruner on NNI's list: what it does, what it needs, what it costs, which paper it is from."""
+"""The registry of pruners, and of the search strategies on NNI's list of pruners: what each does and what it needs.
+
+Every other list of their names is derived from it: the request, the command line, the web form and the documentation. A
+pruner of NNI's that needs only the weights is one entry; one that needs images names, in `function`, the function of
+`compress.pruning.nni` that chooses the channels.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TypeVar
 
 NOTHING, LOOKS, TRAINS = "nothing", "training images", "training images, and trains on them"
 
 
+Method = TypeVar("Method", "Pruner", "Search")
+
+
+def _registry(methods: Iterable[Method]) -> dict[str, Method]:
+    """Name -> method, in this order; raises `ValueError` where two have the same name."""
+    entries: dict[str, Method] = {}
+    for method in methods:
+        if method.name in entries:
+            raise ValueError(f"Two methods are called {method.name}; give one of them another name.")
+        entries[method.name] = method
+    return entries
+
+
+# ---- pruners ------------------------------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True)
 class Pruner:
-    """A way to choose what goes."""
+    """A way to choose the channels, or the single weights, that are removed."""
 
     name: str
     """Key into PRUNERS, as written in a request."""
@@ -22,29 +45,23 @@ class Pruner:
     paper: str
     nni_class: str
     """Name of the class of NNI 3.0 that chooses, or that the pruner is built on."""
+    function: str = ""
+    """Such as trained.taylor: module and function in `compress.pruning.nni` that choose with images, called with (model,
+    example, plan, training, pruner); empty where `nni_class` chooses by the weights alone."""
     leaves_trained: bool = False
-    """Whether the result carries the weights that were trained while pruning; else those the model came with."""
+    """Whether the result has the weights that were trained while pruning; else the original ones."""
     fine_grained: bool = False
     """Whether single weights become zero, so that no layer gets smaller."""
+    needs_batch_norm: bool = False
+    """Whether it ranks by BatchNorm factors, so that a model without any cannot be pruned by it."""
 
     @property
     def needs_images(self) -> bool:
         return self.needs_data != NOTHING
 
-
-@dataclass(frozen=True)
-class Search:
-    """A pruner of NNI's list that searches how much to remove from each layer."""
-
-    name: str
-    title: str
-    summary: str
-    paper: str
-
     @property
-    def command(self) -> str:
-        """What does it, in the shell."""
-        return f"python -m compress search --strategy {self.name}"
+    def trains(self) -> bool:
+        return self.needs_data == TRAINS
 
 
 _TRAINED = "--pruning-epochs of training"
@@ -98,6 +115,7 @@ _LOOKING = (
         "--pruning-epochs of gradients",
         "Molchanov et al., Importance Estimation for Neural Network Pruning, CVPR 2019, arXiv:1906.10771",
         "TaylorPruner",
+        function="trained.taylor",
     ),
     Pruner(
         "activation-apoz",
@@ -107,6 +125,7 @@ _LOOKING = (
         "--pruning-epochs of forward passes",
         "Hu et al., Network Trimming, arXiv:1607.03250",
         "Pruner",
+        function="data_driven.by_activation",
     ),
     Pruner(
         "activation-mean",
@@ -116,6 +135,7 @@ _LOOKING = (
         "--pruning-epochs of forward passes",
         "Molchanov et al., Pruning Convolutional Neural Networks for Resource Efficient Inference, arXiv:1611.06440",
         "Pruner",
+        function="data_driven.by_activation",
     ),
 )
 
@@ -129,6 +149,8 @@ _TRAINING = (
         _TRAINED,
         "Liu et al., Learning Efficient Convolutional Networks through Network Slimming, arXiv:1708.06519",
         "SlimPruner",
+        function="trained.slim",
+        needs_batch_norm=True,
         leaves_trained=True,
     ),
     Pruner(
@@ -139,6 +161,7 @@ _TRAINING = (
         _TRAINED,
         "NNI 3.0, LinearPruner over L1NormPruner",
         "LinearPruner",
+        function="trained.gradual",
         leaves_trained=True,
     ),
     Pruner(
@@ -149,6 +172,7 @@ _TRAINING = (
         _TRAINED,
         "Zhu and Gupta, To Prune, or Not to Prune, arXiv:1710.01878",
         "AGPPruner",
+        function="trained.gradual",
         leaves_trained=True,
     ),
     Pruner(
@@ -159,6 +183,7 @@ _TRAINING = (
         _TRAINED,
         "Sanh et al., Movement Pruning, arXiv:2005.07683",
         "MovementPruner",
+        function="trained.movement",
         leaves_trained=True,
     ),
     Pruner(
@@ -169,6 +194,7 @@ _TRAINING = (
         _TRAINED,
         "Zhang et al., A Systematic DNN Weight Pruning Framework using ADMM, arXiv:1804.03294",
         "Pruner",
+        function="data_driven.admm",
         leaves_trained=True,
     ),
     Pruner(
@@ -179,22 +205,32 @@ _TRAINING = (
         _TRAINED,
         "Frankle and Carbin, The Lottery Ticket Hypothesis, arXiv:1803.03635",
         "ScheduledPruner",
+        function="data_driven.lottery_ticket",
     ),
 )
 
+PRUNERS: dict[str, Pruner] = _registry((*_WEIGHTS, *_LOOKING, *_TRAINING))
 
-def _registry(*pruners: Pruner) -> dict[str, Pruner]:
-    names = [pruner.name for pruner in pruners]
-    if len(set(names)) != len(names):
-        raise ValueError(f"two pruners share a name: {names}")
-    return {pruner.name: pruner for pruner in pruners}
+# ---- searches -----------------------------------------------------------------------------------------------------
 
 
-PRUNERS: dict[str, Pruner] = _registry(*_WEIGHTS, *_LOOKING, *_TRAINING)
+@dataclass(frozen=True)
+class Search:
+    """A pruner of NNI's list that searches how much to remove from each layer."""
 
-SEARCHES: dict[str, Search] = {
-    search.name: search
-    for search in (
+    name: str
+    title: str
+    summary: str
+    paper: str
+
+    @property
+    def command(self) -> str:
+        """What does it, in the shell."""
+        return f"python -m compress search --strategy {self.name}"
+
+
+SEARCHES: dict[str, Search] = _registry(
+    (
         Search(
             "simulated-annealing",
             "Simulated annealing",
@@ -214,5 +250,5 @@ SEARCHES: dict[str, Search] = {
             "He et al., AMC: AutoML for Model Compression, ECCV 2018, arXiv:1802.03494",
         ),
     )
-}
+)
 """Strategies of the target search; a request that names one as its pruner is refused."""
