@@ -25,7 +25,7 @@ LAYERS: list[tuple[str, set[str]]] = [
         {"models", "data", "checkpoints", "tasks", "equality", "tracing", "own_modules", "nni_bridge", "hub"}
         | {"workload"},
     ),
-    ("methods", {"training", "pruning", "quantization", "onnx_export", "engines"}),
+    ("training, pruning, quantization and engines", {"training", "pruning", "quantization", "onnx_export", "engines"}),
     ("stages", {"stages"}),
     ("runs", {"pipeline", "search", "classify"}),
     ("interfaces", {"compress", "__main__", "jobs", "cli", "ui"}),

@@ -13,7 +13,7 @@ from places import ROOT
 from compress.cli.main import cli
 from compress.runs import STAGES
 from compress.search.strategies import STRATEGIES
-from scripts import docs_tables
+from scripts import docs_tables, import_graph, pictures
 
 PAGES = [*docs_tables.pages(), ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md"]
 COMMANDS = typer.main.get_command(cli).commands
@@ -123,3 +123,25 @@ def test_every_setting_of_the_environment_is_documented() -> None:
 def test_every_search_strategy_is_described() -> None:
     described = set(re.findall(r"^\| `([a-z][\w-]*)` \|", text_of(ROOT / "docs/search.md"), re.MULTILINE))
     assert described == set(STRATEGIES)
+
+
+def test_the_data_flow_is_drawn_from_the_pipeline(tmp_path: Path) -> None:
+    """And has every stage in order."""
+    assert tuple(stage for _, stage, _ in pictures.stages()) == STAGES
+    (tmp_path / "compress/stages").mkdir(parents=True)
+    calls = "    dense = run.stage(first, workload)\n    last = run.stage(second, workload, dense)\n"
+    (tmp_path / "compress/pipeline.py").write_text(f"def run():\n{calls}")
+    (tmp_path / "compress/stages/first.py").write_text("def first(run) -> First | Skipped: ...")
+    (tmp_path / "compress/stages/second.py").write_text("def second(run) -> Second: ...")
+    lines = [line.strip() for line in pictures.data_flow(tmp_path).splitlines()]
+    assert lines[3:] == [
+        "workload --> first",
+        'first["<b>first</b><br>First or Skipped"]',
+        'second["<b>second</b><br>Second"]',
+        "first -->|dense| second",
+        "```",
+    ]
+
+
+def test_imports_that_follow_from_others_are_not_drawn() -> None:
+    assert import_graph.reduced({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == {"a": {"b"}, "b": {"c"}, "c": set()}
