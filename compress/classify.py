@@ -23,6 +23,7 @@ from compress.errors import DataError, RunError, StorageError
 from compress.files import sha256
 from compress.preprocessing import Preprocessing
 from compress.report import Measurement, Report
+from compress.tasks import CLASSIFICATION
 
 REPEATS = 15
 PACE = Pace(burst_ms=2000.0, warm_calls=3, max_calls=REPEATS)
@@ -109,18 +110,13 @@ def _answers(artifacts: Path, row: Measurement, images: np.ndarray, names: list[
         logits = np.asarray(session.run(images), np.float64)[0]
         times = session.burst(images, PACE)
         precision = session.precision
-    shares = np.exp(logits - logits.max())
-    shares /= shares.sum()
     return {
         "file": row.file,
         "runtime": row.runtime,
         "precision": precision,
         "ms": statistics.median(times),
         "repeats": len(times),
-        "top": [
-            {"class": names[index] if index < len(names) else f"class {index}", "share": float(shares[index])}
-            for index in np.argsort(-shares)[:TOP]
-        ],
+        "top": [{"class": row.label, "share": row.share} for row in CLASSIFICATION.show(logits, names, TOP)],
     }
 
 

@@ -18,11 +18,11 @@ LAYERS: list[tuple[str, set[str]]] = [
     (
         "without torch",
         {"errors", "files", "naming", "processes", "signing", "memory", "machine", "preprocessing", "runs"}
-        | {"methods", "request", "report"},
+        | {"tasks", "methods", "request", "report"},
     ),
     (
         "models, data and checkpoints",
-        {"models", "data", "checkpoints", "tasks", "equality", "tracing", "own_modules", "nni_bridge", "hub"}
+        {"models", "data", "checkpoints", "equality", "tracing", "own_modules", "nni_bridge", "hub"}
         | {"workload"},
     ),
     ("training, pruning, quantization and engines", {"training", "pruning", "quantization", "onnx_export", "engines"}),

@@ -39,6 +39,15 @@ class Data(_Facts):
     std: tuple[float, ...]
     notes: tuple[str, ...]
 
+    @property
+    def labelled(self) -> bool:
+        """Whether accuracy is against labels; else it is the agreement with the original model."""
+        return self.kind == "labelled"
+
+    @property
+    def score_name(self) -> str:
+        return "accuracy" if self.labelled else "agreement"
+
 
 class Variant(_Facts):
     """A model at one point of the run."""

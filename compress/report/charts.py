@@ -112,7 +112,7 @@ def _accuracy(report: Report) -> go.Figure | None:
             error_y={"type": "data", "array": high, "arrayminus": low, "thickness": 1.2, "width": 4},
         )
     )
-    kind = "agreement with the original" if report.data.kind != "labelled" else "top-1 accuracy"
+    kind = "top-1 accuracy" if report.data.labelled else "agreement with the original"
     figure.update_traces(cliponaxis=False)
     figure.update_yaxes(title=f"{kind}, %  (95 % interval)")
     return figure.update_layout(height=400)

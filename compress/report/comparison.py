@@ -52,14 +52,14 @@ def entry_of(job_id: str, title: str, report: Report) -> Entry:
     last = report.variants[-1]
     measured = report.verdict.runtime and fastest(report, last.name, runtime=report.verdict.runtime)
     here, data = report.environment, report.data
-    answer = "" if data.kind == "labelled" else ", agreement with the original"
+    answer = "" if data.labelled else ", agreement with the original"
     return Entry(
         job_id=job_id,
         title=title,
         architecture=report.architecture,
         images=f"{last.n_test:,} images of {data.source} at {data.input_size} × {data.input_size}{answer}",
         machine=f"{here.gpu or here.cpu}, {here.threads} thread{'s' if here.threads != 1 else ''}",
-        labelled=data.kind == "labelled",
+        labelled=data.labelled,
         accuracy=last.accuracy,
         accuracy_ci95=last.accuracy_ci95,
         accuracy_lost=report.verdict.accuracy_drop_points,

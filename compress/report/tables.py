@@ -66,7 +66,7 @@ def _summary_table(report: Report) -> Table:
                 _times(reference and reference.p50_ms, quickest and quickest.p50_ms),
             )
         )
-    answer = "Accuracy" if report.data.kind == "labelled" else "Agreement"
+    answer = report.data.score_name.capitalize()
     return ("Variant", "Parameters", "MACs", "File", "Smaller", answer, "Batch 1, p50", "Through", "Faster"), rows
 
 

@@ -258,6 +258,7 @@ def training_config(request: Request, workload: Workload, epochs: float, learnin
         request.distillation_temperature,
         request.label_smoothing,
         request.optimizer,
+        workload.task,
     )
 
 

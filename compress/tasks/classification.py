@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 from compress.tasks.base import Shown, Task
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Classification(Task):
@@ -29,20 +30,24 @@ class Classification(Task):
         return float((self.predictions(reference) == self.predictions(other)).mean())
 
     def loss(self, outputs: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
-        return F.cross_entropy(outputs, targets, label_smoothing=label_smoothing)
+        from torch.nn import functional
+
+        return functional.cross_entropy(outputs, targets, label_smoothing=label_smoothing)
 
     def distillation_loss(self, outputs: Tensor, teacher: Tensor, temperature: float) -> Tensor:
         """Kullback-Leibler divergence of the softened outputs, times temperature squared, which keeps gradients' size."""
-        divergence = F.kl_div(
-            F.log_softmax(outputs / temperature, 1),
-            F.log_softmax(teacher / temperature, 1),
+        from torch.nn import functional
+
+        divergence = functional.kl_div(
+            functional.log_softmax(outputs / temperature, 1),
+            functional.log_softmax(teacher / temperature, 1),
             reduction="batchmean",
             log_target=True,
         )
         return temperature**2 * divergence
 
     def with_own_predictions(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        return torch.where(targets < 0, outputs.argmax(1), targets)
+        return outputs.argmax(1).where(targets < 0, targets)
 
     def show(self, output: np.ndarray, names: Sequence[str], most: int) -> list[Shown]:
         """The classes of the largest softmax shares."""

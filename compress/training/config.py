@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from compress.tasks import CLASSIFICATION, Task
+
 Batch = tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]
 """(images float32 [N, 3, H, W] normalised, labels int64 [N], -1 where unknown), and without augmentation the images'
 indices int64 [N]: the same index always comes with the same pixels."""
@@ -33,6 +35,8 @@ class TrainingConfig:
     """Of the cross-entropy, 0..1."""
     optimizer: str = "adamw"
     """`adamw` or `sgd`."""
+    task: Task = CLASSIFICATION
+    """Whose losses are taken."""
 
 
 def device() -> torch.device:

@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from compress.models.calls import logits_of, own_errors
@@ -69,11 +68,7 @@ def batch_loss(
     weight = config.distillation_weight if target is not None else 0.0
     loss = torch.zeros((), device=logits.device)
     if weight < 1:
-        loss = (1 - weight) * F.cross_entropy(logits, labels, label_smoothing=config.label_smoothing)
+        loss = (1 - weight) * config.task.loss(logits, labels, config.label_smoothing)
     if target is not None and weight > 0:
-        t = config.temperature
-        divergence = F.kl_div(
-            F.log_softmax(logits / t, 1), F.log_softmax(target / t, 1), reduction="batchmean", log_target=True
-        )
-        loss = loss + weight * t * t * divergence
+        loss = loss + weight * config.task.distillation_loss(logits, target, config.temperature)
     return loss

@@ -17,7 +17,7 @@ LOSS_TO_NOTICE = 1.0
 
 def verdict(report: Report) -> str:
     facts, first, last = report.verdict, report.variants[0], report.variants[-1]
-    answer = "accuracy" if report.data.kind == "labelled" else "agreement"
+    answer = report.data.score_name
     speed, drop = facts.speedup_vs_fastest_fp32, facts.accuracy_drop_points
     slower = speed is not None and speed < 1
     change = "—" if drop is None else f"{-drop:+.1f}".replace("-", "−")
