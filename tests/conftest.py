@@ -54,8 +54,8 @@ def _quick_export() -> Iterator[None]:
 @pytest.fixture
 def short_run(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs in this process try small other input sizes alone and race for two rounds: the rest costs most of their time."""
-    monkeypatch.setattr("compress.stages.baseline.SIZES", (28, 32, 64))
-    monkeypatch.setattr("compress.stages.baseline.FEW_SIZES", (32, 64))
+    monkeypatch.setattr("compress.stages.gate.SIZES", (28, 32, 64))
+    monkeypatch.setattr("compress.stages.gate.FEW_SIZES", (32, 64))
     monkeypatch.setattr(benchmark, "race", functools.partial(benchmark.race, rounds=2, burst_ms=5, max_calls=5))
 
 
