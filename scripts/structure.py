@@ -39,7 +39,6 @@ EXCEPTIONS: dict[str, frozenset[str]] = {
     "folders": frozenset(),
     "files": frozenset(
         {
-            "tests/bench/test_bench_peers.py",
             "tests/helpers/gpu_double.py",
             "tests/ui/test_web_files.py",
         }

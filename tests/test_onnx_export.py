@@ -30,6 +30,8 @@ from compress.quantization import (
     quantize,
 )
 
+pytestmark = pytest.mark.integration
+
 SPEC = BuildSpec(SIZE, static=False)
 
 

@@ -20,6 +20,8 @@ from compress.files import sha256
 from compress.onnx_export import export, export_flavours
 from compress.preprocessing import Preprocessing
 
+pytestmark = pytest.mark.integration
+
 RECIPE = Preprocessing(SIZE, (0.4, 0.5, 0.6), (0.2, 0.25, 0.3), None, "bilinear")
 NAMES = tuple(f"thing {number}" for number in range(CLASSES))
 

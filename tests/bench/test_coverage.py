@@ -12,6 +12,8 @@ from torchvision.models.vision_transformer import VisionTransformer
 from bench import coverage, coverage_quantized, coverage_table, patterns
 from compress.models import architectures
 
+pytestmark = pytest.mark.integration
+
 FAMILIES = ("convnext_tiny", "efficientnet_b0", "googlenet+aux", "shufflenet_v2_x0_5")
 PLAINER_FAMILIES = ("alexnet", "mnasnet0_5", "regnet_y_400mf", "resnet18")
 """Built of operations that the four above have as well. The other families are shrunk at small size in

@@ -21,6 +21,8 @@ from compress.checkpoints.loader import Loader
 from compress.errors import CheckpointError
 from compress.preprocessing import Preprocessing
 
+pytestmark = pytest.mark.integration
+
 HOSTILE = sorted(hostile(Path("marker")))
 NEED_NUMBERS = {"NaN", "infinity", "too large for float32", "negative variance"}
 """What no description of a file tells; all others are refused before a process is started for them."""

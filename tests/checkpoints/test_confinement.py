@@ -20,6 +20,8 @@ from compress.checkpoints.loader import Loader
 from compress.errors import CheckpointError, StorageError
 from compress.files import INSTALLATION
 
+pytestmark = pytest.mark.integration
+
 PROGRAM = """
 import json, os, socket, subprocess
 from compress.checkpoints.seccomp import confine

@@ -10,6 +10,8 @@ from safetensors.torch import save_file
 
 from compress.cli import main as shell
 
+pytestmark = pytest.mark.integration
+
 
 def call(capsys, monkeypatch, *words):
     """Exit code, standard output and standard error of the command line."""

@@ -20,6 +20,8 @@ from compress.engines.processes import remote
 from compress.errors import EngineError, HandoffError
 from compress.stages.results import MeasureResult
 
+pytestmark = pytest.mark.integration
+
 SIZE = 16
 FILE = "quantized.onnxruntime.onnx"
 

@@ -24,6 +24,8 @@ from compress.engines.processes import process, remote
 from compress.engines.processes.process import RuntimeProcess
 from compress.errors import EngineError
 
+pytestmark = pytest.mark.integration
+
 SIZE, CLASSES = 8, 3
 SPEC = BuildSpec(SIZE, batch_size=2)
 IMAGES = np.random.default_rng(0).standard_normal((2, 3, SIZE, SIZE), dtype=np.float32)

@@ -30,6 +30,8 @@ from compress.errors import HandoffError, RuntimeUnavailableError
 from compress.onnx_export import export, export_flavours
 from compress.quantization import FLAVOURS, fake_quantized
 
+pytestmark = pytest.mark.integration
+
 CPU_RUNTIMES = ("onnxruntime", "openvino")
 LAYERS = 10
 """Convolutions and fully connected layers of the small network."""

@@ -21,6 +21,8 @@ from compress.files import PACKAGE
 from compress.onnx_export import export, export_flavours
 from compress.preprocessing import Preprocessing
 
+pytestmark = pytest.mark.integration
+
 SCRIPT = PACKAGE / "report" / "templates" / "infer.py"
 RECIPE = Preprocessing(SIZE, (0.4, 0.5, 0.6), (0.2, 0.25, 0.3), None, "bilinear")
 NAMES = tuple(f"thing {number}" for number in range(CLASSES))

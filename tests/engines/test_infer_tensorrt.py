@@ -19,6 +19,8 @@ from compress.engines import RUNTIMES
 from compress.engines import passport as passports
 from compress.preprocessing import Preprocessing
 
+pytestmark = pytest.mark.integration
+
 
 @pytest.fixture
 def bundle(tmp_path) -> Path:

@@ -22,6 +22,8 @@ from compress.engines.tensorrt_build import layers_of_build_log, layers_of_inspe
 from compress.errors import HandoffError, RequestError, RuntimeUnavailableError
 from compress.files import sha256
 
+pytestmark = pytest.mark.integration
+
 # ---- TensorRT for RTX, for real -----------------------------------------------------------------------------------
 
 

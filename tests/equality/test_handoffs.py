@@ -22,6 +22,8 @@ from compress.stages.results import Answers, ExportResult
 from compress.stages.workspace import load_model, load_quantized, prove_rebuilt
 from compress.workload import Workload, open_workload
 
+pytestmark = pytest.mark.integration
+
 REQUEST = compress.Request(
     model="custom", checkpoint="random", data="none", input_size=SIZE, mean=(0.5,) * 3, std=(0.5,) * 3,
     pruner="none", quantizer="ptq", calibration_images=16, finetune_epochs=0, qat_epochs=0,

@@ -28,6 +28,8 @@ from compress.jobs import Queue, Status, ray
 from compress.jobs.executor import Command
 from compress.request import Request
 
+pytestmark = pytest.mark.integration
+
 LOOPBACK = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 """Set to 0, Ray connects to a cluster on 127.0.0.1 by that address; then nothing of it listens on others."""
 NODE = {"num_cpus": 1, "node_ip_address": "127.0.0.1"}

@@ -18,6 +18,8 @@ from compress.jobs import Queue
 from compress.jobs.database import RUN_ID
 from compress.request import Request
 
+pytestmark = pytest.mark.integration
+
 
 def test_a_run_goes_from_queued_to_done_and_gives_out_its_files(queue: Queue) -> None:
     job_id = queue.submit(Request(**QUICK))

@@ -27,6 +27,8 @@ from compress.jobs.ray_node import Ended, Order
 from compress.request import Request
 from compress.ui.web.settings import Settings
 
+pytestmark = pytest.mark.integration
+
 ADDRESS = "10.0.0.1:6379"
 NODE = platform.node()
 

@@ -22,6 +22,8 @@ from compress.jobs.database import RUN_ID
 from compress.jobs.recovery import UNKNOWN
 from compress.request import Request
 
+pytestmark = pytest.mark.integration
+
 JUNK = b"not a database, but as long as one" * 500
 ADVICE = "restore a backup of it, or rebuild it from the folders of the runs: python -m compress jobs recover"
 

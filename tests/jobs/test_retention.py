@@ -24,6 +24,8 @@ from compress.jobs.retention import (
 from compress.jobs.scheduler import _Kept
 from compress.request import Request
 
+pytestmark = pytest.mark.integration
+
 NOW = 1_000 * DAY_S
 
 

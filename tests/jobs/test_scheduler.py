@@ -21,6 +21,8 @@ from compress.jobs import Queue, compress_command
 from compress.jobs.stall import StallDetector
 from compress.request import Request
 
+pytestmark = pytest.mark.integration
+
 
 def test_cancel_ends_the_run_and_its_processes_within_five_seconds(queue: Queue) -> None:
     job_id = queue.submit(Request(**ENDLESS))

@@ -15,6 +15,8 @@ from compress.errors import RunError, StorageError
 from compress.jobs import Queue
 from compress.request import Request
 
+pytestmark = pytest.mark.integration
+
 
 def unrecorded_child(folder: Path) -> subprocess.Popen[bytes]:
     """As a server leaves it that was killed between starting it and writing it down."""

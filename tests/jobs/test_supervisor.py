@@ -19,6 +19,8 @@ from places import ROOT
 from compress import processes
 from compress.jobs import supervisor
 
+pytestmark = pytest.mark.integration
+
 STUBBORN = """
 import signal, subprocess, sys, time
 signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -29,6 +29,8 @@ from compress.preprocessing import Preprocessing
 from compress.pruning import PRUNERS, PrunedModel, PruningTraining, plan, prune, speedup
 from compress.pruning.reconstruction import reconstruct
 
+pytestmark = pytest.mark.integration
+
 torch.set_num_threads(1)
 
 

@@ -17,6 +17,8 @@ from compress.errors import CheckpointError, RequestError, StorageError
 from compress.models import Architecture, architectures
 from compress.preprocessing import Preprocessing
 
+pytestmark = pytest.mark.integration
+
 RECIPE = Preprocessing(32, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
 FAMILIES = [
     "alexnet",

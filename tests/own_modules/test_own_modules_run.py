@@ -18,6 +18,8 @@ from compress.errors import TrainingError
 from compress.stages import preflight
 from compress.workload import open_workload
 
+pytestmark = pytest.mark.integration
+
 REQUEST = compress.Request(
     model="custom", input_size=16, mean=(0.5,) * 3, std=(0.25,) * 3, finetune_epochs=1, qat_epochs=1, train_batch_size=8,
     calibration_images=8, batch_size=4,

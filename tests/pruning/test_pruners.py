@@ -35,6 +35,8 @@ from compress.pruning import (
 from compress.request.fields import PrunerName
 from compress.search.strategies import STRATEGIES
 
+pytestmark = pytest.mark.integration
+
 torch.set_num_threads(1)
 
 SHRINKING = [name for name, pruner in PRUNERS.items() if not pruner.fine_grained]

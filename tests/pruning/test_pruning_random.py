@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+import pytest
 import torch
 from hypothesis import HealthCheck, given, reject, settings
 from hypothesis import strategies as st
@@ -12,6 +13,8 @@ from torch import Tensor, nn
 
 from compress.errors import PruningError
 from compress.pruning import PRUNERS, plan, prune
+
+pytestmark = pytest.mark.integration
 
 NETWORKS = int(os.environ.get("ESPALIER_RANDOM_NETWORKS", "60"))
 IMAGES = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))

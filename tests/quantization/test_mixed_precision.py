@@ -2,6 +2,7 @@
 
 import copy
 
+import pytest
 import torch
 from image_files import encoded, photo
 from quantization_networks import SIZE, accuracy, calibration, images, trained
@@ -11,6 +12,8 @@ from compress.quantization import assign_bits, fake_quantized, prepare, quantize
 from compress.quantization.bits import FLOAT
 from compress.quantization.mixed_precision import sensitivity
 from compress.report import charts, tables
+
+pytestmark = pytest.mark.integration
 
 
 def fragile():

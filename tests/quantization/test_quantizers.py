@@ -33,6 +33,8 @@ from compress.quantization import (
 from compress.quantization.calibration import Histogram, calibrate, weight_thresholds
 from compress.request import Request
 
+pytestmark = pytest.mark.integration
+
 BITS = {"qat": (8, 8), "ptq": (8, 8), "lsq": (4, 4), "lsq-plus": (4, 4), "dorefa": (4, 8), "bnn": (1, 8)}
 
 

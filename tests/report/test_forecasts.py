@@ -164,6 +164,7 @@ def test_a_folder_with_something_else_is_refused(tmp_path):
 # ---- from the forecast to the report ---------------------------------------------------------------------------------
 
 
+@pytest.mark.integration
 @pytest.mark.usefixtures("short_run")
 def test_a_forecast_run_tells_in_its_report_what_came_true(tmp_path):
     folder = search_network.images(tmp_path / "images")

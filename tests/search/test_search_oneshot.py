@@ -24,6 +24,8 @@ from compress.search.target import Target
 from compress.stages import steps
 from compress.workload import open_workload
 
+pytestmark = pytest.mark.integration
+
 NAMES = ("0", "3", "5")
 
 

@@ -27,6 +27,8 @@ from compress.errors import CompressError
 from compress.request import Request
 from compress.stages.results import MeasureResult
 
+pytestmark = pytest.mark.integration
+
 FLOAT = {"quantizer": "none", "weight_bits": 32, "activation_bits": 32}
 INTEGERS = {"quantizer": "qat", "calibration_images": 16}
 

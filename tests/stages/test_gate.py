@@ -20,6 +20,8 @@ from compress.errors import BaselineError
 from compress.preprocessing import Preprocessing
 from compress.stages import gate
 
+pytestmark = pytest.mark.integration
+
 CHECKPOINT = data_dataset.ASSETS / "resnet18-fashion-mnist.safetensors"
 
 

@@ -26,6 +26,8 @@ from compress.stages import ledger
 from compress.stages.results import Answers, BaselineResult, FinetuneResult, PruneResult, Skipped, last_answers
 from compress.tasks import CLASSIFICATION
 
+pytestmark = pytest.mark.integration
+
 LAYERS = ("stem", "conv1", "conv2", "conv3", "down", "depthwise", "left", "right", "last", "fc")
 
 

@@ -14,6 +14,8 @@ from compress.request import Request
 from compress.stages import dry_run, preflight
 from compress.workload import open_workload
 
+pytestmark = pytest.mark.integration
+
 
 class Odd(nn.Module):
     """A convolution that shrinks, one whose channels are averaged and so is not pruned, and the answer."""

@@ -15,6 +15,8 @@ from places import ROOT
 
 from compress.jobs import Queue
 
+pytestmark = pytest.mark.integration
+
 PAGE = ROOT / "docs" / "http-api.md"
 ADDRESS = "http://127.0.0.1:7860"
 

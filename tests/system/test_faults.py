@@ -18,6 +18,8 @@ from torture.runs_in_a_row import RUNS
 from compress import processes
 from compress.jobs import Queue, folders
 
+pytestmark = pytest.mark.integration
+
 MANIFEST_FIRST = """
 import sys
 sys.path[:0] = {paths!r}

@@ -10,6 +10,8 @@ import sys
 import pytest
 from places import ROOT
 
+pytestmark = pytest.mark.integration
+
 SCRIPT = ROOT / "scripts" / "mutate.py"
 
 

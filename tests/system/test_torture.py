@@ -6,6 +6,8 @@ import pytest
 from places import ROOT
 from torture import hostile, mutants, zips
 
+pytestmark = pytest.mark.integration
+
 
 def test_hostile_checkpoints_run_nothing_and_would_have(tmp_path):
     outcome = hostile.run(tmp_path, False)

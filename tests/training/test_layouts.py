@@ -27,6 +27,8 @@ from compress.models.calls import logits_of
 from compress.training import WORTH_TRIALS, TrainingConfig, fit, memory_format
 from compress.training.memory_format import PLAIN, Format, agree, allows_channels_last, fastest_format
 
+pytestmark = pytest.mark.integration
+
 CONFIG = TrainingConfig(1, 0.01, 0.5, 4.0)
 
 

@@ -23,6 +23,8 @@ from compress.request import Request, snippets
 from compress.ui.web.server import listen
 from compress.ui.web.settings import Settings
 
+pytestmark = pytest.mark.integration
+
 QUICK: dict[str, Any] = {"model": "resnet18", "learning_rate": 0.001}
 ENDLESS: dict[str, Any] = {"model": "resnet34", "learning_rate": 0.001}
 

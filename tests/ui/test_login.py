@@ -34,6 +34,8 @@ from compress.ui.web.login import SENTENCE, Login
 from compress.ui.web.server import build_app
 from compress.ui.web.settings import Settings
 
+pytestmark = pytest.mark.integration
+
 ADA, BOB = ("ada", "correct:horse"), ("böb", "Grüße-12345")
 LOGIN = " ".join(":".join(account) for account in (ADA, BOB))
 

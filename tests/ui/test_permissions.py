@@ -25,6 +25,8 @@ from compress.ui.views.runs import keeping
 from compress.ui.web.permissions import REFUSAL, Permissions, run_key
 from compress.ui.web.settings import Settings
 
+pytestmark = pytest.mark.integration
+
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[AppServer]:

@@ -28,6 +28,8 @@ from compress.ui import views
 from compress.ui.views import results
 from compress.ui.web.limits import Rate
 
+pytestmark = pytest.mark.integration
+
 CANARY = "hf_canaryCANARYcanary0123456789"
 MIB = 2**20
 

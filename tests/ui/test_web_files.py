@@ -26,6 +26,8 @@ from compress.ui.web.server import build_app
 from compress.ui.web.settings import Settings
 from compress.ui.web.uploads import MOST_AT_ONCE, NoRoomError, Uploads
 
+pytestmark = pytest.mark.integration
+
 CANARY = "canary-7f3a-of-the-server"
 MARK = {"_type": "gradio.FileData"}
 

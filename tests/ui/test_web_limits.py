@@ -30,6 +30,8 @@ from compress.ui.web.sessions import _NoState, skip_unchanged_outputs
 from compress.ui.web.settings import Settings
 from compress.ui.web.streams import FULL, SENTENCE, Streams, StreamsError
 
+pytestmark = pytest.mark.integration
+
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[AppServer]:
