@@ -53,7 +53,7 @@ def export(
     Weights beyond 1.5 GB go to `<name>.data` beside it.
 
     Args:
-        images: what folding is proved on, see `folded`; two random ones without them.
+        images: float32 [N, 3, H, W], normalised, that folding is proved on, see `folded`; default: two random ones.
 
     Raises:
         HandoffError: torch cannot export the model, or folding changes its answers.

@@ -39,7 +39,6 @@ EXCEPTIONS: dict[str, frozenset[str]] = {
     "folders": frozenset(),
     "files": frozenset(
         {
-            "tests/helpers/gpu_double.py",
             "tests/ui/test_web_files.py",
         }
     ),

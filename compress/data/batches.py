@@ -58,7 +58,10 @@ def normalise(pixels: Tensor, preprocessing: Preprocessing) -> Tensor:
 
 
 def shift_and_flip(pixels: Tensor, generator: torch.Generator) -> Tensor:
-    """Each image moved by up to 1/16 of its side in both directions and flipped left to right half of the time."""
+    """uint8 [N, C, H, W]: each image shifted by up to 1/16 of its sides, and flipped left to right with probability 1/2.
+
+    Shape and type stay; at the edges the outermost pixels are repeated.
+    """
     count, _, height, width = pixels.shape
 
     def moved(length: int) -> Tensor:

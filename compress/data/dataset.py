@@ -105,7 +105,7 @@ class Split(torch.utils.data.Dataset[tuple[Tensor, int]]):
         return torch.from_numpy(pixels)
 
     def subset(self, chosen: Tensor) -> Split:
-        """The images `chosen` (int64 [n]), in that order."""
+        """The images at the indices `chosen`, int64 of shape [n], in that order."""
         pixels = None if self.pixels is None else self.pixels[chosen]
         return replace(self, positions=self.positions[chosen.numpy()], labels=self.labels[chosen], pixels=pixels)
 

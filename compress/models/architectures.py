@@ -90,7 +90,7 @@ def _empty_parameters() -> Iterator[None]:
 
 
 def load(architecture: Architecture, tensors: Mapping[str, Tensor]) -> nn.Module:
-    """Build `architecture` and give it `tensors`, as `recognise` matched them; eval mode.
+    """Build `architecture` and load `tensors`, name -> tensor of the shape that `recognise` matched; eval mode.
 
     Auxiliary outputs of googlenet and inception_v3 are left out: only training from scratch uses them.
     """
@@ -100,7 +100,7 @@ def load(architecture: Architecture, tensors: Mapping[str, Tensor]) -> nn.Module
 
 
 def load_weights(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Give `model` exactly these tensors.
+    """Load exactly these tensors, name -> tensor of the parameter's or buffer's shape, into `model`.
 
     They go in with the model's own version marks, which a file of bare tensors lacks and mnasnet insists on.
     """
@@ -114,7 +114,7 @@ def load_weights(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 
 
 def without_auxiliary(name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors that the classifier itself uses."""
+    """The tensors, of any shape, without those of the auxiliary outputs."""
     return {key: tensor for key, tensor in tensors.items() if not key.startswith(_AUXILIARY.get(name, ("\0",)))}
 
 
@@ -154,7 +154,9 @@ def published(name: str) -> Published:
 
 
 def published_weights(name: str) -> dict[str, Tensor]:
-    """Torchvision's default weights, downloaded once into its own cache and checked against their hash.
+    """Torchvision's default weights, tensors of the published shapes by name.
+
+    They are downloaded once into torchvision's own cache and checked against their hash.
 
     Raises CheckpointError when they cannot be downloaded.
     """

@@ -203,7 +203,7 @@ def _regions(like: Tensor, size: int, window: int, shift: int) -> Tensor:
 
 
 def without_key_bias(bias: Tensor | None) -> Tensor | None:
-    """Swin v2 learns no bias for keys: cosine similarity would not keep it apart."""
+    """A packed bias of shape [3 * inner] with that of the keys at 0: Swin v2 learns none, as cosine similarity ignores it."""
     if bias is None:
         return None
     query, key, value = bias.chunk(3)

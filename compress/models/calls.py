@@ -71,7 +71,7 @@ def logits_of(answer: Any, classes: int | None = None) -> Tensor:
 
 
 def classes_of(model: nn.Module, images: Tensor) -> int:
-    """How many classes `model` tells apart, by asking it about one of `images`; it is left in eval mode.
+    """How many classes `model` has, from its logits for one of `images`, float32 [N, C, H, W]; it is left in eval mode.
 
     Raises:
         ModelError: its own code stops, or its answer holds no logits.

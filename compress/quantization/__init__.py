@@ -1,4 +1,4 @@
-"""Quantization: prepare a float model, learn its ranges with NNI, convert it to explicit Q/DQ.
+"""Quantization: prepare a float model, learn its quantization grids with NNI, convert it to explicit Q/DQ.
 
     prepared = prepare(model)
     quantized = quantize(prepared, assign_bits(prepared, 8, 8), calibration=batches, train=None)
@@ -87,12 +87,12 @@ def quantize(
         prepared: what `prepare` made with the plan's `keep_float`.
         quantizer: a name of `QUANTIZERS`.
         estimator: how calibration turns what it sees into a range, see `compress.quantization.calibration`.
-        calibration: normalised float32 images (N, 3, H, W) that set the first ranges.
+        calibration: batches of normalised images, float32 [N, 3, H, W], that set the first ranges.
         train: with it, ranges are followed or learnt while it trains; without (post-training quantization) they stay.
 
     Raises:
         QuantizationError: the quantizer does not take these bits, or a layer has no range.
-        HandoffError: the model on the grids found answers differently from NNI's simulation of them.
+        HandoffError: the model on the learnt grids answers differently from NNI's simulation of them.
     """
     from compress.quantization.nni.backend import quantize_with_nni
 

@@ -121,6 +121,7 @@ class Histogram:
 
     @property
     def centres(self) -> Tensor:
+        """Of the bins: float64, shape [BINS], between 0 and `limit`."""
         return (torch.arange(BINS, dtype=torch.float64) + 0.5) * (self.limit / BINS)
 
 
@@ -169,7 +170,14 @@ _THRESHOLDS: dict[str, Callable[[Histogram, int], float]] = {
 
 
 def weight_thresholds(weight: Tensor, levels: int, estimator: Estimator) -> Tensor:
-    """The largest magnitude of each output channel's grid, [channels]; `mse` clips, the others keep every weight."""
+    """The largest magnitude of each output channel's grid, float32 [channels], above or equal to 0.
+
+    `mse` clips; the other estimators keep every weight.
+
+    Args:
+        weight: float32 [channels, ...].
+        levels: positive codes of the grid.
+    """
     magnitudes = weight.detach().flatten(1).abs()
     largest = magnitudes.amax(1)
     if estimator != "mse":

@@ -38,6 +38,7 @@ class FakeQuantize(nn.Module):
         self.qmin, self.qmax = qmin, qmax
 
     def forward(self, values: Tensor) -> Tensor:
+        """float32 of any shape to the same shape, rounded to the grid."""
         return torch.round(torch.clamp(values / self.scale, self.qmin, self.qmax)) * self.scale
 
 
@@ -49,6 +50,7 @@ class QuantizeDequantize(nn.Module):
         self.arguments = (scale, 0, -128, 127, torch.int8)
 
     def forward(self, values: Tensor) -> Tensor:
+        """float32 of any shape to the same shape, rounded to the grid."""
         codes = torch.ops.quantized_decomposed.quantize_per_tensor(values, *self.arguments)
         dequantized: Tensor = torch.ops.quantized_decomposed.dequantize_per_tensor(codes, *self.arguments)
         return dequantized
@@ -74,6 +76,7 @@ class IntegerWeightLayer(nn.Module):
         object.__setattr__(self, "_layer", layer)
 
     def forward(self, values: Tensor) -> Tensor:
+        """float32 [N, C, H, W], or [..., features] for a Linear, to the layer's output."""
         weight = torch.ops.quantized_decomposed.dequantize_per_channel(
             self.codes, self.scales, self.zero_points, 0, -128, 127, torch.int8
         )

@@ -54,7 +54,9 @@ class WeightGrid:
         return torch.round(torch.clamp(weight.detach() / scale, -self.qmax, self.qmax)).to(torch.int8)
 
     def in_container(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """(codes int8, scales float32 [channels]) that a file stores: the same values, on a finer scale below 7 bits.
+        """(codes int8 of the shape of `weight`, scales float32 [channels]) that a file stores.
+
+        They stand for the same values, on a finer scale below 7 bits.
 
         Runtimes round a bias to whole multiples of input scale times weight scale; of a coarse grid that would be a
         large part of an output code. The finer scale is smaller by a power of two, so that nothing else is rounded, and the
@@ -64,7 +66,7 @@ class WeightGrid:
         return self.codes(weight) * factor, torch.tensor(self.scales, dtype=torch.float32) / factor
 
     def dequantized(self, weight: Tensor) -> Tensor:
-        """The float weight moved onto the grid."""
+        """`weight`, float32 [channels, ...], rounded to the grid: the same shape and type."""
         scale = torch.tensor(self.scales, dtype=torch.float32).reshape(-1, *[1] * (weight.dim() - 1))
         return self.codes(weight) * scale
 
@@ -166,7 +168,9 @@ def save(quantized: Quantized, folder: Path) -> tuple[Path, Path]:
 
 
 def restore(model: nn.Module, folder: Path, images: Tensor | None = None) -> Quantized:
-    """What `save` wrote, for the float model that was quantized; NNI is not needed. `images` are those of `prepare`.
+    """What `save` wrote, for the float model that was quantized; NNI is not needed.
+
+    `images`, float32 [N, 3, H, W] and normalised, are those of `prepare`.
 
     Raises `QuantizationError` when the files are missing, damaged or belong to another model.
     """

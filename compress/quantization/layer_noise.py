@@ -48,7 +48,10 @@ class LayerSqnr:
 
 
 def quantization_noise(quantized: Quantized, batches: Iterable[Tensor]) -> list[LayerSqnr]:
-    """The trained float model against the fake-quantized one: the noise of each layer's weight and output grid."""
+    """The trained float model against the fake-quantized one: the noise of each layer's weight and output grid.
+
+    `batches` are normalised images, float32 [N, 3, H, W].
+    """
     points = quantized.grids.activations.keys()
     return layer_sqnr(quantized.model, _recorder(fake_quantized(quantized), points), points, batches)
 
@@ -57,6 +60,7 @@ def file_noise(quantized: Quantized, flavour: Flavour, record: Record, batches: 
     """The fake-quantized model of a flavour against its file, whose tensors `record` hands out.
 
     They differ in the order of float additions only, so a faithful file keeps to rare roundings to a neighbouring code.
+    `batches` are normalised images, float32 [N, 3, H, W].
     """
     return layer_sqnr(fake_quantized(quantized, flavour), record, quantized.grids.activations.keys(), batches)
 
@@ -66,7 +70,8 @@ def layer_sqnr(
 ) -> list[LayerSqnr]:
     """`reference` led along the model behind `record`: a row for every point that the latter has, in execution order.
 
-    Holds the recorded points of one batch and one forward pass in memory; both models are in eval mode.
+    Holds the recorded points of one batch and one forward pass in memory; both models are in eval mode. `batches` are
+    normalised images, float32 [N, 3, H, W].
     """
     energies: dict[str, _Energy] = {}
     with torch.inference_mode():

@@ -1,8 +1,8 @@
-"""Mixed precision: which layers bear few bits worst, and how many of them to widen until the loss is within a budget.
+"""Mixed precision: which layers are most sensitive to few bits, and how many to widen until the loss is within a budget.
 
 A layer's sensitivity is the noise that it alone puts on the logits when it is on its grid and all others stay in
 floating point (SQNR of the logits; Wu et al. 2020, "Integer quantization for deep learning inference", section 5.2).
-The worst layers are widened first: fewer than 8 bits become 8, 8 bits become floating point.
+The most sensitive layers are widened first: fewer than 8 bits become 8, 8 bits become floating point.
 """
 
 from __future__ import annotations
@@ -72,7 +72,10 @@ def search_bits(plan: BitPlan, quantize: Quantize, score: Score, images: Tensor,
 
 
 def sensitivity(quantized: Quantized, images: Tensor) -> dict[str, float]:
-    """SQNR of the logits in decibels for each layer when only it is quantized, lowest first."""
+    """SQNR of the logits in decibels for each layer when only it is quantized, lowest first.
+
+    `images` are normalised, float32 [N, 3, H, W].
+    """
     model = copy.deepcopy(quantized.model).eval().requires_grad_(False)
     with torch.inference_mode():
         expected = model(images)

@@ -93,7 +93,7 @@ def fastest_format(model: nn.Module, images: Tensor) -> Format:
 def allows_channels_last(model: nn.Module, images: Tensor) -> bool:
     """Whether no convolution that `model` computes on `images`, called as a layer or as a function, meets the bug above.
 
-    The model is called once, in its modes, without gradients.
+    The model is called once, in its modes, without gradients, on `images`, float32 [N, C, H, W].
 
     Raises:
         ModelError: its own code stops.
@@ -194,7 +194,7 @@ def _attempt(step: Callable[[], T]) -> T | None:
 
 
 def agree(expected: dict[str, Tensor], actual: dict[str, Tensor], tolerance: float) -> bool:
-    """Whether every parameter's gradient is within `tolerance` of the expected one, by their norms."""
+    """Whether every parameter's gradient, of the parameter's shape, is within `tolerance` of the expected one by norm."""
     if expected.keys() != actual.keys():
         return False
     norms = {name: float(gradient.norm()) for name, gradient in expected.items()}
@@ -206,7 +206,7 @@ def agree(expected: dict[str, Tensor], actual: dict[str, Tensor], tolerance: flo
 
 
 def in_training_mode(images: Tensor) -> str:
-    """What a model is called for, as `own_errors` tells it."""
+    """What a model is called for with `images`, [N, C, H, W], in the words of `own_errors`."""
     count, _, height, width = images.shape
     return f"in training mode, with {count} image{'s' * (count != 1)} of {width} x {height} pixels"
 

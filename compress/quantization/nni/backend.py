@@ -50,7 +50,7 @@ def quantize_with_nni(
     """Calibrate, train when `train` is given, and return (trained float state_dict, grids, what NNI's simulation answers
     to the images `shown`); `prepared` is untouched.
 
-    `calibration` yields float32 images (N, 3, H, W), normalised. Raises `QuantizationError`, naming the layer, when a
+    `calibration` yields normalised images, float32 [N, 3, H, W], as `shown` is. Raises `QuantizationError`, naming the layer, when a
     range was never observed, is not finite, or is empty.
     """
     model = copy.deepcopy(prepared)

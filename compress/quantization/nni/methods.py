@@ -1,4 +1,4 @@
-"""How each of NNI's quantizers learns the grid of one tensor, told apart for weights and for activations.
+"""How each of NNI's quantizers learns the grid of one tensor, for weights and for activations.
 
 A method starts from a range that calibration found, so that nothing begins at NNI's stock values (a scale of 0.01 for
 LSQ, a zero point of 127.5 for LSQ+), and ends in numbers that integers hold exactly.
@@ -75,12 +75,7 @@ def register_apply_methods(methods: dict[str, Any]) -> None:
         grid = SimpleNamespace(qmin=space.qmin, qmax=space.qmax, _scaler=None, scale=space.scale, zero_point=whole)
         return stock["lsq_plus_clamp_round"](values, grid)
 
-    methods |= {
-        CLAMP_ROUND: _ClampRound.apply,
-        DOREFA_SCALED: dorefa,
-        BINARY_SCALED: binary,
-        LSQ_PLUS_WHOLE: lsq_plus,
-    }
+    methods |= {CLAMP_ROUND: _ClampRound.apply, DOREFA_SCALED: dorefa, BINARY_SCALED: binary, LSQ_PLUS_WHOLE: lsq_plus}
 
 
 class _ClampRound(torch.autograd.Function):
@@ -139,7 +134,7 @@ class Method(ABC):
         return WeightGrid(tuple(scale.detach().reshape(-1).tolist()), target.qmax, target.bits)
 
     def final_weight(self, wrapper: Any) -> Tensor:
-        """The float weight whose codes on the grid are the integers to deploy."""
+        """The float32 weight, of the layer's shape [channels, ...], whose codes on the grid are the integers to deploy."""
         weight: Tensor = wrapper.weight
         return weight.detach()
 
@@ -311,6 +306,7 @@ class DoReFa(Method):
         return WeightGrid(tuple((wrapper.gain / levels).reshape(-1).tolist()), levels, target.bits)
 
     def final_weight(self, wrapper: Any) -> Tensor:
+        """As simulated: float32 [channels, ...], on the grid."""
         return self._simulated(wrapper)
 
 
@@ -332,6 +328,7 @@ class Bnn(Method):
         return WeightGrid(tuple(_mean_magnitude(wrapper.weight).reshape(-1).tolist()), 1, 1)
 
     def final_weight(self, wrapper: Any) -> Tensor:
+        """float32 [channels, ...], in each channel +a or -a."""
         weight = wrapper.weight.detach()
         return torch.where(weight < 0, -1.0, 1.0) * _mean_magnitude(weight)
 
@@ -343,7 +340,7 @@ ACTIVATION_METHODS: dict[str, Method] = {
 
 
 def weight_target(name: str, weight: Tensor, bits: int, quantizer: str, estimator: Estimator) -> Target:
-    """Where the grid of a layer's weight starts; learnt scales start at the least squared error."""
+    """Where the grid of a weight, float32 [channels, ...], starts; learnt scales start at the least squared error."""
     levels = max(1, 2 ** (bits - 1) - 1)
     high = weight_thresholds(weight, levels, "mse" if quantizer.startswith("lsq") else estimator)
     if quantizer == "dorefa":
@@ -353,7 +350,7 @@ def weight_target(name: str, weight: Tensor, bits: int, quantizer: str, estimato
 
 
 def widened(values: Tensor, largest: Tensor) -> Tensor:
-    """`values`, of each channel, none of them below its share of the layer's largest."""
+    """`values`, float32 of shape [channels], none of them below its share of the layer's largest, a scalar."""
     return torch.maximum(values, largest * SMALLEST_CHANNEL)
 
 
