@@ -88,7 +88,7 @@ def random_state_kept() -> Iterator[None]:
 
 
 def _cuda_in_use() -> bool:
-    return bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]  # torch has no types here
+    return bool(torch.cuda.is_initialized())
 
 
 @contextlib.contextmanager

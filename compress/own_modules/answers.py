@@ -215,7 +215,7 @@ def _ends_in_sigmoid(model: nn.Module, images: Tensor, path: Path, scores: Tenso
     return makers.maker_of(_at(again, path)) in ("sigmoid", "sigmoid_", "hardsigmoid", "special_expit")
 
 
-class _Makers(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has no types here
+class _Makers(TorchDispatchMode):
     """Which operation wrote each storage last; reshapes and copies pass the name on."""
 
     def __init__(self) -> None:

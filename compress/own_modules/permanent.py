@@ -28,7 +28,7 @@ def make_permanent(model: nn.Module) -> list[str]:
                 kinds[type(hook).__name__] += 1
                 _remove_hook(module, hook)
             elif isinstance(hook, prune.BasePruningMethod):
-                prune.remove(module, hook._tensor_name)  # type: ignore[no-untyped-call]  # torch has no types here
+                prune.remove(module, hook._tensor_name)
                 values = getattr(module, hook._tensor_name)
                 zeros, masked = zeros + int((values == 0).sum()), masked + values.numel()
                 kinds["masks"] += 1
