@@ -51,7 +51,8 @@ window.espalier = (() => {
   // whoever leaves the page ends what Gradio still reads from the server; that is no error to tell of
   let leaving = false;
   addEventListener("beforeunload", () => { leaving = true; });
-  addEventListener("pageshow", () => { leaving = false; });
+  // pageshow also ends a first load, which may come after the click that leaves; a page that is shown again is "persisted"
+  addEventListener("pageshow", (event) => { if (event.persisted) leaving = false; });
   addEventListener("unhandledrejection", (event) => { if (leaving && event.reason?.name === "AbortError") event.preventDefault(); });
 
   async function copy(text) {

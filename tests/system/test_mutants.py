@@ -1,4 +1,4 @@
-"""Every protection has a test that misses it: the table is in order, and some entries are tried every day."""
+"""Every protection has a test that misses it: the table is in order, and one entry is tried every day."""
 
 from __future__ import annotations
 
@@ -56,14 +56,14 @@ def test_a_mutant_is_tried_in_a_copy_that_is_as_before_afterwards(instead, test,
     assert (tmp_path / "a.py").read_text() == "def guard():\n    return True\n"
 
 
-def test_some_protections_are_taken_out_today_and_missed():
-    """Others every day; `python scripts/mutate.py --all` tries them all."""
+def test_a_protection_is_taken_out_today_and_missed():
+    """Another every day; `python scripts/mutate.py --all` tries them all."""
     today = str(datetime.date.today().toordinal())
     done = subprocess.run(
-        [sys.executable, SCRIPT, "--sample", "2", "--quick", "--seed", today],
+        [sys.executable, SCRIPT, "--sample", "1", "--quick", "--seed", today],
         capture_output=True,
         text=True,
         timeout=500,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("| noticed |") == 2
+    assert done.stdout.count("| noticed |") == 1

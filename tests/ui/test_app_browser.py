@@ -88,10 +88,14 @@ def test_reading_that_ends_because_the_page_is_left_is_no_error(page: Page, serv
     rejected("AbortError")
     assert len(page.trouble) == 1, "on a page that stays it is told"
     page.evaluate("dispatchEvent(new Event('beforeunload'))")
+    page.evaluate("dispatchEvent(new PageTransitionEvent('pageshow'))")
     rejected("AbortError")
-    assert len(page.trouble) == 1
+    assert len(page.trouble) == 1, "also where the page has finished loading only now"
     rejected("DataError")
     assert len(page.trouble) == 2, "anything else is told all the same"
+    page.evaluate("dispatchEvent(new PageTransitionEvent('pageshow', { persisted: true }))")
+    rejected("AbortError")
+    assert len(page.trouble) == 3, "who comes back has left no longer"
     page.trouble.clear()
 
 
