@@ -124,17 +124,17 @@ def _accepted_size(repository: str, file: str, expected: Any) -> int:
             f"There is no room for {file} of {repository} ({size / 2**20:,.0f} MiB): {FREE_BYTES >> 30} GiB of the disk with "
             f"{folder} stay free. Remove what is not needed there and try again."
         )
-    return size
+    return int(size)
 
 
 def _bounded(repository: str, file: str, size: int) -> Any:
     """A progress bar for the Hub's client, which ends a download of more bytes than were announced."""
-    from huggingface_hub.utils import tqdm
+    from huggingface_hub.utils.tqdm import tqdm
 
     class Bounded(tqdm):
-        arrived = 0
+        arrived = 0.0
 
-        def update(self, n: float | None = 1) -> bool | None:
+        def update(self, n: float | None = 1) -> Any:
             self.arrived += n or 0
             if self.arrived > size:
                 raise CheckpointError(

@@ -16,7 +16,7 @@ import struct
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from compress.checkpoints.containers import Refused
 
@@ -267,7 +267,7 @@ def _ordered_dict() -> OrderedDict[Any, Any]:
 def _integers(values: Any) -> tuple[int, ...]:
     _require(type(values) is tuple and len(values) <= MAX_LENGTH)
     _require(all(type(value) is int and value >= 0 for value in values))
-    return values
+    return tuple(values)
 
 
 def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, requires_grad: Any, hooks: Any) -> StoredTensor:
@@ -285,7 +285,7 @@ def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, requires_grad: 
 def _parameter(tensor: Any, requires_grad: Any, hooks: Any) -> StoredTensor:
     _require(type(tensor) is StoredTensor and type(requires_grad) is bool)
     _require(type(hooks) is OrderedDict and not hooks)
-    return tensor
+    return cast(StoredTensor, tensor)
 
 
 _CALLS: dict[str, Callable[..., Any]] = {

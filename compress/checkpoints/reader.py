@@ -111,7 +111,7 @@ def _accept(path: Path, inspected: Inspected, target: Path, loader: Loader | Non
 
 def _is_recorded(accepted: Path, record: Path) -> bool:
     try:
-        return signing.opened(RECORD_KIND, record)["sha256"] == files.sha256(accepted)
+        return bool(signing.opened(RECORD_KIND, record)["sha256"] == files.sha256(accepted))
     except (OSError, StorageError, KeyError):
         return False
 

@@ -69,6 +69,7 @@ def forecast(
     as_json: Json = False,
 ) -> None:
     """Predict accuracy, measured speedup and size over sparsity, with uncertainty, before any training."""
+    from compress.report.forecast import FILE
     from compress.search import front
 
     result = front.measure(request_from(values, request), out, ratios=numbers("ratios", ratios, float), notify=show)
@@ -86,8 +87,8 @@ def forecast(
     ]
     typer.echo(text.table(("Sparsity", "Points lost, untrained", f"Faster, {result.runtime}", "File"), rows))
     typer.echo(
-        f"\nChart     {out / front.PAGE}\nNumbers   {out / front.FILE}\n"
-        f"Compare   python -m compress run --forecast {out / front.FILE} ..."
+        f"\nChart     {out / front.PAGE}\nNumbers   {out / FILE}\n"
+        f"Compare   python -m compress run --forecast {out / FILE} ..."
     )
 
 

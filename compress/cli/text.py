@@ -11,7 +11,8 @@ def listing(rows: Sequence[Mapping[str, Any]]) -> str:
     return table(tuple(rows[0]), [tuple(str(value) for value in row.values()) for row in rows])
 
 
-def table(headers: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+def table(headers: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
+    """Rows as plain text, in columns under the headers."""
     widths = [max(len(row[column]) for row in (headers, *rows)) for column in range(len(headers))]
     lines = [
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()

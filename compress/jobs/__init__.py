@@ -145,7 +145,7 @@ class Queue:
         """The latest runs, newest first, whose title or state contains every word of `search` or whose id starts with it."""
         return [self._status(row) for row in self._store.newest(limit, search.split())]
 
-    def working(self) -> list[Status]:
+    def working(self) -> Sequence[Status]:
         """The runs being executed now."""
         return [self._status(row) for row in self._store.in_states(*ACTIVE)]
 

@@ -94,7 +94,7 @@ class Executor:
         age_s = processes.age_s(child)
         states = {event["state"]: event for event in _first_events(events, offset) if "state" in event}
         if STARTED in states:
-            return min(age_s, time.time() - states[STARTED]["time"])
+            return min(age_s, time.time() - float(states[STARTED]["time"]))
         return 0.0 if SUBMITTED in states else age_s
 
     def end(self, child: Child, grace_s: float = 0.0) -> bool:

@@ -147,7 +147,8 @@ class Attempt:
         if not ready:
             return None
         try:
-            return self._ray.get(self._task)
+            ended: Ended = self._ray.get(self._task)
+            return ended
         except self._ray.exceptions.RayTaskError as error:
             raise RunError(
                 f"Espalier does not start on a node of the cluster ({_first_line(error.cause)}). Install the same version, "
@@ -217,7 +218,7 @@ def _ray() -> Any:
     os.environ["RAY_task_oom_retries"] = str(RETRIES)  # Ray's default is unlimited
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     try:
-        import ray
+        import ray  # type: ignore[import-not-found, unused-ignore]  # an optional dependency
     except ImportError as error:
         raise RunError(
             "Ray is not installed, so no cluster can be used: pip install -r requirements-cluster.txt."

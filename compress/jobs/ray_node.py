@@ -15,7 +15,8 @@ from pathlib import Path
 from compress import __version__, signing
 from compress.errors import StorageError
 from compress.jobs import folders
-from compress.jobs.executor import Command, child_environment
+from compress.jobs.executor import Command
+from compress.processes import child_environment
 
 CONSOLE_BYTES = 16_384
 """Console output of the run's process that is sent back: the last bytes of it."""

@@ -10,6 +10,7 @@ import errno
 import logging
 import threading
 import time
+from functools import partial
 
 from compress import signing
 from compress.errors import CompressError, RunError
@@ -115,7 +116,7 @@ class Scheduler:
         )
         for job_id in sweep.expired:
             with contextlib.suppress(_Kept):
-                if self._store.delete(job_id, lambda job_id=job_id: self._move_to_trash_unless_kept(job_id)):
+                if self._store.delete(job_id, partial(self._move_to_trash_unless_kept, job_id)):
                     log.info("run %s has expired and was deleted", job_id[:8])
         self._folders.empty_trash(self._store.if_listed)
         self.over_quota = sweep.over_quota

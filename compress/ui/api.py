@@ -7,20 +7,21 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, TypedDict, get_type_hints
 
 import gradio as gr
+from gradio.events import api
 
 from compress.errors import RequestError, RunError
 from compress.hub import SCHEME as HUB_SCHEME
-from compress.jobs import Queue, Status
+from compress.jobs import Queue
 from compress.jobs.folders import UPLOAD_FIELDS
-from compress.request import Request
+from compress.jobs.status import Status
+from compress.request import CHECKPOINT_SOURCES, DATA_SOURCES, Request
 from compress.ui.errors import public, without_traceback
-from compress.ui.form import CHECKPOINT_SOURCES, DATA_SOURCES
 from compress.ui.handlers import App
 from compress.ui.views.results import file_url
 from compress.ui.web.permissions import run_key
@@ -44,15 +45,14 @@ class File(TypedDict):
 def add_endpoints(app: App) -> None:
     """Adds the endpoints to the page that is being built."""
     endpoints = Endpoints(app)
-    for function in (endpoints.status, endpoints.cancel, endpoints.resume, endpoints.list, endpoints.artifact):
-        gr.api(_with_client_errors(function), api_name=function.__name__, queue=False)
-    for function, description in ((endpoints.submit, _SUBMIT), (endpoints.check, _CHECK)):
-        named = _with_request_parameters(function, description)
-        gr.api(
-            named,
-            api_name=function.__name__,
-            queue=False,
-        )
+    plain: tuple[Callable[..., Any], ...] = (
+        endpoints.status, endpoints.cancel, endpoints.resume, endpoints.list, endpoints.artifact
+    )  # fmt: skip
+    described: tuple[tuple[Callable[..., Any], str], ...] = ((endpoints.submit, _SUBMIT), (endpoints.check, _CHECK))
+    for function in plain:
+        api(_with_client_errors(function), api_name=function.__name__, queue=False)
+    for function, description in described:
+        api(_with_request_parameters(function, description), api_name=function.__name__, queue=False)
 
 
 class Endpoints:
@@ -142,12 +142,13 @@ class Endpoints:
             name, sha256, bytes, and url, from which it can be downloaded, relative to the server's address.
         """
         self._queue.artifact(job_id, name)
-        return next(file for file in self._files(self._queue.status(job_id)) if file["name"] == name)
+        status = self._queue.status(job_id)
+        return next(file for file in self._files(status) if file["name"] == name)
 
     def _refuse_unauthorized(self, job_id: str, key: str, visitor: gr.Request | None) -> None:
         self._app.permissions.refuse(job_id, key, "" if visitor is None else Visitor.of(visitor).login)
 
-    def _files(self, status: Status) -> list[File]:  # type: ignore[valid-type]  # `list` is an endpoint in this class
+    def _files(self, status: Status) -> Sequence[File]:
         if status.state != "done":
             return []
         return [
@@ -226,22 +227,23 @@ def _with_request_parameters(function: Callable[..., Any], description: str) -> 
     async def wait(*positional: Any, **values: Any) -> Any:
         return await guarded(**named(positional) | values)
 
-    endpoint = wait if inspect.iscoroutinefunction(function) else call
+    endpoint: Any = wait if inspect.iscoroutinefunction(function) else call
     endpoint.__name__ = function.__name__
     endpoint.__doc__ = description.format(arguments="\n".join(lines))
     endpoint.__annotations__ = {name: kind for name, kind, _ in parameters} | {"return": dict[str, Any]}
-    endpoint.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+    endpoint.__signature__ = inspect.Signature(
         [
             inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=default, annotation=kind)
             for name, kind, default in parameters
         ],
         return_annotation=dict[str, Any],
     )
-    return endpoint
+    guarded_endpoint: Callable[..., Any] = endpoint
+    return guarded_endpoint
 
 
 def _with_client_errors(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` with refusals turned into the error that reaches the client word for word.
+    """Wraps an endpoint so that a `CompressError` reaches the client verbatim.
 
     Texts and numbers are held to their types here, for all endpoints alike; fields of a request are by `Request`.
     """
@@ -264,11 +266,12 @@ def _with_client_errors(function: Callable[..., Any]) -> Callable[..., Any]:
     async def wait(*positional: Any, **named: Any) -> Any:
         return await function(*positional, **named)
 
-    endpoint = wait if inspect.iscoroutinefunction(function) else call
+    endpoint: Any = wait if inspect.iscoroutinefunction(function) else call
     endpoint.__name__, endpoint.__doc__ = function.__name__, inspect.getdoc(function)
     endpoint.__annotations__ = get_type_hints(function)
-    endpoint.__signature__ = signature  # type: ignore[attr-defined]
-    return endpoint
+    endpoint.__signature__ = signature
+    wrapped: Callable[..., Any] = endpoint
+    return wrapped
 
 
 def _short(value: Any) -> Any:

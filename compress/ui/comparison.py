@@ -10,7 +10,8 @@ import gradio as gr
 from pydantic import ValidationError
 
 from compress.errors import CompressError, StorageError
-from compress.jobs import Queue, Status
+from compress.jobs import Queue
+from compress.jobs.status import Status
 from compress.report import Report
 from compress.report.comparison import Entry, entry_of
 from compress.report.comparison_charts import accuracy_against_latency

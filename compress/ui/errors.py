@@ -13,7 +13,7 @@ from typing import Any
 import gradio as gr
 
 from compress.errors import CompressError
-from compress.jobs import Status
+from compress.jobs.status import Status
 
 log = logging.getLogger("compress.ui")
 MISTAKE = "The server failed to process this request because of a bug; its log has the details. Try again, or tell the administrator."

@@ -16,8 +16,9 @@ import gradio as gr
 from plotly.graph_objects import Figure
 
 from compress.errors import CompressError, RequestError, RunError, StorageError
-from compress.jobs import Queue, Status, retention
+from compress.jobs import Queue, retention
 from compress.jobs.database import FINAL
+from compress.jobs.status import Status
 from compress.report import Report, charts
 from compress.report.tables import tables
 from compress.request import Request
@@ -134,8 +135,10 @@ class App:
             request, offer = self._tentative_request(values)
         except RequestError as error:
             return {"meaning": views.alert(str(error))}
-        estimate = offer and self.estimates.estimate(request, Structure.of(request, offer.input_size))
-        return {"meaning": start.explain(request, offer.parameters if offer else None, estimate)}
+        if offer is None:
+            return {"meaning": start.explain(request, None)}
+        estimate = self.estimates.estimate(request, Structure.of(request, offer.input_size))
+        return {"meaning": start.explain(request, offer.parameters, estimate)}
 
     def explain_counted(self, values: Mapping[str, Any]) -> Updates:
         """Counts the model's layers if that is still to be done, then explains the settings with the counts."""

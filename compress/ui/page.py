@@ -31,7 +31,8 @@ def build_page(app: App) -> gr.Blocks:
         parts |= start | _run_view() | _compare_view() | fields
         connect_all(page, app, parts, list(fields))
         add_endpoints(app)
-    return page
+    blocks: gr.Blocks = page
+    return blocks
 
 
 def _memory() -> Parts:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +14,20 @@ from app_server import AppServer
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from gradio_client import Client, handle_file
+from test_bodies import FORMS, MARK
 
 from compress.errors import RequestError
 from compress.jobs import Queue
 from compress.ui.backend import Offer
-from compress.ui.web.bodies import NOT_UPLOADED, BodyError, sanitized
+from compress.ui.web.bodies import NOT_UPLOADED
 from compress.ui.web.routes import RouteFilter, open_routes
 from compress.ui.web.server import build_app
 from compress.ui.web.settings import Settings
-from compress.ui.web.uploads import MOST_AT_ONCE, NoRoomError, Uploads
+from compress.ui.web.uploads import Uploads
 
 pytestmark = pytest.mark.integration
 
 CANARY = "canary-7f3a-of-the-server"
-MARK = {"_type": "gradio.FileData"}
 
 
 @pytest.fixture(scope="module")
@@ -160,103 +158,6 @@ def test_closed_routes_give_nothing_out(server: AppServer, secret: Path) -> None
             assert client.get(path).status_code in (404, 405), path
 
 
-# ---- bodies -------------------------------------------------------------------------------------------------------
-
-OWN = "0123456789abcdef" * 2
-
-
-def is_own(upload_id: str) -> bool:
-    return upload_id == OWN
-
-
-FORMS: tuple[Callable[[str], Any], ...] = (
-    lambda path: {"path": path, "meta": MARK},
-    lambda path: {"path": path},
-    lambda path: {"url": path},
-    lambda path: {"path": None, "url": path, "meta": MARK},
-    lambda path: {"path": OWN, "url": path, "meta": MARK},
-    lambda path: {"path": path, "orig_name": "x.pth", "size": 1, "mime_type": "", "is_stream": False, "meta": MARK},
-    lambda path: {"path": OWN, "is_stream": True, "meta": MARK},
-    lambda path: {"path": OWN, "meta": {"_type": "gradio.FileData", "more": path}},
-    lambda path: {"path": OWN, "meta": MARK, "image": {"path": path}},
-    lambda path: {"path": {"path": path, "meta": MARK}, "meta": MARK},
-    lambda path: {"meta": MARK, "orig_name": path},
-    lambda path: [[{"a": [{"path": path, "meta": MARK}]}]],
-    lambda path: json.dumps({"path": path, "meta": MARK}),
-    lambda path: json.dumps([json.dumps({"path": path})]),
-    lambda path: 'x {"meta": {"_type": "gradio.FileData"}, "path": "' + path + '"}',
-)
-PATHS = (
-    "/etc/passwd", "/proc/self/environ", "/dev/zero", "../queue.sqlite", "%2fetc%2fpasswd", "file:///etc/passwd",
-    "http://127.0.0.1:9/x.pth", "https://192.0.2.1/x.pth", "//192.0.2.1/x", "data:text/plain;base64,eA==", "\\\\host\\x", "",
-    OWN.upper(), OWN + "\n", OWN[:-1], f"./{OWN}", f"{OWN}/../x", "\x00",
-)  # fmt: skip
-
-
-@pytest.mark.parametrize("form", range(len(FORMS)))
-def test_a_body_that_names_a_file_is_refused_wherever_it_does(form: int) -> None:
-    for path in PATHS:
-        if (form, path) == (4, ""):
-            continue  # an empty url is none
-        named = FORMS[form](path)
-        for body in (
-            {"data": ["a", named], "fn_index": 1},
-            {"checkpoint_file": named},
-            {"data": [], "event_data": named},
-            {"data": [{"layer": {"deep": [named]}}]},
-            {"jsonrpc": "2.0", "method": "tools/call", "params": {"name": "check", "arguments": {"data_file": named}}},
-            [named],
-        ):
-            with pytest.raises(BodyError) as refused:
-                sanitized(json.dumps(body).encode(), is_own)
-            assert str(refused.value) == NOT_UPLOADED
-
-
-def test_an_own_upload_is_passed_on_as_its_id() -> None:
-    page = f"http://127.0.0.1:7860/gradio_api/file={OWN}"
-    sent = {"path": OWN, "orig_name": "../../x.pth", "url": page, "size": 7, "mime_type": "", "meta": MARK}
-    for named in (sent, {"path": OWN}, {"path": OWN, "meta": MARK, "url": None}, {"path": OWN, "is_stream": False}):
-        assert json.loads(sanitized(json.dumps({"data": [named, 1]}).encode(), is_own)) == {"data": [OWN, 1]}
-
-
-@pytest.mark.parametrize(
-    ("raw", "told"),
-    [
-        (b'{"data": [1], "data": [2]}', "has the same key twice"),
-        (b'{"data": [{"path": "x", "path": "y"}]}', "has the same key twice"),
-        (b'{"data": [NaN]}', "contains NaN, which is not a finite number"),
-        (b'{"data": [-Infinity]}', "contains -Infinity, which is not a finite number"),
-        (b'{"data": [1e400]}', "contains 1e400, which is not a finite number"),
-        (b'{"data": [' + b"1" * 5000 + b"]}", "is not valid JSON"),
-        (b'{"data": ["\xff"]}', "is not encoded in UTF-8"),
-        (b'{"data": ["\\ud800"]}', "invalid Unicode"),
-        (b"[" * 30 + b"]" * 30, "nests lists and objects more than 24 levels deep"),
-        (b"[" * 50_000 + b"]" * 50_000, "nests lists and objects more than 24 levels deep"),
-        (json.dumps({"data": ["[" * 30 + "]" * 30]}).encode(), "more than 24 lists or objects"),
-        (b"[" + b"1," * 60_000 + b"1]", "more than 50000 values"),
-        (b'{"data": [}', r"is not valid JSON \(line 1, column 11\)"),
-        (b'{"data": [], "session_hash": "a/../b"}', "session_hash: expected a string of up to 64 letters"),
-        (b'{"data": [], "session_hash": [1]}', "session_hash: expected a text"),
-    ],
-)  # fmt: skip
-def test_what_two_readers_could_understand_differently_is_refused(raw: bytes, told: str) -> None:
-    with pytest.raises(BodyError, match=told):
-        sanitized(raw, is_own)
-
-
-def test_settings_pass_as_they_are() -> None:
-    honest = {
-        "data": [
-            {"path": 0.5, "url": 0.25}, {"path": "4/8", "meta": "8"}, [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}],
-            '[{"op_types": ["Conv2d"], "sparse_ratio": 0.5}]', '{"job": "", "mine": ["a"], "ticked": []}', "[not JSON", "ü 漢",
-            None, True, 10**20, "", "path",
-        ],
-        "session_hash": "abc", "fn_index": 3, "event_data": None,
-    }  # fmt: skip
-    assert json.loads(sanitized(json.dumps(honest).encode(), is_own)) == honest
-    assert sanitized(b"", is_own) == b""
-
-
 # ---- over sockets ---------------------------------------------------------------------------------------------------
 
 
@@ -354,117 +255,7 @@ def test_without_both_handlers_find_no_upload_under_a_path(tmp_path: Path, secre
             uploads.find(given, "")
 
 
-# ---- the uploads themselves ---------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def clock() -> list[float]:
-    return [1000.0]
-
-
-@pytest.fixture
-def uploads(tmp_path: Path, clock: list[float]) -> Iterator[Uploads]:
-    uploads = Uploads(
-        tmp_path / "in", most_bytes=100, most_bytes_in_all=250, age_s=3600, floor_bytes=0, clock=lambda: clock[0]
-    )
-    uploads.open()
-    yield uploads
-    uploads.close()
-
-
-def sent(uploads: Uploads, visitor: str = "a", content: bytes = b"w" * 40, name: str = "x.pth") -> str:
-    upload = uploads.begin(visitor, name)
-    try:
-        uploads.write(upload, content)
-        uploads.finish(upload)
-    except NoRoomError:
-        uploads.remove(upload)
-        raise
-    return upload.id
-
-
-def test_an_upload_is_found_by_who_sent_it_alone(uploads: Uploads) -> None:
-    mine = sent(uploads, "a")
-    assert uploads.find(mine, "a").read_bytes() == b"w" * 40 and uploads.has(mine, "a")
-    for visitor in ("b", "", "A"):
-        assert not uploads.has(mine, visitor)
-        with pytest.raises(RequestError, match="a file that was uploaded here"):
-            uploads.find(mine, visitor)
-    half = uploads.begin("a", "y.pth")
-    assert not uploads.has(half.id, "a"), "not before it is whole"
-
-
-def test_uploads_keep_nothing_of_a_name_but_its_end(uploads: Uploads, tmp_path: Path) -> None:
-    for name in (
-        "../../../evil.pth",
-        "/etc/evil.pth",
-        "..\\evil.pth",
-        "...pth",
-        "\x7f\x1b\n\u202e.pth",
-        "n" * 300 + ".pth",
-    ):
-        path = uploads.find(sent(uploads, "a", b"w", name), "a")
-        assert path.resolve().is_relative_to(tmp_path / "in") and re.fullmatch(r"[A-Za-z0-9_][\w.-]*", path.name), name
-    for name in ("x.engine", "x.onnx", "x.html", "x.svg", "x", "x.pth.exe", "pth"):
-        with pytest.raises(RequestError, match=r"expected one that ends in \.safetensors, \.pth, "):
-            uploads.begin("a", name)
-
-
-def test_each_visitor_and_all_together_have_a_quota(uploads: Uploads, clock: list[float]) -> None:
-    first = sent(uploads, "a")
-    sent(uploads, "a")
-    with pytest.raises(NoRoomError, match="Your uploads would exceed"):
-        sent(uploads, "a")
-    sent(uploads, "b", b"w" * 100)
-    with pytest.raises(NoRoomError, match="The uploads of all visitors have reached the limit"):
-        sent(uploads, "c", b"w" * 71)
-    clock[0] += 1000
-    uploads.refuse_announced("a", 40)
-    assert not uploads.has(first, "a"), "the oldest of the same visitor makes room once it is not young any more"
-    sent(uploads, "a")
-    clock[0] += 3601
-    uploads.expire()
-    assert not uploads.has(sent(uploads, "b"), "a") and len(uploads._uploads) == 1
-
-
-def test_uploads_under_way_are_few_and_leave_the_disk_room(tmp_path: Path) -> None:
-    free = [1000]
-    uploads = Uploads(
-        tmp_path / "in",
-        most_bytes=500,
-        most_bytes_in_all=500,
-        age_s=60,
-        floor_bytes=900,
-        free_bytes=lambda folder: free[0],
-    )
-    uploads.open()
-    with pytest.raises(NoRoomError, match="The disk of this server is nearly full"):
-        uploads.refuse_announced("a", 200)
-    for _ in range(MOST_AT_ONCE):
-        begun = uploads.begin("a", "x.pth")
-    with pytest.raises(NoRoomError, match="files of yours are being uploaded already"):
-        uploads.begin("a", "x.pth")
-    free[0] = 950
-    with pytest.raises(NoRoomError, match="The disk of this server is nearly full"):
-        uploads.write(begun, b"w" * 60)
-    uploads.close()
-    assert list((tmp_path / "in").iterdir()) == []
-
-
-def test_what_servers_left_is_removed_at_the_next_start_and_what_lives_is_not(tmp_path: Path) -> None:
-    folder = tmp_path / "in"
-    dead = Uploads(folder, most_bytes=100, most_bytes_in_all=100, age_s=60, floor_bytes=0)
-    dead.open()
-    left = sent(dead)
-    os.close(dead._held)  # as if it was killed
-    (folder / "tmp1234").write_bytes(b"of a version before")
-    alive = Uploads(folder, most_bytes=100, most_bytes_in_all=100, age_s=60, floor_bytes=0)
-    alive.open()
-    mine = sent(alive)
-    third = Uploads(folder, most_bytes=100, most_bytes_in_all=100, age_s=60, floor_bytes=0)
-    third.open()
-    assert alive.find(mine, "a").is_file() and not dead._uploads[left].path.exists()
-    assert {path.name for path in folder.iterdir()} == {alive._own.name, third._own.name}
+# ---- uploading ---------------------------------------------------------------------------------------------------
 
 
 FORM = {"content-type": "multipart/form-data; boundary=b"}

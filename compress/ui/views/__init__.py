@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterable, Sequence
 from html import escape
 
-from compress.jobs import Status
+from compress.jobs.status import Status
 from compress.runs import STAGES
 
 STAGE_NAMES = {

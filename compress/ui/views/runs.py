@@ -6,8 +6,8 @@ from collections.abc import Collection, Mapping, Sequence
 from html import escape
 from pathlib import Path
 
-from compress.jobs import Status
 from compress.jobs.retention import Limits
+from compress.jobs.status import Status
 from compress.request import Request, snippets
 from compress.ui import views
 

@@ -13,11 +13,11 @@ from compress.ui.estimates import Estimate
 
 
 def explain(request: Request, parameters: int | None, estimate: Estimate | None = None) -> str:
-    """What the settings do, in words and as bars.
+    """Explains what the settings will do, as text and bars.
 
     Args:
-        parameters: of the original model, where known.
-        outlook: counted from the plan; without it the share that stays is a rule of thumb, and said to be.
+        parameters: number of parameters of the original model, if known.
+        estimate: counted from the plan; without it the bars show a rule of thumb, labelled as one.
     """
     kept = (1 - request.sparsity) ** 2 if request.shrinks else 1.0
     before, after = parameters, None if parameters is None else round(parameters * kept)
@@ -31,8 +31,9 @@ def explain(request: Request, parameters: int | None, estimate: Estimate | None 
         bars.append(
             _bar("Multiplications per image", estimate.macs[1] / estimate.macs[0], *_pair(*estimate.macs, _millions))
         )
-    weight = (None, None) if before is None else (4 * before, 4 * before * size)
-    bars.append(_bar("File size", size, *_pair(*weight, views.file_size)))
+    bytes_before = None if before is None else 4 * before
+    bytes_after = None if before is None else 4 * before * size
+    bars.append(_bar("File size", size, *_pair(bytes_before, bytes_after, views.file_size)))
     summary = f"{_explain_pruning(request, kept)} {_explain_bits(request)}"
     basis = _plan(estimate) if estimate is not None else _rough(request)
     return f'<div class="meaning" role="status"><p>{summary}</p>{"".join(bars)}</div>{basis}'

@@ -109,7 +109,7 @@ def _mount(page: gr.Blocks, app: FastAPI, settings: Settings, queue: Queue) -> N
     page.has_launched = True  # launch() sets it; without it Gradio would take any path for an upload of its own
     page.process_api = without_traceback(page.process_api, WRONG_VALUES)  # type: ignore[method-assign]  # no hook for it
     skip_unchanged_outputs(page)
-    disable_session_state(page, app.routes[-1].app)
+    disable_session_state(page, app.routes[-1].app)  # type: ignore[attr-defined]  # the mount, which has one
 
 
 def _add_middleware(page: gr.Blocks, app: FastAPI, settings: Settings, handlers: App) -> None:

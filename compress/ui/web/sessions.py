@@ -50,7 +50,7 @@ def disable_session_state(page: gr.Blocks, mounted: Any) -> None:
     Args:
         mounted: the app that `mount_gradio_app` made of the page.
     """
-    holder = _NoSessions()
+    holder = _NoSessions()  # type: ignore[no-untyped-call]  # Gradio's StateHolder is not typed
     holder.set_blocks(page)
     mounted.state_holder = page.state_holder = holder
     page._queue.pending_messages_per_session = LRUCache(MOST_SESSIONS)

@@ -32,7 +32,7 @@ class Visitor:
 
     @classmethod
     def of(cls, request: gr.Request | Request) -> Visitor:
-        starlette_request = getattr(request, "request", request)  # MCP tools pass Starlette's request directly
+        starlette_request: Any = getattr(request, "request", request)  # MCP tools pass Starlette's request directly
         name = login_name(starlette_request) or getattr(request, "username", None) or ""
         return cls(name or visitor_of(starlette_request.scope), str(starlette_request.base_url), name)
 
