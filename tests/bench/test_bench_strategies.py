@@ -76,6 +76,7 @@ def test_the_page_has_a_line_for_each_strategy(problem):
     )
 
 
+@pytest.mark.integration
 def test_the_command_writes_the_page_and_goes_on(tmp_path, monkeypatch, capsys):
     folder = search_network.images(tmp_path / "images")
     source = open_workload(search_network.request(folder), search_network.trained(folder))

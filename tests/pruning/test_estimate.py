@@ -14,6 +14,8 @@ from compress.models import architectures, counting
 from compress.pruning import profiles
 from compress.pruning.estimate import estimates
 
+pytestmark = pytest.mark.integration
+
 COVERAGE = ROOT / "docs" / "coverage.json"
 FAMILIES = (
     "resnet18",

@@ -21,6 +21,8 @@ from compress.pruning import PRUNERS, plan, prune
 from compress.pruning.interface import Group, Plan
 from compress.pruning.nni import backend
 
+pytestmark = pytest.mark.integration
+
 torch.set_num_threads(1)
 
 
