@@ -27,18 +27,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 TABLE = Path(__file__).with_name("mutants.toml")
 LIMIT_S = 900
-_LEFT_OUT = (
-    ".git",
-    ".venv",
-    "__pycache__",
-    "*.pyc",
-    "runs",
-    "app-data",
-    "build",
-    "shared",
-    ".pytest_cache",
-    ".ruff_cache",
-)
+_NOT_COPIED = (".git", ".venv", "__pycache__", "*.pyc", ".pytest_cache", ".ruff_cache")
+_NOT_COPIED_AT_THE_ROOT = ("runs", "app-data", "build", "shared")
+"""Data beside the package, which has a folder `runs` as well."""
 _FAILED, _PASSED = 1, 0
 """Exit status of pytest."""
 
@@ -124,12 +115,18 @@ def main(words: Sequence[str] | None = None) -> int:
     return _try_all(chosen(arguments, mutants))
 
 
+def _not_copied(folder: str, names: list[str]) -> set[str]:
+    """What `shutil.copytree` leaves out of a folder of the tree."""
+    patterns = (*_NOT_COPIED, *_NOT_COPIED_AT_THE_ROOT) if Path(folder) == ROOT else _NOT_COPIED
+    return shutil.ignore_patterns(*patterns)(folder, names)
+
+
 def _try_all(mutants: Sequence[Mutant]) -> int:
     survivors = 0
     print("| protection taken out | verdict | seconds | by |\n|---|---|---:|---|", flush=True)
     with tempfile.TemporaryDirectory(prefix="espalier-mutants-") as folder:
         tree = Path(folder) / "tree"
-        shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns(*_LEFT_OUT))
+        shutil.copytree(ROOT, tree, ignore=_not_copied)
         for mutant in mutants:
             started = time.monotonic()
             verdict, detail = tried(mutant, tree)
