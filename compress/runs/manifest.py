@@ -125,8 +125,10 @@ def manifest_sha256(path: Path) -> str | None:
     Raises:
         StorageError: the manifest is damaged, or not signed by this installation.
     """
-    folder = _folder_with(path, MANIFEST)
-    return folder and manifest(folder).get(str(path.resolve().relative_to(folder)), {}).get("sha256")
+    if (folder := _folder_with(path, MANIFEST)) is None:
+        return None
+    sha: str | None = manifest(folder).get(str(path.resolve().relative_to(folder)), {}).get("sha256")
+    return sha
 
 
 def recorded_sha256(path: Path) -> str | None:
@@ -136,7 +138,8 @@ def recorded_sha256(path: Path) -> str | None:
     if (folder := _folder_with(path, "stages/build.json")) is None:
         return None
     record = signing.opened(record_kind("build"), folder / "stages" / "build.json")
-    return record["sha256"].get(str(path.resolve().relative_to(folder)))
+    sha: str | None = record["sha256"].get(str(path.resolve().relative_to(folder)))
+    return sha
 
 
 def add_to_manifest(paths: list[Path], parent: Path) -> None:

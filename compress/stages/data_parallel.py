@@ -71,7 +71,8 @@ def fine_tune(
         with _processes(request.training_processes, run_folder, meeting) as started:
             _wait(started, meeting, progress)
         model.load_state_dict(load_file(meeting / WEIGHTS))
-        return json.loads((meeting / RESULT).read_text(encoding="utf-8"))
+        curve: list[dict[str, Any]] = json.loads((meeting / RESULT).read_text(encoding="utf-8"))
+        return curve
 
 
 @contextmanager

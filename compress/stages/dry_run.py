@@ -19,6 +19,7 @@ from compress import quantization
 from compress.engines import RUNTIMES
 from compress.errors import CompressError, RequestError
 from compress.models import counting
+from compress.pruning.interface import clause
 from compress.request import Request
 from compress.runs import R, Run, within_memory
 from compress.stages import steps
@@ -172,15 +173,16 @@ def modules(request: Request, workload: Workload, found: DryRun) -> list[dict[st
     shrinks = {layer: group for group in found.plan.groups for layer in group.layers}
     floats = {row.layer: row.reason for row in found.float_layers}
     layers = [name for name, module in workload.model.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)]
-    lines = []
+    lines: list[dict[str, str]] = []
     for problem, layer in found.refusals:
-        lines.append({"module": layer if layer in layers else workload.name, "level": "red", "text": problem})
+        module = layer if layer is not None and layer in layers else workload.name
+        lines.append({"module": module, "level": "red", "text": problem})
     if found.refusals:
         return lines
     if found.plan.shortfall:
         lines.append({"module": workload.name, "level": "amber", "text": found.plan.shortfall})
     for name in layers:
-        stays = [f"not pruned: {_of_the_layer(whole[name])}"] if name in whole else []
+        stays = [f"not pruned: {clause('it', whole[name])}"] if name in whole else []
         if request.quantizes:
             stays += [f"stays in floating point: {floats[name]}"] if name in floats else []
             stays += [
@@ -194,7 +196,3 @@ def modules(request: Request, workload: Workload, found: DryRun) -> list[dict[st
         level, text = ("amber", "; ".join(stays)) if stays else ("green", ", ".join(gains) or "exported as it is")
         lines.append({"module": name, "level": level, "text": text})
     return lines
-
-
-def _of_the_layer(reason: str) -> str:
-    return reason if reason.startswith("its ") else f"it {reason}"

@@ -98,7 +98,8 @@ def traced(images: Tensor) -> tuple[Tensor, ...]:
     """Few of `images` [N, 3, H, W], in small batches: every tensor inside the model is looked at, and held for one batch."""
     size = images.shape[-1]
     count = TRACED_IMAGES if size <= 96 else TRACED_IMAGES // 4
-    return images[:count].split(max(1, TRACED_PIXELS // size**2))
+    batches: tuple[Tensor, ...] = images[:count].split(max(1, TRACED_PIXELS // size**2))
+    return batches
 
 
 def noise(rows: Sequence[LayerSqnr]) -> Noise:

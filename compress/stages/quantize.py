@@ -70,8 +70,8 @@ def quantize(
             answers.answers,
         ),
         label=quantized.grids.label,
-        mixed=mixed and _mixed(mixed),
-        note=mixed and _mixed_note(mixed, request.max_quantization_loss or 0),
+        mixed=_mixed(mixed) if mixed else None,
+        note=_mixed_note(mixed, request.max_quantization_loss or 0) if mixed else None,
         left_float=tuple(FloatLayer(**row) for row in quantization.left_float(prepared)),
         bits={name: grid.bits for name, grid in quantized.grids.weights.items()},
         sqnr_db=quantization.weight_sqnr_db(quantized),
@@ -104,6 +104,6 @@ def _mixed_note(choice: quantization.BitSearch, budget: float) -> str:
         f"Mixed precision: {names} got more bits; on held-out images {100 * first.score:.1f} % were right before and "
         f"{100 * last.score:.1f} % after, by calibration alone."
     )
-    if choice.within:
+    if choice.within_budget:
         return text
     return f"{text} That does not keep to the {budget:g} points asked for; training may, or ask for more bits everywhere."

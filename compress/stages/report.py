@@ -209,10 +209,10 @@ class _Results:
     def _notes(self, workload: Workload) -> tuple[str, ...]:
         pruned = self.pruned if isinstance(self.pruned, PruneResult) else None
         quantized = self.quantized if isinstance(self.quantized, QuantizeResult) else None
-        notes = [pruned.shortfall if pruned else None, *workload.notes]
+        notes: list[str | None] = [pruned.shortfall if pruned else None, *workload.notes]
         notes += [f"Stage {name}: {result.skipped}." for name, result in self._by_stage.items() if result.skipped]
-        notes += [pruned and pruned.note, quantized and quantized.note]
-        notes += [self.tuned.memory_note, quantized and quantized.memory_note, _on_images(workload)]
+        notes += [pruned.note if pruned else None, quantized.note if quantized else None]
+        notes += [self.tuned.memory_note, quantized.memory_note if quantized else None, _on_images(workload)]
         if quantized:
             notes += [None if quantized.label == "int8" else f"Quantized to {quantized.label}."]
             notes += [f"{row.layer} stays in floating point: {row.reason}." for row in quantized.left_float]

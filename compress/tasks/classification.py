@@ -21,10 +21,12 @@ class Classification(Task):
 
     def predictions(self, outputs: np.ndarray) -> np.ndarray:
         """The class of each image, int64 [N]."""
-        return outputs.argmax(1)
+        classes: np.ndarray = outputs.argmax(1)
+        return classes
 
     def correct(self, outputs: np.ndarray, targets: np.ndarray) -> np.ndarray:
-        return self.predictions(outputs) == targets
+        right: np.ndarray = self.predictions(outputs) == targets
+        return right
 
     def agreement(self, reference: np.ndarray, other: np.ndarray) -> float:
         return float((self.predictions(reference) == self.predictions(other)).mean())

@@ -189,14 +189,14 @@ def cannot(**_):
 
 folder, ends = sys.argv[1], {}
 for loader in (opens, allocates, computes, writes, reads, cannot):
-    order = unpacking.Order(source=f"{folder}/a.pth", target=f"{folder}/{loader.__name__}", is_zip=True, keys=[], tensors={},
+    order = sandboxed.Order(source=f"{folder}/a.pth", target=f"{folder}/{loader.__name__}", is_zip=True, keys=[], tensors={},
                             metadata={}, memory_bytes=2**28, cpu_s=2, file_bytes=2**16)
     parent, pid = os.getpid(), os.fork()
     if pid == 0:
-        unpacking.unpack = reads if loader is cannot else loader
+        sandboxed.unpack = reads if loader is cannot else loader
         if loader is cannot:
-            unpacking.confine = cannot
-        unpacking._carry_out(order, parent)
+            sandboxed.confine = cannot
+        sandboxed._carry_out(order, parent)
     _, status, used = os.wait4(pid, 0)
     ends[loader.__name__] = os.waitstatus_to_exitcode(status), used.ru_utime + used.ru_stime
 print(json.dumps(ends))
