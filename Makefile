@@ -52,6 +52,7 @@ test-gpu: setup-dev  ## the tests that need an NVIDIA GPU
 
 lint: setup-dev
 	$(PY) -m ruff check .
+	$(PY) -m mypy
 	$(VENV)/bin/hadolint Dockerfile
 
 bench: setup  ## the figures of the README's table

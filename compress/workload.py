@@ -124,8 +124,9 @@ def _torchvision_model(request: Request, kept: Path | None) -> _Loaded:
         kind = str(DEMO_CHECKPOINT) if (name, request.data) == (DEMO_MODEL, DEMO_DATA) else "published"
     if kind == "random":
         return _random_weights(request, published)
+    names: tuple[str, ...] | None = published.class_names
     if kind == "published":
-        tensors, names, recipe = architectures.published_weights(name), published.class_names, published.preprocessing
+        tensors, recipe = architectures.published_weights(name), published.preprocessing
         weights = "torchvision's published weights"
     else:
         read, weights = _read_checkpoint(kind, kept)

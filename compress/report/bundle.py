@@ -6,6 +6,7 @@ import time
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import IO, cast
 
 SUMS = "SHA256SUMS"
 CHUNK = 1 << 20
@@ -41,7 +42,7 @@ def stream(files: Mapping[str, Path], hashes: Mapping[str, str], root: str) -> I
         root: folder that holds everything in the zip.
     """
     sink = _Sink()
-    with zipfile.ZipFile(sink, "w", zipfile.ZIP_STORED) as archive:  # type: ignore[arg-type]
+    with zipfile.ZipFile(cast("IO[bytes]", sink), "w", zipfile.ZIP_STORED) as archive:
         sums = "".join(f"{digest}  {name}\n" for name, digest in sorted(hashes.items()))
         archive.writestr(zipfile.ZipInfo(f"{root}/{SUMS}", time.localtime()[:6]), sums)
         for name, path in files.items():

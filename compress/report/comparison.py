@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -144,7 +144,7 @@ def _setting(value: Any) -> str:
     return NOT_KNOWN if value is None else str(value)
 
 
-_FIGURES = {
+_FIGURES: dict[str, Callable[[Entry], str]] = {
     "Accuracy": accuracy_words,
     "Points lost": lambda entry: _number(entry.accuracy_lost, "{:.1f}"),
     "Batch 1, p50": latency_words,

@@ -95,7 +95,8 @@ class Front(BaseModel):
         high, low = self.points[above], self.points[max(0, above - 1)]
         span = high.sparsity - low.sparsity
         share = (sparsity - low.sparsity) / span if span else 1.0
-        return getattr(low, name) + share * (getattr(high, name) - getattr(low, name))
+        values: tuple[float, float] = getattr(low, name), getattr(high, name)
+        return values[0] + share * (values[1] - values[0])
 
 
 def difference(first: tuple[float, float, float], second: tuple[float, float, float]) -> tuple[float, float, float]:

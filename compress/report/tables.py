@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from compress.report import Measurement, Report, Variant
 
-Table = tuple[tuple[str, ...], list[tuple[str, ...]]]
+Table = tuple[tuple[str, ...], Sequence[tuple[str, ...]]]
 """Headers and rows, all formatted."""
 
 
@@ -47,7 +47,7 @@ def fastest(
 def _summary_table(report: Report) -> Table:
     dense = report.variants[0]
     reference = fastest(report, dense.name, precision="fp32")
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for variant in report.variants:
         is_last = variant is report.variants[-1]
         through, precision = (report.verdict.runtime, None) if is_last else (None, "fp32")
@@ -63,7 +63,7 @@ def _summary_table(report: Report) -> Table:
                 _percent(variant.accuracy, variant.accuracy_ci95),
                 "—" if quickest is None else f"{quickest.p50_ms:.2f} ms",
                 "—" if quickest is None else f"{quickest.runtime}, {quickest.precision}",
-                _times(reference and reference.p50_ms, quickest and quickest.p50_ms),
+                _times(reference.p50_ms if reference else None, quickest.p50_ms if quickest else None),
             )
         )
     answer = report.data.score_name.capitalize()

@@ -133,7 +133,7 @@ class Run:
             ValueError: a stage that comes before it in STAGES was executed already.
             RunError: memory ran out.
         """
-        function = work.func if isinstance(work, functools.partial) else work
+        function: Callable[..., R] = work.func if isinstance(work, functools.partial) else work
         return self._execute(function.__name__, _result_types(function), lambda: work(self, *args, **kwargs))
 
     def _execute(self, name: str, result_types: tuple[type[R], ...], work: Callable[[], R]) -> R:
@@ -279,8 +279,9 @@ def _finished(name: str, folder: Path, result_types: tuple[type[R], ...]) -> R |
 
 
 def _read_result(facts: dict[str, Any], result_types: tuple[type[R], ...]) -> R:
-    skipped = [one for one in result_types if issubclass(one, Skipped)] if facts.get("skipped") else []
-    return (skipped or [one for one in result_types if not issubclass(one, Skipped)])[0].model_validate(facts)
+    is_skipped = bool(facts.get("skipped")) and any(issubclass(one, Skipped) for one in result_types)
+    result_type = next(one for one in result_types if issubclass(one, Skipped) == is_skipped)
+    return result_type.model_validate(facts)
 
 
 def within_memory(stage: str, work: Callable[[], R]) -> R:

@@ -126,7 +126,7 @@ class OneShot:
         request = self._request(candidate)
         shrunk = self._shrunk(request)
         model = self._workload.model if shrunk is None else shrunk.model
-        timed = self._stopwatch.time(request, shrunk and shrunk.model)
+        timed = self._stopwatch.time(request, shrunk.model if shrunk else None)
         why = hopeless(timed.latency_ms, timed.file_bytes)
         right = total = 0
         if why is None:

@@ -97,7 +97,7 @@ class Stopwatch:
         if self._kept is not None:
             if missing := [name for name in (self._kept["runtime"], self._kept["reference"]) if name not in here]:
                 raise RunError(
-                    f"{self.folder / MEASURED} holds times of {missing[0]}, which does not run here any more. Install it, or "
+                    f"{self.folder or ''}/{MEASURED} holds times of {missing[0]}, which does not run here any more. Install it, or "
                     "choose another folder."
                 )
             self.dense, self.runtime = Outcome(**self._kept["dense"]), here[self._kept["runtime"]]
@@ -148,7 +148,8 @@ class Stopwatch:
         Raises:
             HandoffError, RequestError: the runtime that was asked for refuses the file, or all do.
         """
-        sessions, refused = {}, None
+        sessions: dict[str, Session] = {}
+        refused: HandoffError | RequestError | None = None
         for name, runtime in here.items():
             try:
                 sessions[name] = stack.enter_context(load(runtime))
@@ -157,7 +158,7 @@ class Stopwatch:
                     raise
                 refused = error
                 self._notify(f"without {runtime.title}: {error}")
-        if not sessions:
+        if not sessions and refused:
             raise refused
         return sessions
 
@@ -179,7 +180,7 @@ class Stopwatch:
     def time(self, request: Request, shrunk: nn.Module | None) -> Timed:
         """Of the structure: measured once."""
         model = self._workload.model if shrunk is None else shrunk
-        key, known = self._structure(request, model), self._kept["structures"]
+        key, known = self._structure(request, model), self._measured["structures"]
         if key not in known:
             with tempfile.TemporaryDirectory() as folder:
                 path = self._file_to_time(Path(folder), request, shrunk)
@@ -190,10 +191,16 @@ class Stopwatch:
             self._save()
         return Timed(**known[key])
 
+    @property
+    def _measured(self) -> dict[str, Any]:
+        """What `measured.json` holds, once the dense model has been measured."""
+        assert self._kept is not None, "the dense model is measured first"
+        return self._kept
+
     def _dense_session(self) -> Session:
         """The reference; loaded again when its process is gone."""
         if not self._reference.usable:
-            runtime, path = RUNTIMES[self._kept["reference"]], self._folder / "dense.onnx"
+            runtime, path = RUNTIMES[self._measured["reference"]], self._folder / "dense.onnx"
             self._reference = self._open.enter_context(runtime.load(path, self._spec("fp32")))
         return self._reference
 
@@ -237,7 +244,7 @@ class Stopwatch:
         path = self.folder / MEASURED if self.folder else None
         if path is None or not path.exists():
             return None
-        kept = json.loads(path.read_text(encoding="utf-8"))
+        kept: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         if Request(**kept["request"]) != self.base or kept["dense"]["n_images"] != images_scored:
             raise RunError(
                 f"{path} holds measurements of another request or command. Choose another folder, or go on with the same options."
@@ -268,8 +275,7 @@ class Stopwatch:
                 raise RequestError("quantizer", request.quantizer, f"another one: {quantization.NO_TENSORRT_FILE}")
             onnx_export.export_flavours(quantized, {runtime.flavour: path}, input_size=size)
         else:
-            precision = "fp16" if request.half_precision else "fp32"
-            onnx_export.export(model, path, input_size=size, precision=precision)
+            onnx_export.export(model, path, input_size=size, precision="fp16" if request.half_precision else "fp32")
         return path
 
     def _spec(self, precision: Precision) -> BuildSpec:

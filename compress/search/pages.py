@@ -39,7 +39,8 @@ def page(title: str, text: str, sections: Sequence[tuple[str, str, Callable[[boo
 
 
 def _html(figure: go.Figure) -> str:
-    return figure.to_html(full_html=False, include_plotlyjs=False, config={"displaylogo": False, "responsive": True})
+    html: str = figure.to_html(full_html=False, include_plotlyjs=False, config={"displaylogo": False, "responsive": True})
+    return html
 
 
 def sensitivity_page(table: dict[str, Any]) -> str:
@@ -123,7 +124,8 @@ def pareto(outcomes: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _points_lost(outcome: dict[str, Any], dense: dict[str, Any]) -> float:
-    return 100 * (dense["accuracy"] - outcome["accuracy"])
+    points: float = 100 * (dense["accuracy"] - outcome["accuracy"])
+    return points
 
 
 def _front(

@@ -223,6 +223,7 @@ def _train(
         except CompressError as error:
             row = _failed(trial, error, out.relative_to(folder))
         runs.append(row)
+        assert trial.outcome is not None, "a complete trial has one"
         worse = max(worse, row["excess"] / problem.excess(trial.outcome))
         notify("; ".join(row["missed"]) or "it reaches the target")
     return runs
@@ -230,15 +231,16 @@ def _train(
 
 def _best(trials: Trials, problem: Problem, tried: set[int], worse: float) -> Trial | None:
     """The best score among complete trials that keep to the limits, also when they come out `worse` times slower."""
-    fits = [
-        trial
+    scored = [
+        (problem.score(trial.outcome), trial)
         for trial in trials.all
         if trial.complete
+        and trial.outcome is not None
         and trial.repeats is None
         and trial.number not in tried
         and problem.excess(trial.outcome) * worse <= 1
     ]
-    return max(fits, key=lambda trial: problem.score(trial.outcome), default=None)
+    return max(scored, key=lambda row: row[0], default=(0.0, None))[1]
 
 
 def _run(request: Request, out: Path, model: nn.Module | None) -> Report:

@@ -237,7 +237,7 @@ class _Gate:
         """Raise for the input or the class order that explains the model best, if any is clearly better."""
         n = self.affordable([better, self.requested], SAMPLE, MIN_SAMPLE, SAMPLE_MACS)
         labels, now, then = self.labels(n), self.answers(better, n), self.answers(self.requested, n)
-        accuracy, flags = float((now == labels).mean()), self.flags(better)
+        accuracy, flags = float(np.mean(now == labels)), self.flags(better)
         if order is not None and (better == self.requested or order.accuracy > accuracy):
             raise BaselineError(
                 f"The model answers {order.baseline_accuracy:.1%} of {order.n_images} training images correctly, but "
@@ -246,7 +246,7 @@ class _Gate:
             )
         if better != self.requested:
             raise BaselineError(
-                f"The model answers {(then == labels).mean():.1%} of {n} training images correctly as requested, but "
+                f"The model answers {np.mean(then == labels):.1%} of {n} training images correctly as requested, but "
                 f"{accuracy:.1%} with {flags}: add {flags} to the request."
             )
 

@@ -134,7 +134,7 @@ def cross_checks(folder: Path, task: Task, rows: Sequence[Answers]) -> tuple[Cro
     """One file on every runtime that has answered with it, each pair compared."""
     targets = np.load(folder / TARGETS)
     return tuple(
-        _cross_check(task, first, second, *(np.load(folder / row.answers) for row in (first, second)), targets)
+        _cross_check(task, first, second, np.load(folder / first.answers), np.load(folder / second.answers), targets)
         for first, second in combinations(rows, 2)
         if first.name == second.name
     )

@@ -115,8 +115,8 @@ def test_a_candidate_is_as_small_as_it_asks(oneshot):
 
 
 def test_images_that_score_are_neither_refitted_nor_calibrated_on(oneshot, monkeypatch):
-    refitted, recover = [], oneshots.steps.recover
-    monkeypatch.setattr(oneshots.steps, "recover", lambda *given: refitted.append(given[1]) or recover(*given))
+    refitted, refit = [], oneshots.steps.refit
+    monkeypatch.setattr(oneshots.steps, "refit", lambda *given: refitted.append(given[1]) or refit(*given))
     oneshot.evaluate(candidate(0.5, 0.5, 0.75))
     (source,) = refitted
     pixels, scored = (part.take(torch.arange(len(part))) for part in (source.dataset.train, oneshot._held_out))
@@ -169,7 +169,7 @@ def test_other_bits_are_another_structure(oneshot):
 
 
 def test_a_hopeless_candidate_is_not_scored(oneshot, monkeypatch):
-    monkeypatch.setattr(oneshots.steps, "recover", lambda *_: pytest.fail("refitted"))
+    monkeypatch.setattr(oneshots.steps, "refit", lambda *_: pytest.fail("refitted"))
     asked = []
     found = oneshot.evaluate(candidate(0.5, 0.5, 0.0), lambda ms, size: asked.append((ms, size)) or "too slow")
     assert (found.stopped, found.accuracy, found.n_images) == ("too slow", 0.0, 0)

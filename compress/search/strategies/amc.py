@@ -84,11 +84,13 @@ class Amc:
     def _noise(self, episode: int) -> float:
         trials = self.problem.trials
         cooled = max(0.0, (episode / trials - WARM_UP) / (1 - WARM_UP))
-        return LOUDEST * (QUIETEST / LOUDEST) ** min(1.0, cooled)
+        noise: float = LOUDEST * (QUIETEST / LOUDEST) ** min(1.0, cooled)
+        return noise
 
     def _episode(self, generator: random.Random, noise: float) -> dict[str, float]:
         """Lead layer -> ratio, as the agent chooses them one after the other."""
-        largest, ratios = self.problem.space.largest, {}
+        largest = self.problem.space.largest
+        ratios: dict[str, float] = {}
         for place, group in enumerate(self.problem.space.groups):
             (action,), _ = self._agent.predict(self._state(place, ratios), deterministic=True)
             noisy = min(max(float(action) + generator.gauss(0, noise), -1.0), 1.0)
@@ -115,9 +117,11 @@ class Amc:
         before = reward if self._baseline is None else self._baseline
         self._baseline = BASELINE_DECAY * before + (1 - BASELINE_DECAY) * reward
         ratios, groups = dict(candidate.ratios), self.problem.space.groups
+        replay = self._agent.replay_buffer
+        assert replay is not None, "off-policy agents have one"
         for place, group in enumerate(groups):
             action = ratios[group.layers[0]] / self.problem.space.largest * 2 - 1
-            self._agent.replay_buffer.add(
+            replay.add(
                 self._state(place, ratios),
                 self._state(place + 1, ratios),
                 np.array([action], dtype=np.float32),

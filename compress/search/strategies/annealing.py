@@ -118,7 +118,8 @@ class _Walk:
         return accepted
 
     def _temperature(self, step: int) -> float:
-        return HOTTEST * (COLDEST / HOTTEST) ** min(1.0, step / max(1, self.length - 1))
+        temperature: float = HOTTEST * (COLDEST / HOTTEST) ** min(1.0, step / max(1, self.length - 1))
+        return temperature
 
 
 def _score(problem: Problem, outcome: Outcome, allowed: float) -> float:
