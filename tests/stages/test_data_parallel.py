@@ -33,7 +33,7 @@ def prepared(tmp_path_factory):
 
 
 def ask(**changes):
-    return compress.Request(**{"training_processes": 2, "finetune_epochs": 0.05} | changes)
+    return compress.Request(**{"training_processes": 2, "finetune_epochs": 0.1} | changes)
 
 
 def fine_tuned(folder, request, progress=lambda fraction, text: None):
@@ -46,7 +46,7 @@ def test_two_processes_train_one_model(prepared):
     before = models.rebuild(prepared / "stages" / "shrunk").state_dict()
     model, curve = fine_tuned(prepared, ask(), lambda fraction, text: told.append((fraction, text)))
     assert [record["epoch"] for record in curve] == [1] and curve[0]["accuracy"] > 0.8
-    assert told and told[-1][0] <= 1 and told[-1][1].startswith("epoch 1 of 0.05, loss ")
+    assert told and told[-1][0] <= 1 and told[-1][1].startswith("epoch 1 of 0.1, loss ")
     assert not torch.equal(model.state_dict()["fc.weight"], before["fc.weight"])
 
 
