@@ -232,7 +232,7 @@ def test_by_plain_http_a_page_is_known_by_its_origin(server: AppServer, origin: 
 def test_a_proxy_that_the_settings_do_not_name_is_refused(server: AppServer) -> None:
     for header in ("x-forwarded-for", "forwarded", "X-Forwarded-Host"):
         answer = httpx.get(server.url, headers={header: "203.0.113.7"})
-        assert answer.status_code == 403 and "put the name under which the proxy serves it into" in answer.text
+        assert answer.status_code == 403 and "add the host name that the proxy serves to ESPALIER_ALLOWED_HOSTS" in answer.text
 
 
 @pytest.mark.parametrize(

@@ -258,7 +258,7 @@ def test_a_run_is_submitted_watched_and_cancelled_with_tools(tmp_path: Path) -> 
 
             refused, sentence = await call("submit", sparsity=2)
             assert refused and "sparsity: got 2" in sentence, sentence
-            refused, text = await call("submit", **ENDLESS)
+            refused, text = await call("submit", **(ENDLESS | {"learning_rate": 1.0}))  # resumed it takes 8 s, time to cancel it
             assert not refused, text
             job_id = ast.literal_eval(text)["job_id"]
             assert ast.literal_eval((await call("status", job_id=job_id))[1])["state"] in ("queued", "running")
